@@ -1,0 +1,32 @@
+# The few commands. Each works in a fresh clone: what it needs is installed into .venv first.
+PYTHON ?= python3
+VENV := .venv
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: demo test test-all lint benchmark clean
+
+demo: $(VENV)/experiments.installed  ## train digits with GO4Align + PCGrad
+	$(VENV)/bin/python experiments/trainer.py --loss_method=go4align --gradient_method=pcgrad
+
+test: $(VENV)/dev.installed  ## the fast tests
+	$(VENV)/bin/python -m pytest -n 2
+
+test-all: $(VENV)/dev.installed  ## the slow ones too, with more random examples
+	HYPOTHESIS_PROFILE=thorough $(VENV)/bin/python -m pytest -n 2 -m ""
+
+lint: $(VENV)/dev.installed  ## style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+benchmark: $(VENV)/benchmark.installed  ## time and accuracy beside other libraries
+	$(VENV)/bin/python benchmarks/bench_rules.py
+	$(VENV)/bin/python benchmarks/bench_step.py
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/%.installed: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
