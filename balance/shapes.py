@@ -1,0 +1,27 @@
+"""Named shapes, used in every signature. K tasks, P shared parameters.
+
+A loss balancer maps `Losses` to `WeightedLosses`; a gradient balancer maps a `Gramian` to `Weights`
+(or, where it must see every coordinate, a `Jacobian` to a `Direction`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+Losses: TypeAlias = Tensor  # (K,), one value per task
+WeightedLosses: TypeAlias = Tensor  # (K,), what the loss balancer makes of them, differentiable
+Jacobian: TypeAlias = Tensor  # (K, P), rows are task gradients
+Gramian: TypeAlias = Tensor  # (K, K), inner products of the rows
+Weights: TypeAlias = Tensor  # (K,), coefficients of the rows
+Direction: TypeAlias = Tensor  # (P,), what is added to .grad (parameters move along its negative)
+
+LossRule: TypeAlias = Callable[..., WeightedLosses]
+GradientRule: TypeAlias = Callable[..., Tensor]  # Gramian -> Weights, or Jacobian -> Direction
+
+Heads: TypeAlias = Literal["unweighted", "weighted"]
+Scale: TypeAlias = Literal["paper", "sum", "norm"]
+Source: TypeAlias = Literal["parameters", "features"]
+Sees: TypeAlias = Literal["gramian", "jacobian"]

@@ -1,0 +1,27 @@
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.configuration import set_hypothesis_home_dir
+
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+set_hypothesis_home_dir(tempfile.mkdtemp(prefix="hypothesis-"))  # nothing is written beside the sources
+settings.register_profile("dev", max_examples=30, deadline=None, database=None)
+settings.register_profile("ci", max_examples=60, deadline=None, database=None, derandomize=True)
+settings.register_profile(
+    "thorough", max_examples=1000, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
