@@ -1,0 +1,104 @@
+"""Weights that ignore the losses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from balance.loss.domain import weigh
+from balance.random import SeededGenerator
+from balance.registry import loss_balancers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from balance.shapes import Losses, WeightedLosses
+
+
+@loss_balancers.register("ls")
+def ls(losses: Losses) -> WeightedLosses:
+    """Linear scalarisation with equal weights: the losses as they are, so that their plain sum is minimised.
+
+    Args:
+        losses: Any finite values. Shape (K,).
+
+    Returns:
+        The losses. Shape (K,).
+
+    Source:
+        The baseline of every paper. As in Nash-MTL's code and LibMTL the sum, not the mean.
+    """
+    return losses
+
+
+@loss_balancers.register("stl")
+class SingleTask:
+    """Single-task learning: one task keeps its loss, the others get weight zero.
+
+    Args:
+        num_tasks: K.
+        main_task: Index of the task that is trained. A step from which it is absent trains nothing.
+
+    Raises:
+        ValueError: If ``main_task`` is not in 0..K-1.
+
+    Source:
+        The baseline against which delta_m is measured.
+    """
+
+    def __init__(self, num_tasks: int, main_task: int = 0) -> None:
+        if not 0 <= main_task < num_tasks:
+            raise ValueError(f"main_task of 'stl' must be in 0..{num_tasks - 1}, but got {main_task}.")
+        self.weights = torch.zeros(num_tasks, dtype=torch.float64)
+        self.weights[main_task] = 1
+
+    def __call__(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
+        """Losses times 0 or 1.
+
+        Args:
+            losses: Any finite values, of the present tasks. Shape (K,).
+            present: Indices of those tasks; None for all.
+
+        Returns:
+            Shape (K,).
+        """
+        return weigh(losses, self.weights if present is None else self.weights[present])
+
+
+@loss_balancers.register("rlw")
+class RandomLossWeighting(nn.Module):
+    r"""Weights drawn anew at each step: a softmax of standard normal numbers, times ``scale``.
+
+    Positive, sum ``scale``, mean ``scale`` / K. Absent tasks take no part in the softmax.
+
+    Args:
+        scale: Sum of the weights: 1 as in the paper; K keeps the learning rate of an unweighted sum.
+        seed: Seed of the draws; the generator is saved in the state_dict.
+
+    Raises:
+        ValueError: If ``scale`` is not positive.
+
+    Source:
+        Lin et al., "Reasonable Effectiveness of Random Weighting", TMLR 2022, section 3.1. Differs: draws come from a
+        generator of its own, on the host.
+    """
+
+    def __init__(self, scale: float = 1.0, seed: int = 0) -> None:
+        super().__init__()
+        if not scale > 0:
+            raise ValueError(f"scale of 'rlw' must be positive, but got {scale}.")
+        self.scale = scale
+        self.random = SeededGenerator(seed)
+
+    def forward(self, losses: Losses) -> WeightedLosses:
+        """Losses times random weights.
+
+        Args:
+            losses: Any finite values. Shape (K,).
+
+        Returns:
+            Shape (K,).
+        """
+        return weigh(losses, self.scale * self.random.normal(len(losses)).softmax(dim=0))

@@ -1,0 +1,132 @@
+"""Weights shared within groups of tasks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from balance.loss.domain import require_above, values, weigh
+from balance.registry import check_type, loss_balancers
+from balance.solvers import k_means_1d
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from balance.shapes import Losses, WeightedLosses
+    from balance.solvers import Array, Indices
+
+Grouping = Literal["kmeans", "spectral", "sdp"]
+
+
+@loss_balancers.register("go4align")
+class GO4Align(nn.Module):
+    r"""Risk-guided weights, averaged within groups of tasks that are formed anew at each step.
+
+    .. math::
+        q = \operatorname{softmax}\Bigl(-\beta \sum_{s \le t} L(s)\Bigr), \qquad
+        \gamma_k = q_k \frac{\sum_j L_j}{L_k}, \qquad
+        \omega_k = \operatorname{mean}\{\gamma_j : j \text{ in the group of } k\}
+
+    The indicators γ bring all losses to one level, less for tasks with a large accumulated loss; k-means on γ forms the groups.
+    The whole history counts, nothing is forgotten. :math:`\sum_k \gamma_k L_k = \sum_k L_k` and
+    :math:`\sum_k \omega_k = \sum_k \gamma_k`. One group gives equal weights; K groups give γ. An absent task is in no group
+    and accumulates nothing.
+
+    Args:
+        num_tasks: K.
+        num_groups: Number of groups, at least 1; more than K are as K.
+        step_size: β ≥ 0, per unit of loss.
+        grouping: ``"kmeans"``: exact, in this library; ``"spectral"``: spectral clustering by scikit-learn; ``"sdp"``: a
+            semi-definite relaxation of k-means by cvxpy, whose groups are connected components. The last two are
+            imported on use, and slow.
+
+    Raises:
+        ValueError: If an option is out of range.
+        ImportError: At the first step, if the grouping needs a library that is not installed.
+
+    Source:
+        Shen et al., "GO4Align: Group Optimization for Multi-Task Alignment", NeurIPS 2024, algorithm 1, with the scale
+        of its code (K times the paper's). Differs: the groups are the exact optimum of the 1-D k-means problem, found
+        deterministically, where the code draws random centres and can loop for ever; two groups by default, where the
+        code's single group turns the method off; the history is kept as a sum of losses, so that it cannot underflow.
+    """
+
+    cumulative_losses: Tensor
+
+    def __init__(self, num_tasks: int, num_groups: int = 2, step_size: float = 1e-4, grouping: Grouping = "kmeans") -> None:
+        super().__init__()
+        check_type("grouping of 'go4align'", grouping, Grouping)
+        if num_groups < 1:
+            raise ValueError(f"num_groups of 'go4align' must be at least 1, but got {num_groups}.")
+        if not step_size >= 0:
+            raise ValueError(f"step_size of 'go4align' must not be negative, but got {step_size}.")
+        self.num_groups = num_groups
+        self.step_size = step_size
+        self.grouping = grouping
+        self.register_buffer("cumulative_losses", torch.zeros(num_tasks, dtype=torch.float64))
+
+    def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
+        """Losses times the mean indicator of their group; adds the losses to the history.
+
+        Args:
+            losses: Positive values of the present tasks. Shape (K,).
+            present: Indices of those tasks; None for all.
+
+        Returns:
+            Shape (K,).
+
+        Raises:
+            TaskError: If a loss is not positive.
+        """
+        L = values(losses)
+        require_above(L, 0, "go4align", "it divides by the loss. Add a constant that keeps the loss positive.")
+        tasks = torch.arange(len(self.cumulative_losses), device="cpu") if present is None else present
+        self.cumulative_losses[tasks] += L.to(self.cumulative_losses)
+        q = (-self.step_size * values(self.cumulative_losses[tasks])).softmax(dim=0)
+        indicators = q * (L.sum() / L)
+        groups = _GROUPINGS[self.grouping](indicators.numpy(), self.num_groups)
+        return weigh(losses, group_means(indicators, torch.from_numpy(groups)))
+
+
+def group_means(indicators: Tensor, groups: Tensor) -> Tensor:
+    """Every number's group mean. Shapes (K,), (K,) -> (K,)."""
+    sums = torch.zeros_like(indicators).index_add_(0, groups, indicators)
+    return (sums / groups.bincount(minlength=len(indicators)).clamp(min=1))[groups]
+
+
+def spectral(points: Array, num_groups: int) -> Indices:
+    """Groups by spectral clustering of numbers, with the affinity exp(-(x - y)² / variance). Shape (K,)."""
+    from sklearn.cluster import SpectralClustering  # noqa: PLC0415 - an option, not a dependency
+
+    if len(np.unique(points)) <= num_groups or num_groups == 1:
+        return k_means_1d(points, num_groups)
+    distances = (points[:, None] - points) / points.std()
+    affinity = np.exp(-(distances**2)) + 1e-9  # never quite disconnected
+    clustering = SpectralClustering(num_groups, affinity="precomputed", assign_labels="cluster_qr", random_state=0)
+    labels: Indices = clustering.fit_predict(affinity).astype(np.intp)
+    return labels
+
+
+def semidefinite(points: Array, num_groups: int) -> Indices:
+    """Groups by the semi-definite relaxation of k-means (Peng & Wei, SIAM J. Optim. 2007). Shape (K,).
+
+    The relaxation is tight where groups are well apart; elsewhere there can be fewer groups than asked for.
+    """
+    import cvxpy as cp  # noqa: PLC0415 - an option, not a dependency
+    from scipy.sparse.csgraph import connected_components  # noqa: PLC0415
+
+    K = len(points)
+    if num_groups >= K:
+        return np.arange(K)
+    distances = (points[:, None] - points) ** 2
+    Z = cp.Variable((K, K), PSD=True)
+    constraints = [Z >= 0, cp.sum(Z, axis=1) == 1, cp.trace(Z) == num_groups]
+    cp.Problem(cp.Minimize(cp.sum(cp.multiply(distances / max(distances.max(), 1e-300), Z))), constraints).solve()
+    labels: Indices = connected_components(Z.value > 0.5 / K, directed=False)[1].astype(np.intp)
+    return labels
+
+
+_GROUPINGS = {"kmeans": k_means_1d, "spectral": spectral, "sdp": semidefinite}

@@ -1,0 +1,225 @@
+"""Weights by how fast each loss falls."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from balance.loss.domain import TaskError, require_above, values, weigh
+from balance.registry import check_type, loss_balancers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from balance.shapes import Losses, WeightedLosses
+
+Mode = Literal["epoch", "window"]
+
+
+@loss_balancers.register("dwa")
+class DynamicWeightAverage(nn.Module):
+    r"""Larger weights for tasks whose loss falls more slowly.
+
+    .. math:: \lambda = K \operatorname{softmax}(r / T), \qquad r_k = \bar L_k(t-1) / \bar L_k(t-2)
+
+    with mean losses of the two epochs before. Weights sum to K. They do not change when a loss is multiplied by a
+    constant. A task counts as steady (r = 1) until both of its means exist, so all weights are 1 at first. Absent tasks
+    take no part in the softmax.
+
+    Args:
+        num_tasks: K.
+        temperature: T > 0; the larger, the more equal the weights.
+        mode: ``"epoch"``: means over epochs, which `end_epoch` closes; ``"window"``: means over the last ``window``
+            steps, the current one included, and the ``window`` steps before them.
+        window: Steps in each window, at least 1.
+
+    Raises:
+        ValueError: If an option is out of range.
+
+    Source:
+        Liu, Johns & Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019, eq. (7). The window is that of
+        Nash-MTL's code. Differs from that code: weights stay 1 until both windows hold losses that were seen, where the
+        code counts placeholders of one as losses; and they sum to K as in the paper, not to 1.
+    """
+
+    history: Tensor
+
+    def __init__(self, num_tasks: int, temperature: float = 2.0, mode: Mode = "epoch", window: int = 25) -> None:
+        super().__init__()
+        check_type("mode of 'dwa'", mode, Mode)
+        if not temperature > 0:
+            raise ValueError(f"temperature of 'dwa' must be positive, but got {temperature}.")
+        if window < 1:
+            raise ValueError(f"window of 'dwa' must be at least 1, but got {window}.")
+        self.temperature = temperature
+        self.mode = mode
+        rows = 2 if mode == "epoch" else 2 * window
+        # oldest row first; NaN where a task has no such row yet
+        self.register_buffer("history", torch.full((rows, num_tasks), torch.nan, dtype=torch.float64))
+
+    def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
+        """Losses times weights; in window mode also remembers the losses.
+
+        Args:
+            losses: Finite values of the present tasks. Shape (K,).
+            present: Indices of those tasks; None for all.
+
+        Returns:
+            Shape (K,).
+
+        Raises:
+            TaskError: If the older mean of a loss is not positive.
+        """
+        tasks = torch.arange(self.history.shape[1], device="cpu") if present is None else present
+        history = self.history[:, tasks]
+        if self.mode == "window":
+            history = torch.cat([history[1:], values(losses).to(history)[None]])
+        old, new = values(history).chunk(2)
+        weights = len(tasks) * (_ratio(new.mean(dim=0), old.mean(dim=0)) / self.temperature).softmax(dim=0)
+        self.history[:, tasks] = history
+        return weigh(losses, weights)
+
+    def end_epoch(self, mean_losses: Tensor) -> None:
+        """Close an epoch.
+
+        Args:
+            mean_losses: Mean raw loss of every task over the epoch, NaN for a task that was never present. Shape (K,).
+        """
+        if self.mode == "epoch":
+            seen = mean_losses.isfinite().nonzero().flatten().cpu()
+            self.history[:, seen] = torch.stack([self.history[1, seen], mean_losses.to(self.history)[seen]])
+
+
+def _ratio(new: Tensor, old: Tensor) -> Tensor:
+    known = old.isfinite() & new.isfinite()
+    for task in (known & (old <= 0)).nonzero().flatten().tolist():
+        raise TaskError(task, f"Mean loss of task {{task}} was {old[task]:.6g}, but 'dwa' divides by it: keep losses positive.")
+    return torch.where(known, new / old, 1.0)
+
+
+@loss_balancers.register("famo")
+class FAMO(nn.Module):
+    r"""Weights that let the logarithms of all losses fall equally fast, learned from the losses after each step.
+
+    With logits ξ, :math:`z = \operatorname{softmax}(\xi)` and :math:`D_k = L_k - b_k + 10^{-8}`,
+
+    .. math:: \tilde L_k = \frac{z_k}{S} \log D_k, \qquad S = \sum_j z_j / D_j ,
+
+    z and S held constant, so that the weights :math:`z_k / (D_k S)` are positive and sum to one. After the optimizer's step,
+    `observe` gets the losses L' of the same batch, and ξ takes one Adam step (weight decay γ added to its gradient) along
+    :math:`v_k = z_k (\delta_k - \sum_j z_j \delta_j)`, :math:`\delta_k = \log D_k - \log D'_k`: a task that fell faster than
+    the others loses weight. With b = 0 the direction does not change when a loss is multiplied by a constant. One task has
+    weight 1. An absent task keeps its logit and its moments; the others go on as if it did not exist.
+
+    Args:
+        num_tasks: K.
+        gamma: Weight decay γ ≥ 0 of the logits.
+        lr: Learning rate of the logits, positive.
+        min_losses: Lower bound b of every loss, K numbers; None for zeros.
+        next_batch: Learn from the losses of the next batch, at the next step, instead of observing the same batch again: no
+            second forward pass, but the differences between batches are taken for progress.
+
+    Raises:
+        ValueError: If an option is out of range.
+
+    Source:
+        Liu et al., "FAMO: Fast Adaptive Multitask Optimization", NeurIPS 2023, algorithm 2 (appendix). γ = 1e-3 is the paper's
+        choice for most problems. Differs: losses below their bound are an error, where the code goes on with reversed
+        signs. Clip gradients after ``backward``: the published code clipped before it, that is, not at all.
+    """
+
+    logits: Tensor
+    mean: Tensor
+    mean_square: Tensor
+    steps: Tensor
+    previous_losses: Tensor
+    min_losses: Tensor
+
+    def __init__(
+        self,
+        num_tasks: int,
+        gamma: float = 1e-3,
+        lr: float = 0.025,
+        min_losses: list[float] | None = None,
+        next_batch: bool = False,  # noqa: FBT001, FBT002 - options are given by name
+    ) -> None:
+        super().__init__()
+        if not gamma >= 0:
+            raise ValueError(f"gamma of 'famo' must not be negative, but got {gamma}.")
+        if not lr > 0:
+            raise ValueError(f"lr of 'famo' must be positive, but got {lr}.")
+        if min_losses is not None and len(min_losses) != num_tasks:
+            raise ValueError(f"min_losses of 'famo' must have one number for each of {num_tasks} tasks, but got {min_losses}.")
+        self.gamma = gamma
+        self.lr = lr
+        self.needs_observation = not next_batch
+        zeros = torch.zeros(num_tasks, dtype=torch.float64)
+        for name in ("logits", "mean", "mean_square", "steps"):  # Adam by task, since tasks can miss steps
+            self.register_buffer(name, zeros.clone())
+        self.register_buffer("previous_losses", zeros + torch.nan)  # NaN where nothing waits to be observed
+        self.register_buffer("min_losses", zeros + torch.tensor(min_losses or 0.0, dtype=torch.float64), persistent=False)
+
+    def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
+        """Weighted logarithms of the losses; remembers the losses for `observe`.
+
+        Args:
+            losses: Values not below ``min_losses``, of the present tasks. Shape (K,).
+            present: Indices of those tasks; None for all.
+
+        Returns:
+            Shape (K,).
+
+        Raises:
+            TaskError: If a loss is below its lower bound.
+        """
+        tasks = self._indices(present)
+        L = values(losses)
+        distance = self._distance(L, tasks)
+        if not self.needs_observation:
+            again = ~values(self.previous_losses[tasks]).isnan()
+            self._learn(tasks[again], L[again])
+        self.previous_losses.fill_(torch.nan)
+        self.previous_losses[tasks] = L.to(self.previous_losses)
+        z = values(self.logits[tasks]).softmax(dim=0)
+        return weigh((losses - self.min_losses[tasks].to(losses) + 1e-8).log(), z / (z / distance).sum())
+
+    def observe(self, losses: Losses, present: Tensor | None = None) -> None:
+        """Adam step on the logits of the present tasks.
+
+        Args:
+            losses: Losses of the same batch after the optimizer's step, of the present tasks. Shape (K,).
+            present: Indices of those tasks; None for all.
+
+        Raises:
+            TaskError: If a loss is below its lower bound; the logits are then as before.
+            RuntimeError: If the step's losses were not weighed before.
+        """
+        tasks = self._indices(present)
+        previous = self.previous_losses[tasks]
+        if previous.isnan().any() or self.previous_losses.isfinite().sum() != len(tasks):
+            raise RuntimeError("'famo' observes losses once after each backward, of the tasks that backward was given.")
+        self._learn(tasks, values(losses))
+        self.previous_losses.fill_(torch.nan)
+
+    def _learn(self, tasks: Tensor, after: Tensor) -> None:
+        """One Adam step, of tasks whose loss was remembered and now is ``after``."""
+        delta = self._distance(values(self.previous_losses[tasks]), tasks).log() - self._distance(after, tasks).log()
+        z = values(self.logits[tasks]).softmax(dim=0)
+        gradient = (z * (delta - (z * delta).sum())).to(self.logits) + self.gamma * self.logits[tasks]
+        self.steps[tasks] += 1
+        self.mean[tasks] += (1 - 0.9) * (gradient - self.mean[tasks])
+        self.mean_square[tasks] += (1 - 0.999) * (gradient**2 - self.mean_square[tasks])
+        mean = self.mean[tasks] / (1 - 0.9 ** self.steps[tasks])
+        mean_square = self.mean_square[tasks] / (1 - 0.999 ** self.steps[tasks])
+        self.logits[tasks] -= self.lr * mean / (mean_square.sqrt() + 1e-8)
+
+    def _indices(self, present: Tensor | None) -> Tensor:
+        return torch.arange(len(self.logits), device="cpu") if present is None else present
+
+    def _distance(self, losses: Tensor, tasks: Tensor) -> Tensor:
+        bounds = values(self.min_losses[tasks])
+        remedy = 'it takes the logarithm. Give lower bounds: loss_options={"min_losses": ...}.'
+        require_above(losses, bounds - 1e-8, "famo", remedy)
+        return losses - bounds + 1e-8

@@ -1,0 +1,43 @@
+"""Losses brought to one scale."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from balance.loss.domain import LOGARITHM, lower_bounds, require_above, values
+from balance.registry import loss_balancers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from balance.shapes import Losses, WeightedLosses
+
+
+@loss_balancers.register("scaleinvls")
+def scaleinvls(losses: Losses, *, min_losses: list[float] | None = None, present: Tensor | None = None) -> WeightedLosses:
+    r"""Scale-invariant linear scalarisation: the logarithm of every loss.
+
+    .. math:: \tilde L_k = \log (L_k - b_k), \qquad \nabla \tilde L_k = \nabla L_k / (L_k - b_k)
+
+    With b = 0 the gradient does not change when a loss is multiplied by a positive constant. It does not equalise gradient
+    norms. A loss that approaches its bound gets a weight without bound, so a task that is fitted perfectly ends in an error; a
+    bound slightly below what can be reached, such as -1e-6, limits the weight.
+
+    Args:
+        losses: Values above ``min_losses``. Shape (K,).
+        min_losses: Lower bound b of the loss of every task, present or not; None for zeros.
+        present: Indices of the tasks whose losses are given; None for all.
+
+    Returns:
+        Shape (K,).
+
+    Raises:
+        ValueError: If ``min_losses`` does not have one number per task.
+        TaskError: If a loss is not above its bound.
+
+    Source:
+        Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, section 5 (baseline SI).
+    """
+    bounds = lower_bounds(min_losses, len(losses), present)
+    require_above(values(losses), bounds, "scaleinvls", LOGARITHM)
+    return (losses - bounds.to(losses)).log() if min_losses else losses.log()

@@ -1,0 +1,54 @@
+"""Losses divided by a noise level that is learned with the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from balance.registry import loss_balancers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from balance.shapes import Losses, WeightedLosses
+
+
+@loss_balancers.register("uw")
+class UncertaintyWeighting(nn.Module):
+    r"""Uncertainty weighting: every task has a learned log-variance s.
+
+    .. math:: \tilde L_k = \tfrac12 \left( e^{-s_k} L_k + s_k \right)
+
+    The weight of a task is :math:`\tfrac12 e^{-s_k}`, at the optimum :math:`1 / (2 L_k)`. The log-variances are parameters:
+    give ``balancer.parameters()`` to the optimizer, without weight decay, which would pull every weight to one half. A
+    loss that stays negative drives its s to minus infinity.
+
+    Args:
+        num_tasks: K.
+        init: Initial log-variance of every task.
+
+    Source:
+        Kendall, Gal & Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses", CVPR 2018, eq. (10). As in every
+        published code the regression form serves for all tasks (the paper has no 1/2 before a classification loss).
+    """
+
+    def __init__(self, num_tasks: int, init: float = 0.0) -> None:
+        super().__init__()
+        # one scalar each, so that no optimizer touches that of an absent task
+        self.log_variances = nn.ParameterList(torch.tensor(float(init)) for _ in range(num_tasks))
+
+    def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
+        """Losses over their learned variances, plus the log-variances.
+
+        Args:
+            losses: Finite values of the present tasks. Shape (K,).
+            present: Indices of those tasks; None for all.
+
+        Returns:
+            Differentiable in the losses and in the log-variances. Shape (K,).
+        """
+        tasks = range(len(self.log_variances)) if present is None else present.tolist()
+        s = torch.stack([self.log_variances[k] for k in tasks]).to(losses)
+        return 0.5 * ((-s).exp() * losses + s)

@@ -1,0 +1,140 @@
+import copy
+
+import pytest
+import torch
+
+from balance import Balancer, loss_balancers
+from tests.test_balancer import TASKS, Network, assert_same_state
+
+
+def train(balancer, network, optimizer, steps, per_epoch=3):
+    for step in range(*steps):
+        optimizer.zero_grad()
+        balancer.backward(network.losses())
+        optimizer.step()
+        if step % per_epoch == per_epoch - 1:
+            balancer.end_epoch()
+
+
+def test_igbv2_resumes_bit_for_bit_while_it_trains_itself(tmp_path):
+    """The checkpoint is taken after several trainings of the agent, with a ring buffer that has gone round."""
+
+    def build():
+        network = Network()
+        balancer = Balancer(TASKS, loss="igbv2", loss_options={"buffer_size": 40}, seed=1)
+        return balancer, network, torch.optim.Adam([*network.parameters(), *balancer.parameters()], lr=0.01)
+
+    straight, first, resumed = build(), build(), build()
+    train(*straight, (0, 220))
+    train(*first, (0, 130))
+    assert first[0].loss.agent.stored > 80
+    torch.save([part.state_dict() for part in first], tmp_path / "checkpoint.pt")
+    for part, state in zip(resumed, torch.load(tmp_path / "checkpoint.pt"), strict=True):
+        part.load_state_dict(state)
+    train(*resumed, (130, 220))
+    for p, q in zip(straight[1].parameters(), resumed[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert_same_state(resumed[0].state_dict(), straight[0].state_dict())
+
+
+def test_igbv2_schedule():
+    """Nothing is remembered before the base is known; training starts with the fourth epoch; from the sixth the actor acts."""
+    balancer = Balancer(TASKS, loss="igbv2")
+    network = Network()
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    agent = balancer.loss.agent
+    initial = copy.deepcopy(agent.actor.state_dict())
+    acts = []
+    act = agent.act
+    agent.act = lambda state: acts.append(1) or act(state)
+    train(balancer, network, optimizer, (0, 50), per_epoch=25)
+    assert agent.stored == 0
+    train(balancer, network, optimizer, (50, 75), per_epoch=25)
+    assert agent.stored == 25
+    assert all(torch.equal(value, initial[key]) for key, value in agent.actor.state_dict().items())
+    train(balancer, network, optimizer, (75, 101), per_epoch=25)
+    assert not all(torch.equal(value, initial[key]) for key, value in agent.actor.state_dict().items())
+    train(balancer, network, optimizer, (101, 125), per_epoch=25)
+    assert not acts
+    train(balancer, network, optimizer, (125, 130), per_epoch=25)
+    assert len(acts) == 5
+
+
+def test_the_agent_learns_what_pays():
+    """Where only weight on the first task lowers the losses, the actor comes to give it weight."""
+    rule = loss_balancers.build("igbv2", num_tasks=2, base_epoch=0, sac_lr=3e-3, buffer_size=500)
+    rule.end_epoch(torch.ones(2))
+    for _ in range(4):
+        rule.end_epoch(torch.ones(2))
+    losses = torch.ones(2, dtype=torch.float64)
+    shares = []
+    for _ in range(600):
+        leaf = losses.clone().requires_grad_()
+        weights = torch.autograd.grad(rule(leaf).sum(), leaf)[0] * losses
+        shares.append(weights[0].item())
+        # the worse of the two tasks improves with the weight of the first, and drifts back
+        losses = (1.0 - 0.4 * (weights[0] - 1)).expand(2).clone()
+    assert sum(shares[-100:]) / 100 > sum(shares[:100]) / 100
+
+
+def test_agent_parameters_are_hidden_from_the_optimizer():
+    assert list(Balancer(TASKS, loss="igbv2").parameters()) == []
+    assert loss_balancers.build("igbv2", num_tasks=3).agent.critics[0][0].in_features == 6
+    agent = loss_balancers.build("igbv2", num_tasks=3).agent
+    assert sum(p.numel() for p in agent.actor.parameters()) == 17_798 + 0
+    assert sum(p.numel() for p in agent.critics.parameters()) == 35_074
+
+
+def test_igbv2_needs_all_tasks():
+    network = Network()
+    with pytest.raises(ValueError, match="cannot leave tasks out"):
+        Balancer(TASKS, loss="igbv2").backward({"a": network.losses()["a"]})
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_igbv2_trains_itself_on_both_densities(official):
+    rule = loss_balancers.build("igbv2", num_tasks=2, base_epoch=0, official=official)
+    for epoch in range(7):
+        for step in range(20):
+            weights = rule(torch.tensor([1.0 + step / 20, 2.0 - epoch / 7], dtype=torch.float64).requires_grad_())
+            assert weights.isfinite().all()
+        rule.end_epoch(torch.tensor([1.5, 1.5]))
+
+
+def test_igbv1_waits_for_its_base_and_a_late_task_gets_its_own():
+    rule = loss_balancers.build("igbv1", num_tasks=3, base_epoch=1)
+    L = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    nan = torch.nan
+    for means, known in (([1.0, 1.0, 1.0], 0), ([1.0, 4.0, nan], 2), ([9.0, 9.0, 6.0], 3)):
+        rule.end_epoch(torch.tensor(means))
+        assert rule.reference.base.isfinite().sum() == known
+        losses = L.clone().requires_grad_()
+        weights = torch.autograd.grad(rule(losses).sum(), losses)[0] * L
+        assert weights.sum().item() == pytest.approx(3)
+    assert rule.reference.base.tolist() == [1, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("igbv1", {"base_epoch": -1}, "not be negative"),
+        ("igbv2", {"sac_lr": 0.0}, "must be positive"),
+        ("igbv2", {"buffer_size": 0}, "at least 1"),
+    ],
+)
+def test_mistakes(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        loss_balancers.build(name, num_tasks=2, **options)
+
+
+@pytest.mark.parametrize("name", ["igbv1", "igbv2"])
+def test_losses_must_be_positive(name):
+    with pytest.raises(ValueError, match=f"'1' is -2, but '{name}'"):
+        loss_balancers.build(name, num_tasks=2)(torch.tensor([1.0, -2.0]))
+
+
+def test_igbv1_weighs_all_alike_at_the_base():
+    rule = loss_balancers.build("igbv1", num_tasks=3, base_epoch=0)
+    L = torch.tensor([0.3, 1.0, 20.0], dtype=torch.float64)
+    rule.end_epoch(L)
+    torch.testing.assert_close(rule(L), L.log())
