@@ -1,0 +1,127 @@
+"""Short vectors in the convex hull of the task gradients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from balance.gradient.task_space import solve
+from balance.registry import check_type, gradient_balancers
+from balance.solvers import conflict_averse_weights, min_norm_weights, square_root
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from balance.shapes import Gramian, Weights
+    from balance.solvers import Array
+
+Normalization = Literal["none", "l2", "loss", "loss+"]
+Rescale = Literal[0, 1, 2]
+Solver = Literal["exact", "cvxpy"]
+
+
+@gradient_balancers.register("mgda", heads="weighted")
+def mgda(gramian: Gramian, *, normalization: Normalization = "none", losses: Tensor | None = None) -> Weights:
+    r"""Weights for which the direction is the shortest vector in the convex hull of the task gradients.
+
+    .. math:: \min_w \lVert J^\top w \rVert^2 \quad \text{subject to } w \ge 0,\ \textstyle\sum_k w_k = 1
+
+    The direction d conflicts with no task: :math:`\langle g_k, d \rangle \ge \lVert d \rVert^2` for every k. It is zero exactly
+    at Pareto-stationary points. Small gradients get large weights: a task whose gradient is zero takes all weight and stops
+    the shared parameters, so do not pair it with ``stl``. One task gets weight 1. Tasks with the same gradient share
+    their weight equally. Unchanged by scaling all gradients together, not by scaling one.
+
+    With a normalization the weights are those of the shortest vector between *normalised* gradients; they are then used for
+    the gradients as they are, and the guarantees above are gone.
+
+    Args:
+        gramian: Inner products of the task gradients. Shape (K, K), positive semi-definite.
+        normalization: What a gradient is divided by before the search: nothing; its length (``"l2"``); its loss; or both
+            (``"loss+"``).
+        losses: Values of the losses, for the last two; the stage gives them. Shape (K,), positive.
+
+    Returns:
+        Non-negative weights that sum to one. Shape (K,), dtype and device of ``gramian``.
+
+    Raises:
+        ValueError: If ``gramian`` is not a finite square matrix, or losses are needed and missing or not positive.
+
+    Source:
+        Désidéri, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization", C. R. Acad. Sci. Paris 2012;
+        Sener & Koltun, "Multi-Task Learning as Multi-Objective Optimization", NeurIPS 2018. Differs: solved exactly,
+        where their code iterates (projected gradient or Frank-Wolfe) and stops early.
+    """
+    check_type("normalization of 'mgda'", normalization, Normalization)
+    if normalization in ("loss", "loss+") and (losses is None or not (losses > 0).all()):
+        found = "nothing" if losses is None else losses.tolist()
+        raise ValueError(f"normalization='{normalization}' of 'mgda' needs positive losses, but got {found}.")
+
+    def weights(G: Array) -> Array:
+        divisor = np.ones(len(G))
+        if normalization in ("l2", "loss+"):
+            norms = np.sqrt(np.diag(G))
+            divisor *= np.where(norms > 0, norms, 1)
+        if normalization in ("loss", "loss+") and losses is not None:
+            divisor *= losses.detach().cpu().double().numpy()
+        return min_norm_weights(G / divisor[:, None] / divisor)
+
+    return solve(weights, gramian)
+
+
+@gradient_balancers.register("cagrad", heads="unweighted")
+def cagrad(gramian: Gramian, *, c: float = 0.4, rescale: Rescale = 1, solver: Solver = "exact") -> Weights:
+    r"""CAGrad: the direction near the mean gradient that does most for the task that gains least.
+
+    .. math:: \max_d \min_k \langle g_k, d \rangle \quad \text{subject to } \lVert d - g_0 \rVert \le c \lVert g_0 \rVert
+
+    with the mean :math:`g_0`. So :math:`d = g_0 + c \lVert g_0 \rVert \, g_w / \lVert g_w \rVert`, where w on the simplex
+    solves the dual problem. c = 0 gives the mean. Conflicts with no task if c ≥ 1; for smaller c it can. Before rescaling
+    every weight is at least 1/K. Unchanged by scaling all gradients together. At a Pareto-stationary point (a zero gradient
+    among them) the second term has no direction and the mean is left, rescaled. One task: (1 + c) g, rescaled.
+
+    Args:
+        gramian: Inner products of the task gradients. Shape (K, K), positive semi-definite.
+        c: Radius of the search, relative to the length of the mean gradient; not negative.
+        rescale: Divide the direction by 1 (``0``), by 1 + c² (``1``) or by 1 + c (``2``).
+        solver: ``"exact"``, or ``"cvxpy"``, an independent convex program, far slower, for comparison.
+
+    Returns:
+        Positive weights, in mean convention. Shape (K,), dtype and device of ``gramian``.
+
+    Raises:
+        ValueError: If ``gramian`` is not a finite square matrix, or an option is out of range.
+
+    Source:
+        Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021, algorithm 1. Differs: solved
+        exactly, where the code's solver returns the mean for gradients shorter than about 1e-3; no epsilons.
+    """
+    check_type("rescale of 'cagrad'", rescale, Rescale)
+    check_type("solver of 'cagrad'", solver, Solver)
+    if not c >= 0:
+        raise ValueError(f"c of 'cagrad' must not be negative, but got {c}.")
+
+    def weights(G: Array) -> Array:
+        total = np.full(len(G), 1 / len(G))
+        dual = None
+        if c > 0:
+            dual = conflict_averse_weights(G, c) if solver == "exact" else _dual_by_cvxpy(G, c)
+        if dual is not None:
+            total += c * np.sqrt(G.mean() / (dual @ G @ dual)) * dual
+        return total / (1, 1 + c**2, 1 + c)[rescale]
+
+    return solve(weights, gramian)
+
+
+def _dual_by_cvxpy(gramian: Array, c: float) -> Array | None:
+    import cvxpy as cp  # noqa: PLC0415 - an option, not a dependency
+
+    largest = np.diag(gramian).max()
+    if largest <= 0:
+        return None
+    R, b = square_root(gramian / largest), np.full(len(gramian), 1 / len(gramian))
+    w = cp.Variable(len(gramian), nonneg=True)
+    radius = c * np.linalg.norm(R @ b)
+    problem = cp.Problem(cp.Minimize((R @ b) @ (R @ w) + radius * cp.norm(R @ w)), [cp.sum(w) == 1])
+    problem.solve(solver=cp.CLARABEL)
+    return None if w.value is None or np.linalg.norm(R @ w.value) <= 1e-6 else w.value.clip(min=0) / w.value.clip(min=0).sum()
