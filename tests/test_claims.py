@@ -1,0 +1,62 @@
+import os
+
+import pytest
+import torch
+
+from balance import gradient_balancers, loss_balancers, testing
+from tests import claims
+
+EXAMPLES = {"thorough": 1000, "ci": 60}.get(os.environ.get("HYPOTHESIS_PROFILE", ""), 40)
+
+
+def test_every_loss_balancer_answers_every_claim():
+    assert set(claims.LOSS_ROWS) == set(loss_balancers.names())
+    for name, row in claims.LOSS_ROWS.items():
+        assert set(row) == set(testing.LOSS_CLAIMS), name
+
+
+def test_every_gradient_balancer_answers_every_claim():
+    assert set(claims.GRADIENT_ROWS) == set(gradient_balancers.names())
+    for name, row in claims.GRADIENT_ROWS.items():
+        on_weights = set(testing._ON_WEIGHTS) if gradient_balancers.sees(name) == "jacobian" else set()
+        assert set(row) == set(testing.GRADIENT_CLAIMS) - on_weights, name
+
+
+def cases(rows, proved):
+    return [
+        pytest.param(name, claim, entry, id=f"{name}-{claim}")
+        for name, row in rows.items()
+        for claim, entry in row.items()
+        if (entry is True or entry == claims.GENERIC) == proved
+    ]
+
+
+@pytest.mark.parametrize(("name", "claim", "entry"), cases(claims.GRADIENT_ROWS, proved=True))
+def test_gradient_claim_holds(name, claim, entry):
+    testing.check_gradient_balancer(
+        claims.gradient_factory(name),
+        (claim,),
+        sees=gradient_balancers.sees(name),
+        kinds=testing.KINDS if entry is True else ("generic",),
+        examples=EXAMPLES,
+    )
+
+
+@pytest.mark.parametrize(("name", "claim", "entry"), cases(claims.GRADIENT_ROWS, proved=False))
+def test_gradient_claim_fails_on_its_counterexample(name, claim, entry):
+    factory, sees = claims.gradient_factory(name), gradient_balancers.sees(name)
+    subject = factory if claim in testing._ON_WEIGHTS else lambda J: testing._direction(factory, J, sees)
+    with pytest.raises(AssertionError):
+        testing.GRADIENT_CLAIMS[claim](subject, torch.tensor(entry, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("name", "claim", "entry"), cases(claims.LOSS_ROWS, proved=True))
+def test_loss_claim_holds(name, claim, entry):
+    testing.check_loss_balancer(claims.loss_factory(name), (claim,), examples=EXAMPLES if name != "igbv2" else 5)
+
+
+@pytest.mark.parametrize(("name", "claim", "entry"), cases(claims.LOSS_ROWS, proved=False))
+def test_loss_claim_fails_on_its_counterexample(name, claim, entry):
+    error = RuntimeError if (name, claim) == ("igbv2", "absent_task_is_a_smaller_problem") else AssertionError
+    with pytest.raises(error):
+        testing.LOSS_CLAIMS[claim](claims.loss_factory(name), torch.tensor(entry, dtype=torch.float64))
