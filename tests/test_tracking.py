@@ -1,0 +1,122 @@
+import math
+import time
+
+import pytest
+
+from balance.tracking import BATCH, Tracker, git_tags
+
+
+def start(folder, **changes):
+    arguments = {"name": "run", "tags": {"loss_method": "uw", "seed": "3"}, "params": {"train.lr": 0.1, "loss": [1, 2]}}
+    return Tracker("problem", folder, **(arguments | changes))
+
+
+def client(folder):
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+
+
+def the_run(folder):
+    reader = client(folder)
+    runs = reader.search_runs([reader.get_experiment_by_name("balance/problem").experiment_id])
+    assert len(runs) == 1
+    return runs[0]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A database that exists; the first use of one takes seconds."""
+    folder = tmp_path_factory.mktemp("store")
+    with start(folder):
+        pass
+    return folder
+
+
+@pytest.fixture
+def folder(store, tmp_path):
+    import shutil
+
+    shutil.copy(store / "mlflow.db", tmp_path / "mlflow.db")
+    reader = client(tmp_path)
+    for run in reader.search_runs([reader.get_experiment_by_name("balance/problem").experiment_id]):
+        reader.delete_run(run.info.run_id)
+    return tmp_path
+
+
+def test_a_run(store):
+    run = the_run(store)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "run"
+    assert run.data.params == {"train.lr": "0.1", "loss": "[1, 2]"}
+    assert run.data.tags.items() >= {"loss_method": "uw", "seed": "3"}.items()
+    assert run.data.tags.items() >= git_tags().items()
+    assert str(store) in client(store).get_experiment(run.info.experiment_id).artifact_location
+
+
+def test_metrics_are_written_in_batches_and_all_arrive(folder):
+    with start(folder) as tracker:
+        writes = []
+        write = tracker._client.log_batch
+        tracker._client.log_batch = lambda run_id, metrics: writes.append(len(metrics)) or write(run_id, metrics=metrics)
+        for step in range(301):
+            tracker.log_metrics({f"loss/{k}": step + k / 10 for k in range(4)}, step)
+    assert writes == [BATCH, BATCH, 204]
+    history = client(folder).get_metric_history(the_run(folder).info.run_id, "loss/2")
+    assert [(m.step, m.value) for m in history] == [(step, step + 0.2) for step in range(301)]
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "KILLED"), (RuntimeError, "FAILED"), (SystemExit, "FAILED")])
+def test_what_was_logged_stays_whatever_ends_the_run(folder, error, status):
+    with pytest.raises(error), start(folder) as tracker:
+        tracker.log_metrics({"loss/a": 1.5}, 0)
+        raise error
+    run = the_run(folder)
+    assert run.info.status == status
+    assert run.data.metrics == {"loss/a": 1.5}
+
+
+def test_infinite_numbers_are_left_out_and_nan_is_kept(folder):
+    with start(folder) as tracker:
+        tracker.log_metrics({"a": math.inf, "b": -math.inf, "c": math.nan, "d": 1.0}, 0)
+    metrics = the_run(folder).data.metrics
+    assert set(metrics) == {"c", "d"}
+    assert math.isnan(metrics["c"])
+
+
+def test_text_artifact(folder):
+    with start(folder) as tracker:
+        tracker.log_text("key: value\n", "config.yaml")
+        run_id = tracker.run_id
+    from mlflow.artifacts import load_text
+
+    run = client(folder).get_run(run_id)
+    assert load_text(f"{run.info.artifact_uri}/config.yaml") == "key: value\n"
+
+
+def test_disabled(tmp_path):
+    with start(tmp_path / "nothing", enabled=False) as tracker:
+        tracker.log_metrics({"a": 1.0}, 0)
+        tracker.log_text("text", "file.txt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tracking_uri_is_respected(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    with start(tmp_path / "elsewhere") as tracker:
+        tracker.log_metrics({"a": 1.0}, 0)
+    assert the_run(folder).data.metrics == {"a": 1.0}
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_store_that_cannot_be_used_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://server")
+    with pytest.raises(OSError, match="MLflow at nonsense://server cannot be used"):
+        start(tmp_path).__enter__()
+
+
+def test_time_in_the_tracker_is_counted(folder):
+    with start(folder) as tracker:
+        tracker._client.log_batch = lambda *a, **k: time.sleep(0.02)
+        tracker.log_metrics({str(k): 0.0 for k in range(BATCH)}, 0)
+        assert tracker.seconds >= 0.02
