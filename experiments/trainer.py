@@ -1,0 +1,378 @@
+"""Train one network on the tasks of an experiment, with any loss balancer and any gradient balancer.
+
+python experiments/trainer.py --loss_method=go4align --gradient_method=pcgrad --seed=0 train.epochs=5 loss.num_groups=3
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
+
+from balance import gradient_balancers, loss_balancers
+from balance.config import StageConfig, build_balancer, compose, flatten, method_names, methods_schema
+from balance.metrics import delta_m
+from balance.tracking import Tracker, connect
+from experiments import experiment as experiments
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from omegaconf import DictConfig
+    from torch.utils.data import Dataset
+
+    from balance import Balancer
+    from experiments.experiment import Batch, Experiment, Network, Splits
+
+
+@dataclass
+class TrainConfig:
+    """Optimization: Adam, with a learning rate of its own for parameters that the balancer owns.
+
+    Both rates stay as they are, or fall to zero along half a cosine.
+    """
+
+    epochs: int = 20
+    batch_size: int = 64
+    lr: float = 1e-3
+    balancer_lr: float = 0.025
+    schedule: Literal["constant", "cosine"] = "constant"
+    max_norm: float | None = None  # clip the gradient of the model to this length, after the stage
+
+
+@dataclass
+class RunConfig:
+    """One run. ``loss``, ``gradient`` and ``data`` get the options of the methods and of the experiment."""
+
+    experiment: str = "digits"
+    loss_method: str = "ls"
+    gradient_method: str | None = None
+    seed: int = 0
+    output_dir: str = "runs"
+    track: bool = True
+    log_every: int = 10
+    device: str = "cpu"
+    balancer: StageConfig = field(default_factory=StageConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+class Run(NamedTuple):
+    """Everything that a run needs, checked before anything is trained."""
+
+    config: DictConfig
+    experiment: Experiment
+    data: Splits
+    model: Network
+    balancer: Balancer
+    folder: Path
+    console: Console
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: 0 after a finished run, 2 for a mistake in the command, 130 after Ctrl-C."""
+    parser = build_parser()
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        run = prepare(configure(options))
+    except (ValueError, TypeError, OSError) as error:
+        parser.error(str(error))
+    try:
+        train(run)
+    except KeyboardInterrupt:
+        run.console.print("Interrupted. What was logged stays; the run is marked KILLED.")
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags for what every run chooses; everything else is a key of the schema."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "--experiment", metavar="NAME", help=f"what to train: {', '.join(experiments.names())} (default: digits)"
+    )
+    parser.add_argument("--loss_method", metavar="NAME", help=f"{', '.join(loss_balancers.names())} (default: ls)")
+    parser.add_argument("--gradient_method", metavar="NAME", help=f"{', '.join(gradient_balancers.names())} (default: none)")
+    parser.add_argument(
+        "--seed", metavar="N", help="seed of the model, of the order of the data and of the balancer (default: 0)"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="any entry of the configuration, such as train.epochs=3 loss.num_groups=2",
+    )
+    return parser
+
+
+def configure(options: argparse.Namespace) -> DictConfig:
+    """Defaults, then the experiment's file, then the command line.
+
+    Raises:
+        ValueError: If a name or a key is unknown, or a value has the wrong type or is out of range.
+    """
+    flags = ("experiment", "loss_method", "gradient_method", "seed")
+    overrides = [f"{flag}={getattr(options, flag)}" for flag in flags if getattr(options, flag) is not None]
+    overrides += options.overrides
+    choice = {key: value for key, _, value in (override.partition("=") for override in overrides)}
+    name = choice.get("experiment", RunConfig.experiment)
+    file = experiments.FOLDER / "configs" / f"{name}.yaml"
+    data_config = experiments.find(name).DataConfig
+    of_experiment = yaml.safe_load(file.read_text(encoding="utf-8"))
+    of_methods = of_experiment.pop("methods", {})  # options that suit the experiment, by method
+    loss_method = choice.get("loss_method", RunConfig.loss_method)
+    gradient_method = choice.get("gradient_method")
+    if gradient_method in ("none", "None", "null", ""):
+        overrides.append("gradient_method=null")
+        gradient_method = None
+    names = method_names(loss_method)
+    of_loss = of_methods.get(loss_method, {}) if len(names) == 1 else {name: of_methods.get(name, {}) for name in names}
+    of_experiment |= {"loss": of_loss, "gradient": of_methods.get(gradient_method, {})}
+    loss, gradient = methods_schema(loss_method, gradient_method)
+    parts = [
+        (key, part, field(default_factory=part))
+        for key, part in (("loss", loss), ("gradient", gradient), ("data", data_config))
+    ]
+    config = compose(make_dataclass("Config", parts, bases=(RunConfig,)), of_experiment, overrides)
+    for key, value in flatten(config).items():
+        if key in ("train.epochs", "train.batch_size", "log_every") and value < 1:
+            raise ValueError(f"{key} must be at least 1, but got {value}.")
+        if key in ("train.lr", "train.balancer_lr", "train.max_norm") and value is not None and not value > 0:
+            raise ValueError(f"{key} must be positive, but got {value}.")
+    return config
+
+
+def prepare(config: DictConfig, console: Console | None = None) -> Run:
+    """Build everything, so that a mistake costs nothing.
+
+    Args:
+        config: As `configure` makes it.
+        console: Where to print; None for the terminal.
+
+    Raises:
+        ValueError: If an option is out of range, or the device is not there.
+        OSError: If the output folder cannot be written, or the tracking store cannot be used.
+    """
+    experiment = experiments.find(config.experiment)
+    balancer = build_balancer(config, experiment.TASKS)
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={config.device} is not to be had: {str(error).splitlines()[0]}") from None
+    torch.manual_seed(config.seed)
+    data = experiment.load(config.data)
+    model = experiment.build_model().to(config.device)
+    folder = new_folder(config)
+    return Run(config, experiment, data, model, balancer, folder, console or Console())
+
+
+def new_folder(config: DictConfig) -> Path:
+    """A folder for this run alone, named after time, methods and seed; the tracking store is tried first.
+
+    Raises:
+        OSError: If nothing can be written there, or the tracking store cannot be used.
+    """
+    parent = Path(config.output_dir).expanduser().resolve() / config.experiment
+    methods = filter(None, (config.loss_method.replace(",", "-"), config.gradient_method))
+    name = "-".join((time.strftime("%Y%m%d-%H%M%S"), *methods, f"seed{config.seed}", ""))
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=name, dir=parent))
+    except OSError as error:
+        raise OSError(f"output_dir: cannot write to {parent} ({error.strerror}). Choose another with output_dir=...") from None
+    try:
+        if config.track:
+            connect(f"balance/{config.experiment}", config.output_dir)
+    except OSError:
+        folder.rmdir()
+        raise
+    return folder
+
+
+def train(run: Run) -> dict[str, float]:
+    """Train, select the epoch on validation, test it once.
+
+    Returns:
+        Test metrics by name, and ``delta_m``.
+    """
+    config, experiment, model, balancer = run.config, run.experiment, run.model, run.balancer
+    optimizer = torch.optim.Adam(
+        [
+            {"params": list(model.parameters()), "lr": config.train.lr},
+            {"params": list(balancer.parameters()), "lr": config.train.balancer_lr},
+        ]
+    )
+    order = torch.Generator().manual_seed(config.seed)
+    batches = loader(run.data.train, RandomSampler(run.data.train, generator=order), config.train.batch_size)  # type: ignore[arg-type]
+    steps = config.train.epochs * len(batches)
+    decay = {"constant": lambda _: 1.0, "cosine": lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps)}[
+        config.train.schedule
+    ]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
+    selection = Selection(run)
+    step, start = 0, time.perf_counter()
+    (run.folder / "config.yaml").write_text(OmegaConf.to_yaml(config), encoding="utf-8")
+    with tracker_of(run) as tracker, progress_bar(run.console) as bar:
+        tracker.log_text(OmegaConf.to_yaml(config), "config.yaml")
+        shown = bar.add_task("", total=steps, losses="", epoch=1, epochs=config.train.epochs)
+        for epoch in range(1, config.train.epochs + 1):
+            model.train()
+            for cpu_batch in batches:
+                batch = tuple(tensor.to(config.device) for tensor in cpu_batch)
+                optimizer.zero_grad()
+                features = model.trunk(batch[0])
+                losses = experiment.losses(model.heads(features), batch)
+                report = balancer.backward(losses, shared=model.trunk.parameters(), features=features)
+                if config.train.max_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_norm)
+                optimizer.step()
+                schedule.step()
+                if balancer.needs_observation:
+                    with torch.no_grad():
+                        balancer.observe(experiment.losses(model(batch[0]), batch))
+                if step % config.log_every == 0:
+                    tracker.log_metrics(report.as_metrics(), step)
+                    bar.update(
+                        shown,
+                        losses=" ".join(f"{t} {v:.3g}" for t, v in zip(report.tasks, report.losses.tolist(), strict=True)),
+                    )
+                step += 1
+                bar.update(shown, advance=1, epoch=epoch)
+            balancer.end_epoch()
+            metrics = evaluate(run, run.data.validation)
+            tracker.log_metrics({f"val/{name}": value for name, value in metrics.items()}, step)
+            selection.offer(epoch, metrics)
+            bar.console.print(f"epoch {epoch:3d}  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        model.load_state_dict(selection.state["model"])
+        final = evaluate(run, run.data.test)
+        final["delta_m"] = selection.drop(final)
+        tracker.log_metrics({f"final/{name}": value for name, value in final.items()} | {"best_epoch": selection.epoch}, step)
+        (run.folder / "final.json").write_text(json.dumps(final, indent=2) + "\n", encoding="utf-8")
+    seconds = time.perf_counter() - start
+    show(run, selection, final)
+    run.console.print(f"{seconds:.1f} s, of which {tracker.seconds:.2f} s for tracking. Saved in {run.folder}")
+    return final
+
+
+class Selection:
+    """Keeps the epoch with the best validation metrics, in memory and in ``best.pt`` of the run's folder.
+
+    The best is the least delta_m of the tasks that are trained.
+
+    The reference is the single-task baselines; where an experiment has none yet, the metrics of the first epoch.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.trained = set(run.experiment.TASKS)
+        if run.config.loss_method == "stl":
+            self.trained = {run.experiment.TASKS[run.config.loss.main_task]}
+        self.baselines: Mapping[str, float] = read_baselines(run.config.experiment)
+        self.reference = self.baselines
+        self.epoch = 0
+        self.best = float("inf")
+        self.state: dict[str, Any] = {}
+
+    def offer(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Keep the model if this epoch is the best so far; the first is kept whatever it is."""
+        self.reference = self.reference or metrics
+        drop = self.drop(metrics)
+        if drop < self.best or not self.state:
+            self.epoch, self.best = epoch, drop
+            state = {"model": self.run.model.state_dict(), "balancer": self.run.balancer.state_dict(), "epoch": epoch}
+            self.state = copy.deepcopy(state)
+            torch.save(state, self.run.folder / "best.pt")
+
+    def drop(self, metrics: Mapping[str, float]) -> float:
+        """delta_m of the tasks that are trained, against the reference."""
+        of_trained = {name: value for name, value in metrics.items() if name.partition("/")[0] in self.trained}
+        return delta_m(of_trained, self.reference, self.run.experiment.HIGHER_IS_BETTER)
+
+
+def evaluate(run: Run, data: Dataset[Batch]) -> dict[str, float]:
+    """Metrics over all samples of a data set."""
+    metrics = run.experiment.metrics()
+    for metric in metrics.values():
+        metric.to(run.config.device)
+    run.model.eval()
+    with torch.no_grad():
+        for cpu_batch in loader(data, SequentialSampler(data), 1000):  # type: ignore[arg-type]
+            batch = tuple(tensor.to(run.config.device) for tensor in cpu_batch)
+            outputs, targets = run.model(batch[0]), run.experiment.targets(batch)
+            for name, metric in metrics.items():
+                task = name.partition("/")[0]
+                metric.update(outputs[task], targets[task])
+    return {name: metric.compute().item() for name, metric in metrics.items()}
+
+
+def loader(data: Dataset[Batch], order: Any, batch_size: int) -> DataLoader[Batch]:
+    """Batches that are indexed at once, not collated sample by sample."""
+    return DataLoader(data, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)
+
+
+def read_baselines(experiment: str) -> dict[str, float]:
+    """Mean test metrics of single-task networks, as far as they have been measured."""
+    file = experiments.FOLDER / experiment / "baselines.yaml"
+    if not file.exists():
+        return {}
+    return {name: row["mean"] for name, row in yaml.safe_load(file.read_text(encoding="utf-8"))["metrics"].items()}
+
+
+def tracker_of(run: Run) -> Tracker:
+    """The MLflow run, which writes below the output folder by default."""
+    config = run.config
+    tags = {"loss_method": config.loss_method, "gradient_method": str(config.gradient_method).lower(), "seed": str(config.seed)}
+    return Tracker(
+        config.experiment, config.output_dir, name=run.folder.name, tags=tags, params=flatten(config), enabled=config.track
+    )
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with the losses of the last logged step."""
+    return Progress(
+        TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+        console=console,
+        transient=True,
+    )
+
+
+def show(run: Run, selection: Selection, final: dict[str, float]) -> None:
+    """The table of test metrics beside the single-task baselines."""
+    title = " + ".join(filter(None, (run.config.loss_method, run.config.gradient_method)))
+    table = Table("task", "metric", "test", "single-task", title=f"{run.config.experiment}: {title}, epoch {selection.epoch}")
+    for name, value in final.items():
+        task, _, metric = name.partition("/")
+        if metric:
+            baseline = selection.baselines.get(name)
+            better = "↑" if name in run.experiment.HIGHER_IS_BETTER else "↓"
+            untrained = "" if task in selection.trained else " (not trained)"
+            table.add_row(task, f"{metric} {better}", f"{value:.4f}{untrained}", "-" if baseline is None else f"{baseline:.4f}")
+    run.console.print(table)
+    against = (
+        "single-task baselines" if selection.baselines else "the first epoch, since there are no single-task baselines yet"
+    )
+    run.console.print(f"delta_m {final['delta_m']:+.2f} % against {against} (lower is better)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""The stage, whole: optimization reaches the Pareto set, and the claims of the README about the experiment."""
+
+import functools
+
+import pytest
+import torch
+
+from balance import Balancer, gradient_balancers
+from balance.solvers import min_norm_weights
+
+
+@pytest.mark.filterwarnings("ignore:nashmtl ignores positive loss weights")
+@pytest.mark.parametrize("loss", ["ls", "uw", "famo"])
+@pytest.mark.parametrize("gradient", [None, *gradient_balancers.names()])
+def test_quadratics_reach_the_pareto_set(loss, gradient):
+    """Three quadratics with different minima: at the end a convex combination of the task gradients is zero."""
+    centres = torch.tensor([[0.0, 0.0], [4.0, 0.0], [1.0, 3.0]], dtype=torch.float64)
+    scales = torch.tensor([1.0, 10.0, 0.1], dtype=torch.float64)
+    theta = torch.tensor([9.0, -7.0], dtype=torch.float64, requires_grad=True)
+
+    def losses():
+        return scales * ((theta - centres).square().sum(dim=1) + 1)
+
+    balancer = Balancer(3, loss=loss, gradient=gradient)
+    optimizer = torch.optim.Adam([{"params": [theta], "lr": 0.3}, {"params": list(balancer.parameters()), "lr": 0.01}])
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
+    for _ in range(350):
+        optimizer.zero_grad()
+        balancer.backward(losses(), shared=[theta])
+        optimizer.step()
+        schedule.step()
+        if balancer.needs_observation:
+            balancer.observe(losses().detach())
+    J = 2 * (theta.detach() - centres)
+    G = (J @ J.T).numpy()
+    w = min_norm_weights(G)
+    assert w @ G @ w < 1e-2
+
+
+@pytest.fixture(scope="module")
+def drop(tmp_path_factory):
+    """delta_m of a whole run of the default experiment, trained once for each method."""
+    from rich.console import Console
+
+    from experiments import trainer
+
+    folder = tmp_path_factory.mktemp("digits")
+
+    @functools.cache
+    def of(methods):
+        loss, _, gradient = methods.partition("+")
+        words = [f"--loss_method={loss}", *([f"--gradient_method={gradient}"] if gradient else [])]
+        config = trainer.configure(
+            trainer.build_parser().parse_intermixed_args([*words, "track=false", f"output_dir={folder}"])
+        )
+        return trainer.train(trainer.prepare(config, Console(quiet=True)))["delta_m"]
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("methods", ["uw", "famo", "go4align", "go4align+pcgrad", "scaleinvls+mgda"])
+def test_balancers_beat_equal_weights_on_digits(methods, drop):
+    assert drop(methods) < drop("ls") - 2
