@@ -1,0 +1,25 @@
+"""Where and how results are kept."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def write(results: dict[str, Any], kind: str, folder: Path) -> None:
+    """Write results to ``<date>_<kind>_<machine>_<commit>.json``, with the versions that they depend on."""
+    words = ["git", "-C", str(FOLDER), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip() or "unknown"  # noqa: S603
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit, "threads": 1}
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{datetime.now(tz=timezone.utc):%Y-%m-%d}_{kind}_{platform.machine()}_{commit}.json"
+    file.write_text(json.dumps(versions | {"results": results}, indent=1) + "\n", encoding="utf-8")
+    print(f"\nWritten to {file.name} in {folder.name}")

@@ -1,0 +1,37 @@
+"""The benchmarks run; what they time is no matter for a test."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "options"), [("bench_rules.py", ["--sizes", "3"]), ("bench_step.py", [])])
+def test_benchmark(script, options, tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--repeats", "2", "--output", str(tmp_path), *options]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    (file,) = tmp_path.glob("*.json")
+    results = json.loads(file.read_text(encoding="utf-8"))["results"]
+    for rows in results.values():
+        assert all(row["ms"] > 0 for row in rows.values())
+
+
+def test_rules_are_measured_against_their_own_certificates(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import bench_rules
+
+    for num_tasks in (3, 11):
+        G = bench_rules.problem(num_tasks, 0)
+        for name, rule in bench_rules.ours(num_tasks).items():
+            error = bench_rules.accuracy(name, G, rule(G))
+            assert error is None or error <= 1e-10
+            if error is not None:  # a certificate that the mean would pass is none
+                assert (
+                    bench_rules.accuracy(name, G, G.new_full((num_tasks,), 1 / num_tasks) + 0.1 * G.diagonal() / G.trace())
+                    > 1e-3
+                )
