@@ -1,0 +1,142 @@
+"""Every command and snippet of the README is run."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+import balance
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
+    for line in block.splitlines()
+]
+METHODS = TEXT.split("| rule | K = 3 |")[0]
+TINY = ["data.train_pairs=128", "data.validation_pairs=50", "data.test_pairs=50", "train.epochs=1"]
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """Registrations of a snippet end with its test."""
+    for registry in (balance.loss_balancers, balance.gradient_balancers):
+        monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=[str(k) for k in range(len(SNIPPETS))])
+def test_snippet(snippet, registries, capsys):
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out
+
+
+def test_make_targets():
+    targets = [command.split()[1] for command in COMMANDS if command.startswith("make ")]
+    assert targets == ["demo", "test"]
+    for target in targets:
+        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+    demo = subprocess.run(["make", "-n", "-W", "pyproject.toml", "demo"], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "experiments/trainer.py --loss_method=go4align --gradient_method=pcgrad" in demo.stdout
+
+
+def run(command, folder):
+    program, script, *words = command.replace("--seeds 0 1 2", "--seeds 0").split()
+    assert program == "python"
+    shrink = [] if "--help" in words or "compare" in script else TINY
+    shrink = [word for word in shrink if word.split("=")[0] not in {given.split("=")[0] for given in words}]
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *words, *shrink], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_commands(tmp_path):
+    scripts = [command for command in COMMANDS if command.startswith("python ")]
+    assert len(scripts) == 5
+    printed = [run(command, tmp_path) for command in scripts]
+    assert (tmp_path / "runs/digits").is_dir()
+    assert (tmp_path / "runs/short/mlflow.db").exists()
+    assert "7 runs finished, 0 failed" in printed[3]
+    header = next(line for line in TEXT.splitlines() if line.startswith("| method | seeds |"))
+    assert printed[4].splitlines()[0] == header
+
+
+def test_every_command_is_covered():
+    assert all(command.split()[0] in ("make", "python", ".venv/bin/mlflow") for command in COMMANDS)
+
+
+@pytest.mark.slow
+def test_mlflow_ui(tmp_path):
+    (command,) = [command for command in COMMANDS if command.startswith(".venv/bin/mlflow")]
+    words = command.split()[1:]
+    run(f"python experiments/trainer.py {' '.join(TINY)}", tmp_path)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", *words, "--port", "5071"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        for _ in range(120):
+            time.sleep(0.5)
+            try:
+                with urllib.request.urlopen("http://127.0.0.1:5071/", timeout=2) as page:
+                    assert page.status == 200
+                    return
+            except OSError:
+                assert server.poll() is None, "the server has ended"
+        pytest.fail("the server does not answer")
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=20)
+
+
+@pytest.mark.parametrize("registry", [balance.loss_balancers, balance.gradient_balancers], ids=["loss", "gradient"])
+def test_method_tables_list_every_method_with_its_options(registry):
+    for name in registry.names():
+        (row,) = [line for line in METHODS.splitlines() if line.startswith(f"| `{name}` |")]
+        options = {option for option in registry.options(name) if option != "seed"}
+        assert set(re.findall(r"`(\w+)` \(", row)) == options
+
+
+def test_method_table_has_the_heads_rule():
+    for name in balance.gradient_balancers.names():
+        (row,) = [line for line in METHODS.splitlines() if line.startswith(f"| `{name}` |")]
+        assert f"| {balance.gradient_balancers.heads(name)} |" in row
+
+
+def test_tree_lists_every_module():
+    tree = TEXT.split("## Tree")[1]
+    for file in [*(ROOT / "balance").glob("*.py"), *(ROOT / "experiments").glob("*.py")]:
+        if file.name not in ("__init__.py", "_version.py", "experiment.py"):
+            assert f" {file.name} " in tree, file.name
+    for folder in ("loss", "gradient"):
+        (line,) = [line for line in tree.splitlines() if line.strip().startswith(f"{folder}/")]
+        registered = {m.rule.__module__.rpartition(".")[2] for m in getattr(balance, f"{folder}_balancers")._methods.values()}
+        assert all(module in line for module in registered)
+
+
+def test_the_table_of_defects_names_tests_that_exist():
+    table = TEXT.split("### What published code does")[1].split("## ")[0]
+    named = set(re.findall(r"`(test_\w+)`", table))
+    assert len(named) >= 10
+    defined = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"def (test_\w+)\(", file.read_text("utf-8"))
+    }
+    assert named <= defined
+
+
+def test_tables_of_measured_numbers_cover_every_rule_and_size():
+    rows = [line.split("|")[1].strip(" `") for line in TEXT.split("| rule | K = 3 |")[1].split("\n\n")[0].splitlines()[2:]]
+    measured = {name for name in balance.gradient_balancers.names() if balance.gradient_balancers.sees(name) == "gramian"}
+    assert set(rows) == measured
