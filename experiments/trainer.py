@@ -258,7 +258,8 @@ def train(run: Run) -> dict[str, float]:
             metrics = evaluate(run, run.data.validation)
             tracker.log_metrics({f"val/{name}": value for name, value in metrics.items()}, step)
             selection.offer(epoch, metrics)
-            bar.console.print(f"epoch {epoch:3d}  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            line = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            bar.console.print(f"epoch {epoch:3d}  {line}", soft_wrap=True)
         model.load_state_dict(selection.state["model"])
         final = evaluate(run, run.data.test)
         final["delta_m"] = selection.drop(final)
@@ -266,7 +267,7 @@ def train(run: Run) -> dict[str, float]:
         (run.folder / "final.json").write_text(json.dumps(final, indent=2) + "\n", encoding="utf-8")
     seconds = time.perf_counter() - start
     show(run, selection, final)
-    run.console.print(f"{seconds:.1f} s, of which {tracker.seconds:.2f} s for tracking. Saved in {run.folder}")
+    run.console.print(f"{seconds:.1f} s, of which {tracker.seconds:.2f} s for tracking. Saved in {run.folder}", soft_wrap=True)
     return final
 
 
@@ -371,7 +372,7 @@ def show(run: Run, selection: Selection, final: dict[str, float]) -> None:
     against = (
         "single-task baselines" if selection.baselines else "the first epoch, since there are no single-task baselines yet"
     )
-    run.console.print(f"delta_m {final['delta_m']:+.2f} % against {against} (lower is better)")
+    run.console.print(f"delta_m {final['delta_m']:+.2f} % against {against} (lower is better)", soft_wrap=True)
 
 
 if __name__ == "__main__":
