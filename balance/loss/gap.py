@@ -44,7 +44,8 @@ class BaseLosses(nn.Module):
     def end_epoch(self, mean_losses: Tensor) -> None:
         """Close an epoch; ``mean_losses`` (K,) are NaN for tasks that were never present."""
         if self.epochs >= self.epoch:
-            require_above(values(mean_losses).nan_to_num(nan=1.0), 0, "igb", "it divides by the mean loss of an epoch.")
+            seen = values(mean_losses).nan_to_num(nan=1.0)  # an absent task has no mean to complain of
+            require_above(seen, 0, "igbv1 and igbv2", "they divide by the mean loss of an epoch.")
             self.base.copy_(torch.where(self.base.isnan(), mean_losses.to(self.base), self.base))
         self.epochs += 1
 
