@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
+
+from scipy.stats import rankdata
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -35,3 +38,38 @@ def delta_m(metrics: Mapping[str, float], baselines: Mapping[str, float], higher
             raise ValueError(f"delta_m needs a baseline of '{name}' that is not zero, but got {baselines.get(name)}.")
         drops.append((-1 if name in higher_is_better else 1) * (value - baseline) / baseline)
     return 100 * sum(drops) / len(drops)
+
+
+def mean_rank(table: Mapping[str, Mapping[str, float]], higher_is_better: Collection[str] = ()) -> dict[str, float]:
+    r"""Mean over the metrics of each method's rank among the methods; 1 is best.
+
+    .. math:: \mathrm{MR}(a) = \frac{1}{M} \sum_j \bigl(1 + \#\{b \text{ strictly better than } a \text{ on metric } j\}\bigr)
+
+    Methods that tie share the best of their ranks, and the next rank is skipped. The number depends on which methods are
+    compared: never put mean ranks of two tables side by side, and leave single-task networks out of the table.
+
+    Args:
+        table: M values by name, for each method. NaN ranks behind every number.
+        higher_is_better: Names of the metrics that should be large.
+
+    Returns:
+        Mean rank by method, from 1 to the number of methods.
+
+    Raises:
+        ValueError: If there are no methods or no metrics, or a method lacks a metric that another has.
+
+    Source:
+        The MR columns of Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, and Liu et al., "FAMO", NeurIPS
+        2023, whose printed values this rule for ties reproduces. Some scripts rank densely, without skipping.
+    """
+    names = {name for metrics in table.values() for name in metrics}
+    if not names:
+        raise ValueError("mean_rank needs at least one method with at least one metric.")
+    for method, metrics in table.items():
+        if missing := names - metrics.keys():
+            raise ValueError(f"mean_rank needs the same metrics of every method, but '{method}' has no {sorted(missing)}.")
+    ranks = []
+    for name in names:
+        costs = [(-1 if name in higher_is_better else 1) * metrics[name] for metrics in table.values()]
+        ranks.append(rankdata([math.inf if math.isnan(cost) else cost for cost in costs], method="min"))
+    return {method: sum(float(rank[k]) for rank in ranks) / len(ranks) for k, method in enumerate(table)}
