@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from balance.tracking import BATCH, Tracker, git_tags
+from balance.tracking import BATCH, Tracker, git_tags, without_password
 
 
 def start(folder, **changes):
@@ -99,6 +99,70 @@ def test_disabled(tmp_path):
         tracker.log_metrics({"a": 1.0}, 0)
         tracker.log_text("text", "file.txt")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_first_of_several_processes_records(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with start(tmp_path / "nothing") as tracker:
+        tracker.log_metrics({"a": 1.0}, 0)
+        tracker.log_file(tmp_path / "missing")
+        tracker.log_dataset("data", digest="0", source="here", rows=1, context="training")
+        tracker.log_model(tmp_path / "missing")
+        tracker.set_tags({"a": "b"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_below_another_and_its_end(folder):
+    with start(folder) as parent, start(folder, parent=parent.run_id) as child:
+        child.status = "FAILED"
+    run = client(folder).get_run(child.run_id)
+    assert run.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert run.info.status == "FAILED"
+    assert client(folder).get_run(parent.run_id).info.status == "FINISHED"
+
+
+def test_a_run_is_continued(folder):
+    with pytest.raises(KeyboardInterrupt), start(folder) as tracker:
+        raise KeyboardInterrupt
+    with start(folder, run_id=tracker.run_id, tags={}, params={"train.lr": 0.1}) as again:
+        assert the_run(folder).info.status == "RUNNING"
+        again.log_metrics({"a": 2.0}, 5)
+    run = the_run(folder)
+    assert (run.info.status, run.data.metrics, run.data.params["train.lr"]) == ("FINISHED", {"a": 2.0}, "0.1")
+
+
+def test_many_parameters(folder):
+    with start(folder, params={f"p{k}": k for k in range(250)}):
+        pass
+    assert the_run(folder).data.params == {f"p{k}": str(k) for k in range(250)}
+
+
+def test_data_files_and_tags(folder):
+    (folder / "file.txt").write_text("text", encoding="utf-8")
+    with start(folder) as tracker:
+        tracker.log_dataset("data", digest="abc", source="here", rows=7, context="validation")
+        tracker.log_file(folder / "file.txt", "kept")
+        tracker.set_tags({"a": "b"})
+    run = the_run(folder)
+    (used,) = run.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest, used.tags[0].value) == ("data", "abc", "validation")
+    assert [file.path for file in client(folder).list_artifacts(run.info.run_id, "kept")] == ["kept/file.txt"]
+    assert run.data.tags["a"] == "b"
+
+
+def test_system_metrics_need_psutil(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="pip install psutil"):
+        start(tmp_path, system_metrics=True)
+
+
+def test_passwords_are_not_shown(tmp_path, monkeypatch):
+    assert without_password("postgresql://me:secret@host:5432/runs") == "postgresql://me:***@host:5432/runs"
+    assert without_password("http://host:5000") == "http://host:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://me:secret@server")
+    with pytest.raises(OSError, match="cannot be used") as caught:
+        start(tmp_path).__enter__()
+    assert "secret" not in str(caught.value)
 
 
 def test_tracking_uri_is_respected(folder, tmp_path, monkeypatch):
