@@ -33,8 +33,15 @@ class StageConfig:
 
 
 def method_names(loss_method: str) -> list[str]:
-    """Names of the loss balancers in a chain that is written with commas."""
-    return [name.strip() for name in loss_method.split(",")]
+    """Names of the loss balancers in a chain, which is written with plus signs.
+
+    Raises:
+        ValueError: If it is written with commas, which separate the methods of different runs.
+    """
+    if "," in loss_method:
+        chain = loss_method.replace(",", "+").replace(" ", "")
+        raise ValueError(f"A run has one loss_method, but got '{loss_method}'. To apply several in a chain, write {chain}.")
+    return [name.strip() for name in loss_method.split("+")]
 
 
 def options_schema(registry: Registry, name: str | None) -> type:

@@ -1,11 +1,10 @@
-"""Measure an experiment's single-task baselines: the trainer with --loss_method=stl, once for each task and seed.
+"""Measure an experiment's single-task baselines, one network for each task and seed, and write them to a file.
 
-python experiments/baselines.py --experiment=digits --seeds 0 1 2 --output experiments/digits/baselines.yaml
+python experiments/baselines.py --experiment=digits --seeds=3 --output=experiments/digits/baselines.yaml
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
@@ -13,58 +12,69 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
 from experiments import experiment as experiments
-from experiments.sweep import run_all
+from experiments.arguments import add_output, add_overrides, command_line, overrides_of, seeds_of
+from experiments.results.store import Store
+from experiments.sweep import baseline_jobs, run_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from experiments.results.comparison import Run
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: 0 if all runs finished, 1 if some failed, 2 for a mistake in the command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--experiment", default="digits", metavar="NAME")
-    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"], metavar="N")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: number of cores)")
+    parser = command_line(__doc__)
+    add_output(parser)
+    parser.add_argument("--seeds", default="3", metavar="N", help="how many, such as 3, or which: 4,7 (default: 3)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at a time (default: number of cores)"
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="YAML file to write")
-    parser.add_argument("--overrides", nargs="*", default=[], metavar="key=value", help="for every run, such as train.epochs=3")
-    options = parser.parse_args(arguments)
+    add_overrides(parser, "for every run, such as train.epochs=3")
+    options = parser.parse_intermixed_args(arguments)
     try:
-        tasks = experiments.find(options.experiment).TASKS
+        jobs = baseline_jobs(overrides_of(options), seeds_of(options.seeds))
+        config = jobs[0].config
+        if not config.track:
+            raise ValueError("Baselines are read from the recorded runs, but track=false.")
+        store = Store(config.experiment, config.output_dir, create=True)
         options.output.touch()  # a file that cannot be written costs no run
-        outcomes = run_all(
-            [
-                [
-                    f"--experiment={options.experiment}",
-                    "--loss_method=stl",
-                    f"--seed={seed}",
-                    f"loss.main_task={k}",
-                    *options.overrides,
-                ]
-                for k in range(len(tasks))
-                for seed in options.seeds
-            ],
-            options.jobs,
-        )
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
-    if any(outcome.error for outcome in outcomes):
+    finished = store.finished()
+    outcomes = run_all([job.known(finished) for job in jobs], options.jobs, "loky", Console(soft_wrap=True))
+    if any(outcome.error for _, outcome in outcomes):
         return 1
-    values: dict[str, list[float]] = {}
-    for number, outcome in enumerate(outcomes):
-        task = tasks[number // len(options.seeds)]
-        for name, value in outcome.metrics.items():
-            if name.partition("/")[0] == task:
-                values.setdefault(name, []).append(round(value, 6))
-    command = f"python experiments/baselines.py --experiment={options.experiment} --seeds {' '.join(options.seeds)}"
-    command += f" --output {options.output}" + (f" --overrides {' '.join(options.overrides)}" if options.overrides else "")
-    rows = {name: {"mean": round(statistics.fmean(runs), 6), "runs": runs} for name, runs in values.items()}
-    text = yaml.safe_dump({"command": command, "metrics": rows}, sort_keys=False, default_flow_style=None, width=120)
-    options.output.write_text("# Test metrics of networks trained on one task alone\n" + text, encoding="utf-8")
+    wanted = {job.fingerprint for job in jobs}
+    runs = [run for run in store.runs() if run.finished and run.fingerprint in wanted]
+    command = f"python experiments/baselines.py --experiment={config.experiment} --seeds={options.seeds}"
+    options.output.write_text(text(runs, config.experiment, " ".join([command, *options.overrides])), encoding="utf-8")
     return 0
+
+
+def text(runs: Sequence[Run], experiment: str, command: str) -> str:
+    """Content of the file: the command, the settings, and for each metric the mean and the value of every seed."""
+    tasks = experiments.find(experiment).TASKS
+    values: dict[str, dict[int, float]] = {}
+    for run in runs:
+        task = tasks[int(run.settings["loss.main_task"])]
+        for name in (name for name in run.metrics if name.partition("/")[0] == task):
+            values.setdefault(name, {})[run.seed] = round(run.metrics[name], 6)
+    order = sorted(values, key=lambda name: tasks.index(name.partition("/")[0]))
+    rows = {name: [values[name][seed] for seed in sorted(values[name])] for name in order}
+    content = {
+        "command": command,
+        "settings": dict(runs[0].common),
+        "metrics": {name: {"mean": round(statistics.fmean(row), 6), "runs": row} for name, row in rows.items()},
+    }
+    dumped = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)
+    return f"# Test metrics of networks trained on one task alone\n{dumped}"
 
 
 if __name__ == "__main__":

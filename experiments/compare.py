@@ -1,98 +1,184 @@
-"""Table of the finished runs of an experiment, read from MLflow: mean and standard deviation over seeds, in Markdown.
+"""Compare the recorded runs of an experiment: a table, the figures of a paper, and one page that holds both.
 
-python experiments/compare.py --experiment=digits --output_dir=runs
+python experiments/compare.py --experiment=digits --format=markdown train.epochs=5
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, get_args
+
+from rich.console import Console
+from rich.measure import Measurement
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
-from balance.tracking import tracking_uri
+from balance.registry import unknown
+from experiments import experiment as experiments
+from experiments.arguments import add_output, add_overrides, as_recorded, choices, command_line
+from experiments.results import comparison, figures, reference, report
+from experiments.results.store import Store, curves_of
+from experiments.results.table import Format, render
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    import pandas as pd
-
-METHOD = ["params.loss_method", "params.gradient_method"]
-NOT_SETTINGS = {"params.seed", "params.output_dir", "params.track", "params.log_every", "params.device", *METHOD}
+    from experiments.results.comparison import Comparison, Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: 0 with a table, 2 if there is nothing to compare."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--experiment", default="digits", metavar="NAME")
-    parser.add_argument("--output_dir", default="runs", help="where the runs were written, unless MLFLOW_TRACKING_URI is set")
-    options = parser.parse_args(arguments)
+    parser = build_parser()
+    options = parser.parse_intermixed_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        runs = finished_runs(options.experiment, options.output_dir)
+        filters = _filters(options)
+        output_dir = options.output_dir or filters.pop("output_dir", "runs")
+        name = options.experiment or filters.pop("experiment", "digits")
+        experiments.find(name)
+        store = Store(name, output_dir)
+        runs, every = choose(store, options.runs, filters)
+        compared = compare(name, runs, every, options.baselines)
+        axes = _pareto_axes(options.pareto, compared)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(table(runs))
+    show(compared, options.format)
+    if options.table_only:
+        return 0
+    folder = Path(options.output or Path(output_dir) / name / "comparison").expanduser().resolve()
+    command = f"python experiments/compare.py {shlex.join(words)}"
+    try:
+        page = write(compared, curves_of(store, compared), axes, folder, command)
+    except OSError as error:
+        parser.error(f"--output: cannot write to {folder} ({error.strerror}).")
+    status = Console(stderr=True, soft_wrap=True)
+    status.print(f"Report: {page}", markup=False)
+    sweep = store.sweep_of(runs) if options.runs else store.sweep()
+    if sweep is not None:
+        for file in sorted(folder.iterdir()):
+            store.client.log_artifact(sweep.info.run_id, str(file), "comparison")
+        status.print(f"and among the artifacts of the MLflow run '{sweep.info.run_name}', in comparison/", markup=False)
     return 0
 
 
-def finished_runs(experiment: str, output_dir: str) -> pd.DataFrame:
-    """Finished runs, the latest for each configuration and seed.
+def build_parser() -> argparse.ArgumentParser:
+    """What to compare, with what, and in which form."""
+    parser = command_line(__doc__)
+    add_output(parser)
+    parser.add_argument(
+        "--runs", nargs="+", metavar="ID", help="MLflow ids of the runs, or of sweeps (default: all that have ended)"
+    )
+    parser.add_argument(
+        "--format", choices=get_args(Format), default="table", help="of the table that is printed (default: table)"
+    )
+    parser.add_argument(
+        "--baselines",
+        metavar="FILE",
+        help="single-task numbers as baselines.py writes them, or none (default: those that were recorded)",
+    )
+    parser.add_argument(
+        "--pareto", metavar="METRIC,METRIC", help="axes of the Pareto plot (default: those that the methods disagree on most)"
+    )
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="for report and figures (default: <output_dir>/<experiment>/comparison)"
+    )
+    parser.add_argument("--table_only", action="store_true", help="no report, no figures")
+    add_overrides(parser, "only runs with this setting, such as train.epochs=3")
+    return parser
+
+
+def choose(store: Store, run_ids: Sequence[str] | None, filters: Mapping[str, str]) -> tuple[list[Run], list[Run]]:
+    """The runs to compare, without single-task networks, and all runs.
 
     Raises:
-        FileNotFoundError: If there is no database.
-        ValueError: If there are no finished runs of the experiment.
+        ValueError: If an id or a setting is unknown, or nothing is left.
     """
-    import pandas as pd  # noqa: PLC0415 - both take seconds, which --help should not
-    from mlflow import MlflowClient  # noqa: PLC0415
-
-    uri = tracking_uri(output_dir)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise FileNotFoundError(f"There is no {uri.removeprefix('sqlite:///')}. Say where the runs are with --output_dir=...")
-    client = MlflowClient(tracking_uri=uri)
-    found = client.get_experiment_by_name(f"balance/{experiment}")
-    rows: list[dict[str, Any]] = []
-    token: str | None = ""
-    while found is not None and token is not None:
-        page = client.search_runs([found.experiment_id], "attributes.status = 'FINISHED'", page_token=token or None)
-        for run in page:  # newest first
-            params = {f"params.{key}": value for key, value in run.data.params.items()}
-            rows.append(params | {f"metrics.{key}": value for key, value in run.data.metrics.items()})
-        token = page.token or None
-    if not rows:
-        raise ValueError(f"There are no finished runs of 'balance/{experiment}' in {uri}.")
-    runs = pd.DataFrame(rows)
-    return runs.drop_duplicates(subset=["params.seed", *METHOD, *settings(runs)])
+    every = store.runs()
+    runs = [run for run in (store.chosen(run_ids) if run_ids else every) if not comparison.is_single_task(run)]
+    for key, value in filters.items():
+        runs = [run for run in runs if _setting(run, key, every) == as_recorded(value)]
+    if not any(run.finished for run in runs):
+        having = f" with {', '.join(f'{key}={value}' for key, value in filters.items())}" if filters else ""
+        raise ValueError(f"There are no finished runs of '{store.experiment}'{having} in {store.place}. sweep.py makes some.")
+    return runs, every
 
 
-def settings(runs: pd.DataFrame) -> list[str]:
-    """Columns with parameters that decide a result, beside the methods and the seed."""
-    return [column for column in runs.columns if column.startswith("params.") and column not in NOT_SETTINGS]
+def compare(name: str, runs: Sequence[Run], every: Sequence[Run], baselines: str | None) -> Comparison:
+    """The table of the runs.
+
+    Raises:
+        ValueError: If there are no baselines, or the runs cannot be compared.
+    """
+    if baselines == "none":
+        found = None
+    elif baselines is not None:
+        found = reference.read_file(Path(baselines))[0]
+    else:
+        found = reference.for_table(name, runs, every)
+    return comparison.compare(
+        runs,
+        experiment=name,
+        higher_is_better=experiments.find(name).HIGHER_IS_BETTER,
+        baselines=None if found is None else found.metrics,
+        baselines_from="" if found is None else found.origin,
+    )
 
 
-def table(runs: pd.DataFrame) -> str:
-    """One row for each configuration, best delta_m first; a setting is shown where runs of one method differ in it."""
-    metrics = sorted(column for column in runs.columns if column.startswith("metrics.final/"))
-    rows = []
-    for method, of_method in runs.groupby(METHOD, dropna=False):
-        differ = [column for column in settings(runs) if of_method[column].nunique(dropna=False) > 1]
-        groups = of_method.groupby(differ, dropna=False) if differ else [((), of_method)]
-        for values, group in groups:
-            chosen = [f"{key.removeprefix('params.')}={value}" for key, value in zip(differ, values, strict=True)]
-            label = " ".join([" + ".join(part for part in method if part not in ("None", None)), *chosen])
-            rows.append((group["metrics.final/delta_m"].mean(), label, group))
-    names = [name.removeprefix("metrics.final/") for name in metrics]
-    lines = [f"| method | seeds | {' | '.join(names)} |", "| --- " * (len(names) + 2) + "|"]
-    for _, label, group in sorted(rows, key=lambda row: row[0]):
-        lines.append(f"| {label} | {len(group)} | {' | '.join(spread(group[name]) for name in metrics)} |")
-    return "\n".join(lines)
+def show(compared: Comparison, form: Format) -> None:
+    """Print the table; what a reader must know goes below it, but not into formats for machines."""
+    if form == "table":
+        console, made = Console(), render(compared, "table")
+        if not console.is_terminal:  # a file has room
+            wide = console.options.update(max_width=1000)
+            console = Console(width=max(console.width, Measurement.get(console, wide, made).maximum))
+        console.print(made)
+    else:
+        print(render(compared, form))
+    if form in ("table", "markdown"):
+        for note in compared.notes:
+            print(f"- {note}")
 
 
-def spread(column: Any) -> str:
-    """Mean, and the standard deviation over seeds where there are several."""
-    digits = 2 if column.abs().max() >= 10 else 3
-    return f"{column.mean():.{digits}f}" + (f" ± {column.std():.{digits}f}" if len(column) > 1 else "")
+def write(compared: Comparison, curves: figures.Curves, axes: tuple[str, str] | None, folder: Path, command: str) -> Path:
+    """Write the figures and the page.
+
+    Returns:
+        The page.
+    """
+    drawn = figures.every_figure(compared, curves, axes)
+    figures.save(drawn, folder)
+    page = folder / "report.html"
+    page.write_text(
+        report.html(compared, drawn, title=f"Comparison of methods on {compared.experiment}", command=command), encoding="utf-8"
+    )
+    return page
+
+
+def _filters(options: argparse.Namespace) -> dict[str, str]:
+    """Settings that runs must have; words such as ``train.epochs=3`` may have landed among the ids."""
+    words = [*options.overrides, *(word for word in options.runs or () if "=" in word)]
+    options.runs = [word for word in options.runs or () if "=" not in word]
+    return choices(words)
+
+
+def _setting(run: Run, key: str, every: Sequence[Run]) -> str | None:
+    known = {"loss_method": run.loss_method, "gradient_method": str(run.gradient_method), "seed": str(run.seed)}
+    if key not in known and not any(key in other.settings for other in every):
+        raise ValueError(unknown("setting", key, {*known, *(key for other in every for key in other.settings)}))
+    return known.get(key, run.settings.get(key))
+
+
+def _pareto_axes(words: str | None, compared: Comparison) -> tuple[str, str] | None:
+    names = words.split(",") if words is not None else []
+    for name in names:
+        if name not in compared.metrics:
+            raise ValueError(unknown("metric in --pareto", name, compared.metrics))
+    if words is not None and len(names) != 2:
+        raise ValueError(f"--pareto needs two metrics separated by a comma, but got '{words}'.")
+    return (names[0], names[1]) if names else None
 
 
 if __name__ == "__main__":

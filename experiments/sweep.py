@@ -1,109 +1,395 @@
-"""Train several methods with several seeds, in parallel processes on this machine.
+"""Run a grid of loss balancers x gradient balancers x seeds, in parallel, and go on where an earlier sweep was cut off.
 
-python experiments/sweep.py --methods ls uw go4align+pcgrad --seeds 0 1 2 --jobs 2 train.epochs=5
+python experiments/sweep.py --experiment=digits --loss_method=ls,uw --gradient_method=none,pcgrad --seeds=3 train.epochs=5
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
+import time
+import warnings
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from joblib import Parallel, delayed
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
 from balance.config import build_balancer
-from balance.tracking import connect
+from balance.tracking import Tracker
+from experiments import cluster, estimate, trainer
 from experiments import experiment as experiments
-from experiments import trainer
+from experiments.arguments import add_methods, add_output, add_overrides, choices, command_line, overrides_of, seeds_of
+from experiments.results import reference
+from experiments.results.comparison import OF_METHODS
+from experiments.results.store import Store, common_of, digest, fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
+
+    from omegaconf import DictConfig
+
+    from experiments.results.comparison import Run
+
+BACKENDS = ("loky", "ray", "dask")
+GRID = {"loss_method": "--loss_method", "gradient_method": "--gradient_method", "seed": "--seeds"}
+START = 10  # seconds until a worker process has imported what it needs, about
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the trainer that a plan asks for."""
+
+    arguments: tuple[str, ...]
+    config: DictConfig
+    fingerprint: str
+    finished: bool = False
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it trains one task alone."""
+        return bool(self.config.loss_method == "stl")
+
+    @property
+    def label(self) -> str:
+        """Methods, as a table calls them; the task of a single-task network."""
+        config = self.config
+        if self.baseline:
+            return f"stl {experiments.find(config.experiment).TASKS[config.loss.main_task]}"
+        return " + ".join(filter(None, (config.loss_method, config.gradient_method)))
+
+    def known(self, finished: Collection[str]) -> Job:
+        """The same job, with what the store knows of it."""
+        return replace(self, finished=self.fingerprint in finished)
 
 
 class Outcome(NamedTuple):
     """What came of one run: its test metrics, or why there are none."""
 
-    arguments: list[str]
     metrics: dict[str, float]
     error: str | None
+    seconds: float
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: 0 if all runs finished, 1 if some failed, 2 for a mistake in the command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--experiment", default="digits", metavar="NAME")
-    parser.add_argument("--methods", nargs="+", required=True, metavar="LOSS[+GRADIENT]", help="such as ls go4align+pcgrad")
-    parser.add_argument("--seeds", nargs="+", default=["0"], metavar="N")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: number of cores)")
-    # key=value words may stand anywhere; argparse alone would take them for further methods
-    options, overrides = parser.parse_args(_without_overrides(arguments)), _overrides(arguments)
-    commands = [
-        [f"--experiment={options.experiment}", *_method(method), f"--seed={seed}", *overrides]
-        for method in options.methods
-        for seed in options.seeds
-    ]
+    """Command line: 0 if all runs finished, 1 if some failed, 2 for a mistake in the command, 130 after Ctrl-C."""
+    parser = build_parser()
+    options = parser.parse_intermixed_args(arguments)
+    console = Console(soft_wrap=True)
+    with ExitStack() as stack:
+        try:
+            jobs = plan(options)
+            workers = options.jobs or os.cpu_count() or 1
+            if options.backend != "loky" and not options.dry_run:
+                there = stack.enter_context(cluster.connected(options.backend, options.cluster))
+                workers = options.jobs or there
+        except (ValueError, TypeError, OSError) as error:
+            parser.error(str(error))
+        show_plan(jobs, workers, console)
+        return 0 if options.dry_run else carry_out(jobs, workers, options.backend, console)
+
+
+def carry_out(jobs: Sequence[Job], workers: int, backend: str, console: Console) -> int:
+    """Run the plan and tell what came of it; the exit code."""
     try:
-        outcomes = run_all(commands, options.jobs)
-    except (ValueError, TypeError, OSError) as error:
-        parser.error(str(error))
-    failed = [outcome for outcome in outcomes if outcome.error]
-    print(f"{len(outcomes) - len(failed)} runs finished, {len(failed)} failed")
+        outcomes = run_all(jobs, workers, backend, console)
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command goes on from here.")
+        return 130
+    except TerminatedWorkerError:
+        console.print(
+            "A worker process died; was there too little memory? The same command goes on from here, --jobs=1 uses less."
+        )
+        return 1
+    failed = [(job, outcome) for job, outcome in outcomes if outcome.error]
+    console.print(
+        f"{len(outcomes) - len(failed)} runs finished, {len(failed)} failed, {sum(job.finished for job in jobs)} were there"
+    )
+    for job, outcome in failed:
+        console.print(f"failed: {' '.join(job.arguments)}\n        {outcome.error}", style="red", markup=False)
+    config = jobs[0].config
+    console.print(f"Next: python experiments/compare.py --experiment={config.experiment} --output_dir={config.output_dir}")
     return 1 if failed else 0
 
 
-def run_all(commands: list[list[str]], jobs: int) -> list[Outcome]:
-    """Run the trainer once for each list of arguments; a failure stops no other run.
+def build_parser() -> argparse.ArgumentParser:
+    """Lists of methods and seeds; everything else is as for the trainer."""
+    parser = command_line(__doc__)
+    add_output(parser)
+    add_methods(parser, several=True)
+    parser.add_argument("--seeds", default="1", metavar="N", help="how many, such as 3 for 0, 1, 2, or which: 4,7 (default: 1)")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="runs at a time (default: number of cores, of the cluster if one is used)"
+    )
+    parser.add_argument("--backend", choices=BACKENDS, default="loky", help="joblib's: processes here (loky), or a cluster")
+    parser.add_argument(
+        "--cluster", metavar="ADDRESS", help="of a running ray or dask cluster (default: as its environment says)"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print the plan and the time that it will take, and run nothing")
+    add_overrides(parser, "for every run, any entry of the trainer's configuration, such as train.epochs=3")
+    return parser
+
+
+def plan(options: argparse.Namespace) -> list[Job]:
+    """The runs that the command asks for, single-task baselines first where there are none for these settings.
 
     Raises:
-        ValueError: If any command is mistaken; then nothing has run.
+        ValueError: If any run is mistaken; nothing has run then.
         OSError: If the tracking store cannot be used.
     """
-    if jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, but got {jobs}.")
-    parser = trainer.build_parser()
-    configs = [trainer.configure(parser.parse_intermixed_args(command)) for command in commands]
-    for config in configs:
-        build_balancer(config, experiments.find(config.experiment).TASKS)
-    if configs and configs[0].track:  # once, before several processes would create the database together
-        connect(f"balance/{configs[0].experiment}", configs[0].output_dir)
-    outcomes = Parallel(n_jobs=jobs, return_as="generator")(delayed(run_one)(command, jobs) for command in commands)
-    finished = []
-    for outcome in outcomes:
-        finished.append(outcome)
-        result = outcome.error or "  ".join(f"{name} {value:.4f}" for name, value in outcome.metrics.items())
-        print(f"[{len(finished)}/{len(commands)}] {' '.join(outcome.arguments)}: {result}", flush=True)
-    return finished
+    if options.jobs is not None and options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, but got {options.jobs}.")
+    if options.cluster and options.backend == "loky":
+        raise ValueError("--cluster needs --backend=ray or --backend=dask.")
+    for key in choices(options.overrides).keys() & GRID:
+        raise ValueError(f"A sweep has lists of those: use {GRID[key]} in place of {key}=....")
+    seeds = seeds_of(options.seeds)
+    losses, gradients = _names(options.loss_method, "ls"), _names(options.gradient_method, "none")
+    common = overrides_of(argparse.Namespace(**vars(options) | {"loss_method": None, "gradient_method": None}))
+    grid = [
+        _job([f"--loss_method={loss}", f"--gradient_method={gradient}", f"--seed={seed}", *common])
+        for loss, gradient, seed in itertools.product(losses, gradients, seeds)
+    ]
+    config = grid[0].config
+    runs = recorded(config, create=not options.dry_run)
+    shipped = reference.shipped_for(config.experiment, common_of(config)) is not None
+    baselines = [] if shipped else baseline_jobs(common, seeds)
+    finished = {run.fingerprint for run in runs if run.finished}
+    jobs = {job.fingerprint: job for job in (*baselines, *grid)}  # a baseline may be in the grid too
+    return [job.known(finished) for job in jobs.values()]
 
 
-def run_one(command: list[str], jobs: int) -> Outcome:
-    """One quiet run of the trainer, with its share of the cores."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+def recorded(config: DictConfig, *, create: bool) -> list[Run]:
+    """Runs that have ended, newest first; none without tracking.
+
+    Raises:
+        OSError: If the tracking store cannot be used.
+    """
     try:
-        config = trainer.configure(trainer.build_parser().parse_intermixed_args(command))
-        return Outcome(command, trainer.train(trainer.prepare(config, Console(quiet=True))), None)
+        return Store(config.experiment, config.output_dir, create=create).runs() if config.track else []
+    except FileNotFoundError:
+        return []
+
+
+def baseline_jobs(overrides: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """One single-task run for each task and seed, with the overrides that do not belong to the methods."""
+    common = [override for override in overrides if not override.startswith(OF_METHODS)]
+    name = choices(overrides).get("experiment", trainer.RunConfig.experiment)
+    tasks = range(len(experiments.find(name).TASKS))
+    return [
+        _job(["--loss_method=stl", f"loss.main_task={k}", f"--seed={seed}", *common])
+        for k, seed in itertools.product(tasks, seeds)
+    ]
+
+
+def show_plan(jobs: Sequence[Job], workers: int, console: Console) -> None:
+    """Print what will run, and how long it will take."""
+    seconds = estimate.seconds_of([job.config for job in jobs if not job.finished], workers)
+    rows: dict[str, list[Job]] = {}
+    for job in jobs:
+        rows.setdefault(job.label, []).append(job)
+    table = Table("methods", "seeds", "to run", "finished", "time of a run", title=f"sweep of {jobs[0].config.experiment}")
+    for label, of_row in rows.items():
+        known = [seconds[job.fingerprint] for job in of_row if not job.finished]
+        seeds = ", ".join(str(job.config.seed) for job in of_row)
+        each = _spelled(known[0]) if known else "-"
+        table.add_row(label, seeds, str(len(known)), str(len(of_row) - len(known)), each)
+    console.print(table)
+    for note in _warnings(jobs):
+        console.print(f"note: {note}", markup=False)
+    total = sum(seconds.values()) / min(workers, max(len(seconds), 1)) + (START if seconds else 0)
+    done = len(jobs) - len(seconds)
+    console.print(f"{len(seconds)} runs to do, {done} are finished already; about {_spelled(total)} with {workers} at a time")
+
+
+def run_all(jobs: Sequence[Job], workers: int, backend: str, console: Console) -> list[tuple[Job, Outcome]]:
+    """Run what is not finished; a failure stops no other run.
+
+    Args:
+        jobs: The plan.
+        workers: Runs at a time.
+        backend: Name of joblib's backend, which is set up.
+        console: Where to print.
+    """
+    todo = [job for job in jobs if not job.finished]
+    if not todo:
+        return []
+    with sweep_run(jobs) as tracker:
+        threads = max(1, (os.cpu_count() or 1) // workers) if backend == "loky" else 1
+        environment = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
+        owner = os.getpid() if backend == "loky" and workers > 1 else None
+        calls = (
+            delayed(run_one)(k, job.arguments, threads, tracker.run_id, environment, str(experiments.FOLDER.parent), owner)
+            for k, job in enumerate(todo)
+        )
+        outcomes = []
+        try:
+            for k, outcome in _progress(_parallel(calls, workers, backend), len(todo), console):
+                outcomes.append((todo[k], Outcome(*outcome)))
+                console.print(_told(*outcomes[-1]), markup=False)
+        finally:
+            if tracker.run_id is not None:
+                store_of(jobs).close_children(tracker.run_id)
+        failed = sum(outcome.error is not None for _, outcome in outcomes)
+        tracker.log_metrics({"runs/finished": len(outcomes) - failed, "runs/failed": failed}, 0)
+        if failed:
+            tracker.status = "FAILED"
+    return outcomes
+
+
+def sweep_run(jobs: Sequence[Job]) -> Tracker:
+    """The MLflow run under which those of the sweep are shown; an earlier sweep with the same plan is continued."""
+    config = jobs[0].config
+    name = digest(sorted(job.fingerprint for job in jobs if not job.baseline))
+    earlier = None
+    if config.track:
+        earlier = store_of(jobs).sweep(name)
+        if earlier is not None:
+            store_of(jobs).close_children(earlier.info.run_id)
+    params = {
+        "methods": ", ".join(dict.fromkeys(job.label for job in jobs)),
+        "seeds": ", ".join(map(str, sorted({job.config.seed for job in jobs}))),
+    }
+    return Tracker(
+        config.experiment,
+        config.output_dir,
+        name=time.strftime("sweep-%Y%m%d-%H%M%S"),
+        tags={"kind": "sweep", "sweep": name},
+        params=params,
+        run_id=None if earlier is None else earlier.info.run_id,
+        enabled=config.track,
+    )
+
+
+def store_of(jobs: Sequence[Job]) -> Store:
+    """Where the runs of a plan are recorded."""
+    return Store(jobs[0].config.experiment, jobs[0].config.output_dir)
+
+
+def run_one(
+    number: int,
+    arguments: Sequence[str],
+    threads: int,
+    parent: str | None,
+    environment: dict[str, str],
+    root: str,
+    owner: int | None,
+) -> tuple[int, tuple[dict[str, float], str | None, float]]:
+    """One quiet run of the trainer in whatever process joblib chose; it may be on another machine.
+
+    Args:
+        number: Which run of the plan, as runs end in any order.
+        arguments: Of the trainer.
+        threads: How many the run may use.
+        parent: Id of the sweep's MLflow run.
+        environment: Variables that MLflow needs.
+        root: Folder of the project.
+        owner: Process without which this one has no business; None if it need not look.
+
+    Returns:
+        The number, and the fields of an `Outcome`.
+    """
+    import os  # noqa: PLC0415 - the function travels alone
+    import sys  # noqa: PLC0415
+    import threading  # noqa: PLC0415
+    import time  # noqa: PLC0415
+    import warnings  # noqa: PLC0415
+
+    def leave_with_owner() -> None:
+        while os.getppid() == owner:
+            time.sleep(0.5)
+        os._exit(1)
+
+    if owner is not None and all(thread.name != "owner" for thread in threading.enumerate()):
+        threading.Thread(target=leave_with_owner, name="owner", daemon=True).start()
+    start = time.perf_counter()
+    os.environ.update(environment)
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    import torch  # noqa: PLC0415
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        from rich.console import Console  # noqa: PLC0415
+
+        from experiments import trainer  # noqa: PLC0415
+
+        config = trainer.configure(trainer.build_parser().parse_intermixed_args(list(arguments)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the plan has told them
+            run = trainer.prepare(config, Console(quiet=True))
+        metrics = trainer.train(run, parent)
     except Exception as error:  # noqa: BLE001 - whatever ends one run must not end the others
-        return Outcome(command, {}, f"{type(error).__name__}: {error}")
+        return number, ({}, f"{type(error).__name__}: {error}", time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)  # with one run at a time this is the user's own process
+    return number, (metrics, None, time.perf_counter() - start)
 
 
-def _method(method: str) -> list[str]:
-    loss, _, gradient = method.partition("+")
-    return [f"--loss_method={loss}", *([f"--gradient_method={gradient}"] if gradient else [])]
+def _told(job: Job, outcome: Outcome) -> str:
+    result = "  ".join(f"{name} {value:.4f}" for name, value in outcome.metrics.items() if "/" in name)
+    return f"{job.label}, seed {job.config.seed}: {outcome.error or result} ({outcome.seconds:.0f} s)"
 
 
-def _overrides(arguments: Sequence[str] | None) -> list[str]:
-    words = sys.argv[1:] if arguments is None else arguments
-    return [word for word in words if "=" in word and not word.startswith("-")]
+def _parallel(calls: Iterable[Any], workers: int, backend: str) -> Iterator[Any]:
+    """What the calls return, in the order in which they end."""
+    if backend == "ray":  # its backend gives the results at the end only, but prints how far it is
+        yield from Parallel(n_jobs=workers, verbose=10)(calls)
+    else:
+        yield from Parallel(n_jobs=workers, return_as="generator_unordered")(calls)
 
 
-def _without_overrides(arguments: Sequence[str] | None) -> list[str]:
-    overrides = _overrides(arguments)
-    return [word for word in (sys.argv[1:] if arguments is None else arguments) if word not in overrides]
+def _progress(outcomes: Iterable[Any], total: int, console: Console) -> Iterator[Any]:
+    columns = (TextColumn("runs"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield from bar.track(outcomes, total=total)
+
+
+def _job(arguments: list[str]) -> Job:
+    config = trainer.configure(trainer.build_parser().parse_intermixed_args(arguments))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # _warnings tells them once
+        build_balancer(config, experiments.find(config.experiment).TASKS)
+    folder = Path(config.output_dir).expanduser().resolve()  # workers may be in other directories
+    return Job((*arguments, f"output_dir={folder}"), config, fingerprint(config))
+
+
+def _warnings(jobs: Sequence[Job]) -> list[str]:
+    """What the stage has to say of the pairings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for job in {job.label: job for job in jobs}.values():
+            build_balancer(job.config, experiments.find(job.config.experiment).TASKS)
+    return list(dict.fromkeys(str(warning.message) for warning in caught))
+
+
+def _names(words: str | None, default: str) -> list[str]:
+    names = [name.strip() for name in (words or default).split(",")]
+    if len(set(names)) < len(names) or not all(names):
+        raise ValueError(f"A list of methods must name each once, separated by commas, but got '{words}'.")
+    return names
+
+
+def _spelled(seconds: float) -> str:
+    return (
+        "1 s"
+        if seconds < 1
+        else f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 if __name__ == "__main__":

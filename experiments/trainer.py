@@ -9,6 +9,7 @@ import argparse
 import copy
 import json
 import math
+import statistics
 import sys
 import tempfile
 import time
@@ -26,19 +27,23 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
-from balance import gradient_balancers, loss_balancers
 from balance.config import StageConfig, build_balancer, compose, flatten, method_names, methods_schema
+from balance.cost import peak_memory
 from balance.metrics import delta_m
-from balance.tracking import Tracker, connect
+from balance.tracking import connect
 from experiments import experiment as experiments
+from experiments.arguments import add_methods, add_output, add_overrides, choices, command_line, overrides_of
+from experiments.recording import log_data, log_model, tracker_of
+from experiments.results import reference
+from experiments.results.store import common_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from omegaconf import DictConfig
     from torch.utils.data import Dataset
 
-    from balance import Balancer
+    from balance import Balancer, Report
     from experiments.experiment import Batch, Experiment, Network, Splits
 
 
@@ -68,6 +73,8 @@ class RunConfig:
     output_dir: str = "runs"
     track: bool = True
     log_every: int = 10
+    log_model: bool = True  # the network and its checkpoints, as artifacts
+    system_metrics: bool = False  # use of processor, memory, disk and network
     device: str = "cpu"
     balancer: StageConfig = field(default_factory=StageConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -103,21 +110,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags for what every run chooses; everything else is a key of the schema."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "--experiment", metavar="NAME", help=f"what to train: {', '.join(experiments.names())} (default: digits)"
-    )
-    parser.add_argument("--loss_method", metavar="NAME", help=f"{', '.join(loss_balancers.names())} (default: ls)")
-    parser.add_argument("--gradient_method", metavar="NAME", help=f"{', '.join(gradient_balancers.names())} (default: none)")
+    parser = command_line(__doc__)
+    add_output(parser)
+    add_methods(parser, several=False)
     parser.add_argument(
         "--seed", metavar="N", help="seed of the model, of the order of the data and of the balancer (default: 0)"
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="any entry of the configuration, such as train.epochs=3 loss.num_groups=2",
-    )
+    add_overrides(parser, "any entry of the configuration, such as train.epochs=3 loss.num_groups=2")
     return parser
 
 
@@ -127,10 +126,8 @@ def configure(options: argparse.Namespace) -> DictConfig:
     Raises:
         ValueError: If a name or a key is unknown, or a value has the wrong type or is out of range.
     """
-    flags = ("experiment", "loss_method", "gradient_method", "seed")
-    overrides = [f"{flag}={getattr(options, flag)}" for flag in flags if getattr(options, flag) is not None]
-    overrides += options.overrides
-    choice = {key: value for key, _, value in (override.partition("=") for override in overrides)}
+    overrides = overrides_of(options)
+    choice = choices(overrides)
     name = choice.get("experiment", RunConfig.experiment)
     file = experiments.FOLDER / "configs" / f"{name}.yaml"
     data_config = experiments.find(name).DataConfig
@@ -169,6 +166,16 @@ def prepare(config: DictConfig, console: Console | None = None) -> Run:
         ValueError: If an option is out of range, or the device is not there.
         OSError: If the output folder cannot be written, or the tracking store cannot be used.
     """
+    run = build(config, console)
+    return run._replace(folder=new_folder(config))
+
+
+def build(config: DictConfig, console: Console | None = None) -> Run:
+    """What `prepare` makes, but for the folder: nothing is written.
+
+    Raises:
+        ValueError: If an option is out of range, or the device is not there.
+    """
     experiment = experiments.find(config.experiment)
     balancer = build_balancer(config, experiment.TASKS)
     try:
@@ -178,8 +185,7 @@ def prepare(config: DictConfig, console: Console | None = None) -> Run:
     torch.manual_seed(config.seed)
     data = experiment.load(config.data)
     model = experiment.build_model().to(config.device)
-    folder = new_folder(config)
-    return Run(config, experiment, data, model, balancer, folder, console or Console())
+    return Run(config, experiment, data, model, balancer, Path(config.output_dir), console or Console())
 
 
 def new_folder(config: DictConfig) -> Path:
@@ -189,7 +195,9 @@ def new_folder(config: DictConfig) -> Path:
         OSError: If nothing can be written there, or the tracking store cannot be used.
     """
     parent = Path(config.output_dir).expanduser().resolve() / config.experiment
-    methods = filter(None, (config.loss_method.replace(",", "-"), config.gradient_method))
+    methods = [*filter(None, (config.loss_method.replace("+", "-"), config.gradient_method))]
+    if config.loss_method == "stl":
+        methods.insert(1, experiments.find(config.experiment).TASKS[config.loss.main_task])
     name = "-".join((time.strftime("%Y%m%d-%H%M%S"), *methods, f"seed{config.seed}", ""))
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -205,19 +213,18 @@ def new_folder(config: DictConfig) -> Path:
     return folder
 
 
-def train(run: Run) -> dict[str, float]:
+def train(run: Run, parent: str | None = None) -> dict[str, float]:
     """Train, select the epoch on validation, test it once.
+
+    Args:
+        run: As `prepare` makes it.
+        parent: Id of the MLflow run under which this one is shown.
 
     Returns:
         Test metrics by name, and ``delta_m``.
     """
-    config, experiment, model, balancer = run.config, run.experiment, run.model, run.balancer
-    optimizer = torch.optim.Adam(
-        [
-            {"params": list(model.parameters()), "lr": config.train.lr},
-            {"params": list(balancer.parameters()), "lr": config.train.balancer_lr},
-        ]
-    )
+    config, model, balancer = run.config, run.model, run.balancer
+    optimizer = build_optimizer(run)
     order = torch.Generator().manual_seed(config.seed)
     batches = loader(run.data.train, RandomSampler(run.data.train, generator=order), config.train.batch_size)  # type: ignore[arg-type]
     steps = config.train.epochs * len(batches)
@@ -226,26 +233,24 @@ def train(run: Run) -> dict[str, float]:
     ]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
     selection = Selection(run)
-    step, start = 0, time.perf_counter()
+    step, start, durations, peak = 0, time.perf_counter(), list[float](), 0
     (run.folder / "config.yaml").write_text(OmegaConf.to_yaml(config), encoding="utf-8")
-    with tracker_of(run) as tracker, progress_bar(run.console) as bar:
+    with tracker_of(run, parent) as tracker, progress_bar(run.console) as bar:
         tracker.log_text(OmegaConf.to_yaml(config), "config.yaml")
+        log_data(tracker, run)
         shown = bar.add_task("", total=steps, losses="", epoch=1, epochs=config.train.epochs)
         for epoch in range(1, config.train.epochs + 1):
             model.train()
             for cpu_batch in batches:
                 batch = tuple(tensor.to(config.device) for tensor in cpu_batch)
-                optimizer.zero_grad()
-                features = model.trunk(batch[0])
-                losses = experiment.losses(model.heads(features), batch)
-                report = balancer.backward(losses, shared=model.trunk.parameters(), features=features)
-                if config.train.max_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_norm)
-                optimizer.step()
+                if step == min(1, steps - 1):  # not the first, which makes the optimizer's state
+                    optimizer.zero_grad()  # the step is not to be credited with freeing them
+                    peak, report = peak_memory_of(train_step, run, optimizer, batch)
+                else:
+                    begin = time.perf_counter()
+                    report = train_step(run, optimizer, batch)
+                    durations.append(time.perf_counter() - begin)
                 schedule.step()
-                if balancer.needs_observation:
-                    with torch.no_grad():
-                        balancer.observe(experiment.losses(model(batch[0]), batch))
                 if step % config.log_every == 0:
                     tracker.log_metrics(report.as_metrics(), step)
                     bar.update(
@@ -258,17 +263,65 @@ def train(run: Run) -> dict[str, float]:
             metrics = evaluate(run, run.data.validation)
             tracker.log_metrics({f"val/{name}": value for name, value in metrics.items()}, step)
             selection.offer(epoch, metrics)
+            torch.save(checkpoint(run, epoch, optimizer), run.folder / "last.pt")
             line = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             bar.console.print(f"epoch {epoch:3d}  {line}", soft_wrap=True)
         model.load_state_dict(selection.state["model"])
         final = evaluate(run, run.data.test)
         final["delta_m"] = selection.drop(final)
-        tracker.log_metrics({f"final/{name}": value for name, value in final.items()} | {"best_epoch": selection.epoch}, step)
+        seconds = time.perf_counter() - start
+        summary = {f"final/{name}": value for name, value in final.items()} | {"best_epoch": selection.epoch}
+        tracker.log_metrics(summary | costs(durations, peak, seconds), step)
         (run.folder / "final.json").write_text(json.dumps(final, indent=2) + "\n", encoding="utf-8")
-    seconds = time.perf_counter() - start
+        if config.log_model:
+            log_model(tracker, run)
     show(run, selection, final)
     run.console.print(f"{seconds:.1f} s, of which {tracker.seconds:.2f} s for tracking. Saved in {run.folder}", soft_wrap=True)
     return final
+
+
+def costs(durations: Sequence[float], peak: int, seconds: float) -> dict[str, float]:
+    """What a run cost: a step in milliseconds and MiB, the whole in seconds."""
+    of_a_step = {"cost/step_ms": 1000 * statistics.median(durations)} if durations else {}
+    return of_a_step | {"cost/step_mib": peak / 2**20, "cost/run_s": seconds}
+
+
+def train_step(run: Run, optimizer: torch.optim.Optimizer, batch: Batch) -> Report:
+    """One step of the optimizer."""
+    optimizer.zero_grad()
+    features = run.model.trunk(batch[0])
+    losses = run.experiment.losses(run.model.heads(features), batch)
+    report = run.balancer.backward(losses, shared=run.model.trunk.parameters(), features=features)
+    if run.config.train.max_norm is not None:
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.train.max_norm)
+    optimizer.step()
+    if run.balancer.needs_observation:
+        with torch.no_grad():
+            run.balancer.observe(run.experiment.losses(run.model(batch[0]), batch))
+    return report
+
+
+def peak_memory_of(step: Callable[..., Report], run: Run, *arguments: Any) -> tuple[int, Report]:
+    """Bytes that a step needs at its height, and what it returns."""
+    reports: list[Report] = []
+    peak = peak_memory(lambda: reports.append(step(run, *arguments)), run.config.device)
+    return peak, reports[0]
+
+
+def build_optimizer(run: Run) -> torch.optim.Adam:
+    """Adam for the model and, at its own rate, for the parameters of the balancer."""
+    return torch.optim.Adam(
+        [
+            {"params": list(run.model.parameters()), "lr": run.config.train.lr},
+            {"params": list(run.balancer.parameters()), "lr": run.config.train.balancer_lr},
+        ]
+    )
+
+
+def checkpoint(run: Run, epoch: int, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    """States after an epoch."""
+    state = {"model": run.model.state_dict(), "balancer": run.balancer.state_dict(), "epoch": epoch}
+    return state if optimizer is None else state | {"optimizer": optimizer.state_dict()}
 
 
 class Selection:
@@ -284,7 +337,10 @@ class Selection:
         self.trained = set(run.experiment.TASKS)
         if run.config.loss_method == "stl":
             self.trained = {run.experiment.TASKS[run.config.loss.main_task]}
-        self.baselines: Mapping[str, float] = read_baselines(run.config.experiment)
+        known = reference.shipped(run.config.experiment)
+        same = known is None or known[1] == dict(common_of(run.config))
+        self.against = "single-task baselines" + ("" if same else ", which were measured with other settings")
+        self.baselines: Mapping[str, float] = {} if known is None else known[0].metrics
         self.reference = self.baselines
         self.epoch = 0
         self.best = float("inf")
@@ -296,9 +352,8 @@ class Selection:
         drop = self.drop(metrics)
         if drop < self.best or not self.state:
             self.epoch, self.best = epoch, drop
-            state = {"model": self.run.model.state_dict(), "balancer": self.run.balancer.state_dict(), "epoch": epoch}
-            self.state = copy.deepcopy(state)
-            torch.save(state, self.run.folder / "best.pt")
+            self.state = copy.deepcopy(checkpoint(self.run, epoch))
+            torch.save(self.state, self.run.folder / "best.pt")
 
     def drop(self, metrics: Mapping[str, float]) -> float:
         """delta_m of the tasks that are trained, against the reference."""
@@ -327,23 +382,6 @@ def loader(data: Dataset[Batch], order: Any, batch_size: int) -> DataLoader[Batc
     return DataLoader(data, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)
 
 
-def read_baselines(experiment: str) -> dict[str, float]:
-    """Mean test metrics of single-task networks, as far as they have been measured."""
-    file = experiments.FOLDER / experiment / "baselines.yaml"
-    if not file.exists():
-        return {}
-    return {name: row["mean"] for name, row in yaml.safe_load(file.read_text(encoding="utf-8"))["metrics"].items()}
-
-
-def tracker_of(run: Run) -> Tracker:
-    """The MLflow run, which writes below the output folder by default."""
-    config = run.config
-    tags = {"loss_method": config.loss_method, "gradient_method": str(config.gradient_method).lower(), "seed": str(config.seed)}
-    return Tracker(
-        config.experiment, config.output_dir, name=run.folder.name, tags=tags, params=flatten(config), enabled=config.track
-    )
-
-
 def progress_bar(console: Console) -> Progress:
     """A bar with the losses of the last logged step."""
     return Progress(
@@ -369,9 +407,7 @@ def show(run: Run, selection: Selection, final: dict[str, float]) -> None:
             untrained = "" if task in selection.trained else " (not trained)"
             table.add_row(task, f"{metric} {better}", f"{value:.4f}{untrained}", "-" if baseline is None else f"{baseline:.4f}")
     run.console.print(table)
-    against = (
-        "single-task baselines" if selection.baselines else "the first epoch, since there are no single-task baselines yet"
-    )
+    against = selection.against if selection.baselines else "the first epoch, since there are no single-task baselines yet"
     run.console.print(f"delta_m {final['delta_m']:+.2f} % against {against} (lower is better)", soft_wrap=True)
 
 

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from mlflow import MlflowClient
 from rich.console import Console
 
 from balance import gradient_balancers, loss_balancers
-from experiments import baselines, compare, sweep, trainer
+from experiments import trainer
+from experiments.results import reference
+from experiments.results.store import common_of, fingerprint
 
 ROOT = Path(__file__).parents[1]
 TINY = ["data.train_pairs=256", "data.validation_pairs=100", "data.test_pairs=100", "train.epochs=2"]
@@ -29,7 +32,7 @@ def runs_in(folder):
     return client.search_runs([client.get_experiment_by_name("balance/digits").experiment_id]), client
 
 
-FAST = (None, "mgda", "pcgrad")
+FAST = (None, "pcgrad")
 GRADIENTS = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in (None, *gradient_balancers.names())]
 
 
@@ -38,7 +41,7 @@ GRADIENTS = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) 
 @pytest.mark.parametrize("loss", loss_balancers.names())
 def test_every_pairing_trains_digits_for_one_epoch(loss, gradient, tmp_path):
     chosen = [f"--loss_method={loss}", *([f"--gradient_method={gradient}"] if gradient else [])]
-    arguments = [*chosen, "train.epochs=1", "track=false", f"output_dir={tmp_path}"]
+    arguments = [*chosen, "train.epochs=1", "data.train_pairs=3000", "track=false", f"output_dir={tmp_path}"]
     run = trainer.prepare(trainer.configure(trainer.build_parser().parse_intermixed_args(arguments)), Console(quiet=True))
     assert run.balancer.heads == (gradient_balancers.heads(gradient) if gradient else "unweighted")
     final = trainer.train(run)
@@ -93,7 +96,101 @@ def test_the_run_in_mlflow(demo):
     names |= {f"{group}/{name}" for group in ("val", "final") for name in measured} | {"final/delta_m"}
     assert names <= set(run.data.metrics)
     assert len(client.get_metric_history(run.info.run_id, "val/sum/mae")) == 2
-    assert [artifact.path for artifact in client.list_artifacts(run.info.run_id)] == ["config.yaml"]
+    assert [artifact.path for artifact in client.list_artifacts(run.info.run_id)] == ["checkpoints", "config.yaml"]
+    kept = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "checkpoints")]
+    assert kept == ["checkpoints/best.pt", "checkpoints/last.pt"]
+    assert run.data.tags["kind"] == "run"
+    assert run.data.metrics["cost/step_ms"] > 0
+    assert run.data.metrics["cost/run_s"] > 0
+    # the gradients of four tasks on 23 296 parameters, and less than a hundred times as much in all
+    assert 4 * 23_296 * 4 / 2**20 < run.data.metrics["cost/step_mib"] < 40
+    data = {i.tags[0].value: i.dataset for i in run.inputs.dataset_inputs}
+    assert {context: json.loads(used.profile)["num_rows"] for context, used in data.items()} == {
+        "training": 256,
+        "validation": 100,
+        "testing": 100,
+    }
+    assert len({used.digest for used in data.values()}) == 3
+
+
+def test_the_last_checkpoint_holds_what_goes_on(demo):
+    folder, _ = demo
+    (file,) = (folder / "runs" / "digits").glob("*/last.pt")
+    last = torch.load(file)
+    assert last["epoch"] == 2
+    assert set(last) == {"model", "balancer", "optimizer", "epoch"}
+    assert all(state["step"] == 8 for state in last["optimizer"]["state"].values())
+
+
+def test_the_model_in_mlflow_is_given_back(demo, monkeypatch):
+    """`mlflow.pytorch.load_model` from a run, with the weights of the best epoch and without the project on the path."""
+    import mlflow
+
+    folder, _ = demo
+    (run,), client = runs_in(folder / "runs")
+    (logged,) = client.search_logged_models([run.info.experiment_id])
+    assert logged.source_run_id == run.info.run_id
+    (file,) = (folder / "runs" / "digits").glob("*/best.pt")
+    best = torch.load(file)["model"]
+    with monkeypatch.context() as patched:
+        patched.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
+        mlflow.set_tracking_uri(None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # MLflow's, of its own type hints
+            import mlflow.pytorch
+
+            network = mlflow.pytorch.load_model(f"runs:/{run.info.run_id}/model")
+            served = mlflow.pyfunc.load_model(logged.model_uri)
+    assert all(torch.equal(tensor, best[name]) for name, tensor in network.state_dict().items())
+    inputs = torch.rand(3, 1, 12, 12)
+    answers = served.predict(inputs.numpy())
+    assert {task: answer.shape for task, answer in answers.items()} == {
+        "left": (3, 10),
+        "right": (3, 10),
+        "sum": (3, 1),
+        "reconstruction": (3, 64),
+    }
+    assert torch.equal(torch.from_numpy(answers["sum"]), network(inputs)["sum"].detach())
+
+
+@pytest.mark.slow
+def test_mlflow_models_predict(demo, tmp_path):
+    folder, _ = demo
+    (run,), client = runs_in(folder / "runs")
+    (tmp_path / "inputs.json").write_text(json.dumps({"inputs": torch.rand(2, 1, 12, 12).tolist()}), encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "predict",
+        "-m",
+        f"runs:/{run.info.run_id}/model",
+        "--env-manager",
+        "local",
+    ]
+    command += ["-t", "json", "-i", str(tmp_path / "inputs.json")]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": client.tracking_uri}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    answers = json.loads(done.stdout)["predictions"]
+    assert [len(row) for row in answers["reconstruction"]] == [64, 64]
+
+
+def test_fingerprints_tell_runs_apart_by_what_decides_their_result():
+    def of(*arguments):
+        return fingerprint(trainer.configure(trainer.build_parser().parse_intermixed_args(list(arguments))))
+
+    assert of() == of("output_dir=elsewhere", "log_every=3", "log_model=false") == of("--loss_method=ls", "train.lr=3e-3")
+    others = ["--seed=1", "--loss_method=uw", "--gradient_method=mgda", "train.lr=0.01", "data.seed=1", "balancer.scale=norm"]
+    assert len({of(), *map(of, others)}) == 1 + len(others)
+
+
+def test_system_metrics_on_request(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.02")
+    train("--loss_method=ls", *TINY[:3], "train.epochs=10", "system_metrics=true", "log_model=false", f"output_dir={tmp_path}")
+    (run,), client = runs_in(tmp_path)
+    assert any(name.startswith("system/cpu") for name in run.data.metrics)
+    assert client.search_logged_models([run.info.experiment_id]) == []
 
 
 def test_same_seed_same_result(tmp_path):
@@ -113,7 +210,7 @@ def test_features_as_source(tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--loss_method=scaleinvls,rlw", "loss.rlw.scale=4"],
+        ["--loss_method=scaleinvls+rlw", "loss.rlw.scale=4"],
         ["--gradient_method=nashmtl", "balancer.every=3", "balancer.smoothing=0.5"],
         ["--gradient_method=pcgrad", "balancer.groups=[[left,right],[sum,reconstruction]]"],
         ["--gradient_method=mgda", "gradient.normalization=loss+"],
@@ -125,7 +222,7 @@ def test_compositions_on_the_command_line(arguments, tmp_path):
 
 
 def test_compositions_reach_the_stage(tmp_path):
-    words = ["--loss_method=scaleinvls,uw", "--gradient_method=pcgrad", "balancer.every=3", "loss.uw.init=0.5", "track=false"]
+    words = ["--loss_method=scaleinvls+uw", "--gradient_method=pcgrad", "balancer.every=3", "loss.uw.init=0.5", "track=false"]
     words += ["balancer.groups=[[left,right],[sum,reconstruction]]", "gradient.order=fixed", f"output_dir={tmp_path}", *TINY]
     balancer = trainer.prepare(
         trainer.configure(trainer.build_parser().parse_intermixed_args(words)), Console(quiet=True)
@@ -174,12 +271,14 @@ def test_single_task_learning_is_judged_by_its_task(tmp_path):
 
 
 def test_baselines_cover_every_metric():
-    known = trainer.read_baselines("digits")
-    assert set(known) == {"left/accuracy", "right/accuracy", "sum/mae", "reconstruction/rmse"}
+    known, settings = reference.shipped("digits")
+    assert set(known.metrics) == {"left/accuracy", "right/accuracy", "sum/mae", "reconstruction/rmse"}
     text = (ROOT / "experiments/digits/baselines.yaml").read_text(encoding="utf-8")
     stored = yaml.safe_load(text)
     assert stored["command"].startswith("python experiments/baselines.py")
     assert all(len(row["runs"]) == 3 for row in stored["metrics"].values())
+    config = trainer.configure(trainer.build_parser().parse_intermixed_args([]))
+    assert settings == dict(common_of(config))  # they were measured with what is the default now
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -204,8 +303,9 @@ def test_baselines_cover_every_metric():
         (["balancer.every=2"], "need a gradient method"),
         (["--gradient_method=mgda", "balancer.groups=[[left],[rihgt]]"], "Did you mean 'right'?"),
         (["--gradient_method=mgda", "balancer.groups=[[left]]"], "exactly one group"),
-        (["--loss_method=scaleinvls,famo"], "must come first"),
-        (["--loss_method=scaleinvls,rwl"], "Did you mean 'rlw'?"),
+        (["--loss_method=scaleinvls+famo"], "must come first"),
+        (["--loss_method=scaleinvls+rwl"], "Did you mean 'rlw'?"),
+        (["--loss_method=scaleinvls,rlw"], "in a chain, write scaleinvls+rlw"),
         (["--gradient_method=graddrop", "balancer.every=2"], "sees the Jacobian"),
         (["train.schedule=linear"], "does not fit 'train.schedule'"),
         (["output_dir=/dev/null/runs"], "cannot write to /dev/null/runs"),
@@ -278,69 +378,3 @@ def test_ctrl_c_closes_the_run_and_keeps_what_was_logged(tmp_path):
     assert run.info.status == "KILLED"
     assert len(client.get_metric_history(run.info.run_id, "val/sum/mae")) >= 2
     assert len(client.get_metric_history(run.info.run_id, "loss/sum")) >= 8
-
-
-# --- sweep, baselines, compare ----------------------------------------------------------------------------------------
-
-
-def test_sweep_and_compare(tmp_path, capfd):
-    arguments = ["--methods", "ls", "go4align+pcgrad", "--seeds", "0", "1", "--jobs", "2", *TINY, f"output_dir={tmp_path}"]
-    assert sweep.main(arguments) == 0
-    assert "4 runs finished, 0 failed" in capfd.readouterr().out
-    assert sweep.main(["--methods", "ls", "--jobs", "1", *TINY, f"output_dir={tmp_path}", "train.lr=0.01"]) == 0
-    capfd.readouterr()
-    assert compare.main([f"--output_dir={tmp_path}"]) == 0
-    lines = capfd.readouterr().out.strip().splitlines()
-    assert lines[0].startswith("| method | seeds | ")
-    assert "delta_m" in lines[0]
-    rows = {cells[1].strip(): cells[2].strip() for cells in (line.split("|") for line in lines[2:])}
-    assert rows == {"ls train.lr=0.003": "2", "ls train.lr=0.01": "1", "go4align + pcgrad": "2"}
-    with_spread = next(line for line in lines if "go4align" in line)
-    assert with_spread.count("±") == 5
-
-
-def test_a_run_that_fails_does_not_end_the_sweep(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(trainer, "train", lambda run: 1 / 0 if run.config.seed == 0 else {"delta_m": 1.0})
-    assert sweep.main(["--methods", "ls", "--seeds", "0", "1", "--jobs", "1", "track=false", f"output_dir={tmp_path}"]) == 1
-    out = capfd.readouterr().out
-    assert "ZeroDivisionError" in out
-    assert "1 runs finished, 1 failed" in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--methods", "ls", "mgda"], "Unknown loss balancer 'mgda'"),
-        (["--methods", "ls+pcgard"], "Did you mean 'pcgrad'?"),
-        (["--methods", "ls", "train.epoch=1"], "Unknown key 'train.epoch'"),
-        (["--methods", "go4align", "loss.num_groups=0"], "at least 1"),
-        (["--methods", "ls", "--jobs", "0"], "--jobs must be at least 1"),
-    ],
-)
-def test_mistakes_in_a_sweep(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        sweep.main(arguments)
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_baselines(tmp_path, capfd):
-    file = tmp_path / "baselines.yaml"
-    overrides = ["--overrides", *TINY, "train.epochs=1", "track=false", f"output_dir={tmp_path}"]
-    assert baselines.main(["--seeds", "0", "1", "--jobs", "1", "--output", str(file), *overrides]) == 0
-    stored = yaml.safe_load(file.read_text(encoding="utf-8"))
-    assert set(stored["metrics"]) == {"left/accuracy", "right/accuracy", "sum/mae", "reconstruction/rmse"}
-    for row in stored["metrics"].values():
-        assert len(row["runs"]) == 2
-        assert row["mean"] == pytest.approx(sum(row["runs"]) / 2, abs=1e-6)
-    assert "--seeds 0 1" in stored["command"]
-
-
-@pytest.mark.parametrize("arguments", [["--experiment=none"], []])
-def test_compare_without_runs(arguments, tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        compare.main([*arguments, f"--output_dir={tmp_path}"])
-    assert caught.value.code == 2
-    assert "--output_dir" in capsys.readouterr().err

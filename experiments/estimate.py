@@ -1,0 +1,67 @@
+"""How long runs will take, from a few of their steps."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+from experiments import trainer
+from experiments.results.store import fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from omegaconf import DictConfig
+
+BUDGET = 1.0  # seconds to spend on the steps of one pair of methods, and on its evaluation
+
+
+def seconds_of(configs: Sequence[DictConfig], workers: int) -> dict[str, float]:
+    """Time of each run in seconds, by fingerprint; one seed of each pair of methods is tried, with the threads it will have.
+
+    Args:
+        configs: Of the runs.
+        workers: Runs at a time.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    known: dict[tuple[str, str | None], float] = {}
+    try:
+        for config in configs:
+            if (methods := (config.loss_method, config.gradient_method)) not in known:
+                known[methods] = of_a_run(config)
+    finally:
+        torch.set_num_threads(before)
+    return {fingerprint(config): known[config.loss_method, config.gradient_method] for config in configs}
+
+
+def of_a_run(config: DictConfig) -> float:
+    """Time of a run in seconds, from some of its steps and one evaluation; nothing is written."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        run = trainer.build(config)
+    optimizer = trainer.build_optimizer(run)
+    size = len(run.data.train)  # type: ignore[arg-type]
+    batch = tuple(tensor.to(config.device) for tensor in run.data.train[list(range(min(config.train.batch_size, size)))])
+    steps = math.ceil(size / config.train.batch_size)
+    of_a_step = repeated(lambda: trainer.train_step(run, optimizer, batch))
+    of_an_evaluation = repeated(lambda: trainer.evaluate(run, run.data.validation))
+    return float(config.train.epochs * (steps * of_a_step + of_an_evaluation))
+
+
+def repeated(call: Callable[[], object]) -> float:
+    """Median time of a call in seconds, after a first one that is not counted."""
+    times: list[float] = []
+    end = time.perf_counter() + BUDGET
+    call()
+    while not times or (time.perf_counter() < end and len(times) < 10):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

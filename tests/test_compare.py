@@ -1,0 +1,170 @@
+"""The command that compares recorded runs: what it chooses, prints, writes, logs and refuses."""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from experiments import compare, estimate, sweep
+
+TINY = ["data.train_pairs=128", "data.validation_pairs=50", "data.test_pairs=50", "train.epochs=1", "log_model=false"]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("swept")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "BUDGET", 0.01)
+        words = ["--gradient_method=none,mgda", "--seeds=2", "--jobs=1", *TINY, "log_every=1", f"--output_dir={folder}"]
+        assert sweep.main(words) == 0
+    return folder
+
+
+@pytest.fixture
+def printed(swept, capfd):
+    def run(*words):
+        capfd.readouterr()
+        assert compare.main([f"--output_dir={swept}", *words]) == 0
+        return capfd.readouterr()
+
+    return run
+
+
+def store(folder):
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+    return client, client.get_experiment_by_name("balance/digits").experiment_id
+
+
+def test_the_report_is_written_and_kept_with_the_sweep(swept, printed, tmp_path):
+    folder = tmp_path / "comparison"
+    told = printed(f"--output={folder}")
+    assert f"Report: {folder / 'report.html'}" in told.err
+    names = {file.name for file in folder.iterdir()}
+    figures = {f"{name}.{kind}" for name in ("delta_m", "pareto", "cost", "curves", "conflicts") for kind in ("pdf", "png")}
+    assert names == {"report.html", *figures}
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "ls + mgda" in page
+    client, experiment = store(swept)
+    (parent,) = client.search_runs([experiment], "tags.kind = 'sweep'")
+    kept = {artifact.path for artifact in client.list_artifacts(parent.info.run_id, "comparison")}
+    assert kept == {f"comparison/{name}" for name in names}
+
+
+def test_single_task_networks_are_the_reference_and_no_row(swept, printed):
+    made = json.loads(printed("--table_only", "--format=json").out)
+    assert {row["method"] for row in made["rows"]} == {"ls", "ls + mgda"}
+    client, experiment = store(swept)
+    alone = client.search_runs([experiment], "tags.kind = 'baseline' and params.`loss.main_task` = '2'")
+    assert made["baselines"]["sum/mae"] == pytest.approx(sum(run.data.metrics["final/sum/mae"] for run in alone) / 2)
+
+
+def test_formats_agree(printed):
+    numbers = json.loads(printed("--table_only", "--format=json").out)
+    lines = list(csv.DictReader(io.StringIO(printed("--table_only", "--format=csv").out)))
+    drops = {line["method"]: float(line["mean"]) for line in lines if line["quantity"] == "delta_m"}
+    for row in numbers["rows"]:
+        assert drops[row["method"]] == pytest.approx(row["delta_m"]["mean"])
+    for form in ("table", "markdown", "latex"):
+        assert "mgda" in printed("--table_only", f"--format={form}").out
+    assert "too few" in printed("--table_only").out
+    assert "\\toprule" in printed("--table_only", "--format=latex").out
+
+
+def test_chosen_runs_and_sweeps(swept, printed):
+    client, experiment = store(swept)
+    (parent,) = client.search_runs([experiment], "tags.kind = 'sweep'")
+    one = client.search_runs([experiment], "tags.gradient_method = 'mgda' and tags.seed = '1'")[0].info.run_id
+    other = client.search_runs([experiment], "tags.gradient_method = 'mgda' and tags.seed = '0'")[0].info.run_id
+    made = json.loads(printed("--table_only", "--format=json", "--runs", one, other).out)
+    assert [(row["method"], row["seeds"]) for row in made["rows"]] == [("ls + mgda", [0, 1])]
+    made = json.loads(printed("--table_only", "--format=json", "--runs", parent.info.run_id).out)
+    assert len(made["rows"]) == 2
+
+
+def test_only_runs_with_a_setting(printed):
+    made = json.loads(printed("--table_only", "--format=json", "seed=1", "train.lr=3e-3").out)
+    assert {tuple(row["seeds"]) for row in made["rows"]} == {(1,)}
+    words = ("--table_only", "--format=json", "gradient_method=None")
+    assert [row["method"] for row in json.loads(printed(*words).out)["rows"]] == ["ls"]
+
+
+def test_baselines_from_a_file_and_none(printed, tmp_path):
+    file = tmp_path / "mine.yaml"
+    rows = {name: {"mean": 1.0} for name in ("left/accuracy", "right/accuracy", "sum/mae", "reconstruction/rmse")}
+    file.write_text(yaml.safe_dump({"metrics": rows}), encoding="utf-8")
+    made = json.loads(printed("--table_only", "--format=json", f"--baselines={file}").out)
+    row = made["rows"][0]
+    mean = {name: estimate["mean"] for name, estimate in row["metrics"].items()}
+    by_hand = (
+        (1 - mean["left/accuracy"]) + (1 - mean["right/accuracy"]) + (mean["sum/mae"] - 1) + (mean["reconstruction/rmse"] - 1)
+    )
+    assert row["delta_m"]["mean"] == pytest.approx(25 * by_hand)
+    assert "delta_m" not in printed("--table_only", "--baselines=none").out.splitlines()[2]
+
+
+def refused(capsys, *words):
+    with pytest.raises(SystemExit) as caught:
+        compare.main(list(words))
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--runs", "0123"], "There is no run '0123'"),
+        (["train.epochs=7"], "no finished runs of 'digits' with train.epochs=7"),
+        (["train.epoch=1"], "Unknown setting 'train.epoch'. Did you mean 'train.epochs'?"),
+        (["--pareto=sum/mae"], "--pareto needs two metrics"),
+        (["--pareto=sum/mae,left/acuracy"], "Did you mean 'left/accuracy'?"),
+        (["--baselines=missing.yaml"], "missing.yaml must be a file as experiments/baselines.py writes it"),
+        (["--format=word"], "invalid choice: 'word'"),
+        (["--output=/dev/null/here"], "cannot write to /dev/null/here"),
+        (["epochs"], "must read key=value"),
+    ],
+)
+def test_mistakes(words, message, swept, capsys):
+    assert message in refused(capsys, f"--output_dir={swept}", *words)
+
+
+def test_a_baseline_of_zero(swept, tmp_path, capsys):
+    file = tmp_path / "zero.yaml"
+    file.write_text("metrics: {left/accuracy: {mean: 0}}", encoding="utf-8")
+    assert "'left/accuracy' that is not zero" in refused(capsys, f"--output_dir={swept}", f"--baselines={file}")
+
+
+def test_missing_baselines_are_told_with_the_way_out(swept, tmp_path, capsys):
+    shutil.copy(swept / "mlflow.db", tmp_path / "mlflow.db")
+    client, experiment = store(tmp_path)
+    (alone,) = client.search_runs([experiment], "tags.kind = 'baseline' and tags.seed = '1' and params.`loss.main_task` = '0'")
+    client.delete_run(alone.info.run_id)
+    assert compare.main([f"--output_dir={tmp_path}", "--table_only"]) == 0  # there is another seed
+    for run in client.search_runs([experiment], "tags.kind = 'baseline' and params.`loss.main_task` = '0'"):
+        client.delete_run(run.info.run_id)
+    error = refused(capsys, f"--output_dir={tmp_path}")
+    assert "there are none for" in error
+    assert "train.epochs=1" in error
+    assert "--baselines=none" in error
+
+
+def test_nothing_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "mlflow.db is not there" in refused(capsys)
+    assert "Did you mean 'digits'?" in refused(capsys, "--experiment=digit")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://server")
+    assert "MLflow at nonsense://server cannot be used" in refused(capsys)
+    assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit) as caught:
+        compare.main(["--help"])
+    assert caught.value.code == 0
+    assert "example:\n  python experiments/compare.py --experiment=digits" in capsys.readouterr().out
