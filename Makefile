@@ -9,10 +9,10 @@ demo: $(VENV)/experiments.installed  ## train digits with GO4Align + PCGrad
 	$(VENV)/bin/python experiments/trainer.py --loss_method=go4align --gradient_method=pcgrad
 
 test: $(VENV)/dev.installed  ## the fast tests
-	$(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-test-all: $(VENV)/dev.installed  ## the slow ones too, with more random examples
-	HYPOTHESIS_PROFILE=thorough $(VENV)/bin/python -m pytest -n 2 -m ""
+test-all: $(VENV)/dev.installed $(VENV)/ray.installed $(VENV)/dask.installed $(VENV)/server.installed  ## the slow ones too, with more random examples
+	HYPOTHESIS_PROFILE=thorough $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m ""
 
 lint: $(VENV)/dev.installed  ## style and types
 	$(VENV)/bin/ruff check .
