@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -340,14 +341,15 @@ def test_on_a_dask_cluster(tmp_path, free_port):
 def test_on_a_ray_cluster(tmp_path, free_port):
     pytest.importorskip("ray", reason="Ray is not installed (pip install 'mtl-balance[ray]')")
     ray = [str(Path(sys.executable).parent / "ray")]
+    short = tempfile.mkdtemp(prefix="ray-")  # its sockets need a short path
     head = ["start", "--head", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats", f"--port={free_port}"]
-    subprocess.run([*ray, *head, f"--temp-dir=/tmp/ray-{os.getpid()}"], check=True, capture_output=True)
+    subprocess.run([*ray, *head, f"--temp-dir={short}"], check=True, capture_output=True)
     try:
         words = ["--loss_method=ls,uw", "--backend=ray", f"--cluster=127.0.0.1:{free_port}", *TINY]
         out, _ = start(tmp_path, *words).communicate()
     finally:
         subprocess.run([*ray, "stop"], check=True, capture_output=True)
-        shutil.rmtree(f"/tmp/ray-{os.getpid()}", ignore_errors=True)
+        shutil.rmtree(short, ignore_errors=True)
     assert "6 runs finished, 0 failed" in out
     assert len(runs_in(tmp_path / "runs", "attributes.status = 'FINISHED'")[0]) == 7
 

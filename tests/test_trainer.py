@@ -364,6 +364,7 @@ def test_ctrl_c_closes_the_run_and_keeps_what_was_logged(tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - background jobs ignore it
     )
     for line in process.stdout:
         if line.startswith("epoch   2"):
