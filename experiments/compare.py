@@ -51,14 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(options.output or Path(output_dir) / name / "comparison").expanduser().resolve()
     command = f"python experiments/compare.py {shlex.join(words)}"
     try:
-        page = write(compared, curves_of(store, compared), axes, folder, command)
+        files = write(compared, curves_of(store, compared), axes, folder, command)
     except OSError as error:
         parser.error(f"--output: cannot write to {folder} ({error.strerror}).")
     status = Console(stderr=True, soft_wrap=True)
-    status.print(f"Report: {page}", markup=False)
+    status.print(f"Report: {files[0]}", markup=False)
     sweep = store.sweep_of(runs) if options.runs else store.sweep()
     if sweep is not None:
-        for file in sorted(folder.iterdir()):
+        for file in files:  # and nothing else that may lie in the folder
             store.client.log_artifact(sweep.info.run_id, str(file), "comparison")
         status.print(f"and among the artifacts of the MLflow run '{sweep.info.run_name}', in comparison/", markup=False)
     return 0
@@ -142,19 +142,18 @@ def show(compared: Comparison, form: Format) -> None:
             print(f"- {note}")
 
 
-def write(compared: Comparison, curves: figures.Curves, axes: tuple[str, str] | None, folder: Path, command: str) -> Path:
-    """Write the figures and the page.
+def write(compared: Comparison, curves: figures.Curves, axes: tuple[str, str] | None, folder: Path, command: str) -> list[Path]:
+    """Write the page and the figures.
 
     Returns:
-        The page.
+        The files, the page first.
     """
     drawn = figures.every_figure(compared, curves, axes)
-    figures.save(drawn, folder)
+    files = figures.save(drawn, folder)
     page = folder / "report.html"
-    page.write_text(
-        report.html(compared, drawn, title=f"Comparison of methods on {compared.experiment}", command=command), encoding="utf-8"
-    )
-    return page
+    title = f"Comparison of methods on {compared.experiment}"
+    page.write_text(report.html(compared, drawn, title=title, command=command), encoding="utf-8")
+    return [page, *files]
 
 
 def _filters(options: argparse.Namespace) -> dict[str, str]:

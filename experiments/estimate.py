@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
-import time
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from balance.cost import measure
 from experiments import trainer
 from experiments.results.store import fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from omegaconf import DictConfig
 
@@ -24,6 +24,8 @@ BUDGET = 1.0  # seconds to spend on the steps of one pair of methods, and on its
 
 def seconds_of(configs: Sequence[DictConfig], workers: int) -> dict[str, float]:
     """Time of each run in seconds, by fingerprint; one seed of each pair of methods is tried, with the threads it will have.
+
+    NaN for methods that fail.
 
     Args:
         configs: Of the runs.
@@ -35,7 +37,10 @@ def seconds_of(configs: Sequence[DictConfig], workers: int) -> dict[str, float]:
     try:
         for config in configs:
             if (methods := (config.loss_method, config.gradient_method)) not in known:
-                known[methods] = of_a_run(config)
+                try:
+                    known[methods] = of_a_run(config)
+                except Exception:  # noqa: BLE001 - a method that fails is told when its run fails, and stops no other
+                    known[methods] = math.nan
     finally:
         torch.set_num_threads(before)
     return {fingerprint(config): known[config.loss_method, config.gradient_method] for config in configs}
@@ -50,18 +55,7 @@ def of_a_run(config: DictConfig) -> float:
     size = len(run.data.train)  # type: ignore[arg-type]
     batch = tuple(tensor.to(config.device) for tensor in run.data.train[list(range(min(config.train.batch_size, size)))])
     steps = math.ceil(size / config.train.batch_size)
-    of_a_step = repeated(lambda: trainer.train_step(run, optimizer, batch))
-    of_an_evaluation = repeated(lambda: trainer.evaluate(run, run.data.validation))
+    timed = partial(measure, repeats=10, budget=BUDGET, device=config.device)
+    of_a_step = timed(lambda: trainer.train_step(run, optimizer, batch)).seconds
+    of_an_evaluation = timed(lambda: trainer.evaluate(run, run.data.validation)).seconds
     return float(config.train.epochs * (steps * of_a_step + of_an_evaluation))
-
-
-def repeated(call: Callable[[], object]) -> float:
-    """Median time of a call in seconds, after a first one that is not counted."""
-    times: list[float] = []
-    end = time.perf_counter() + BUDGET
-    call()
-    while not times or (time.perf_counter() < end and len(times) < 10):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import sys
 import time
@@ -94,17 +95,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 workers = options.jobs or there
         except (ValueError, TypeError, OSError) as error:
             parser.error(str(error))
-        show_plan(jobs, workers, console)
-        return 0 if options.dry_run else carry_out(jobs, workers, options.backend, console)
+        try:
+            show_plan(jobs, workers, console)
+            return 0 if options.dry_run else carry_out(jobs, workers, options.backend, console)
+        except KeyboardInterrupt:
+            console.print("Interrupted. The same command goes on from here.")
+            return 130
 
 
 def carry_out(jobs: Sequence[Job], workers: int, backend: str, console: Console) -> int:
     """Run the plan and tell what came of it; the exit code."""
     try:
         outcomes = run_all(jobs, workers, backend, console)
-    except KeyboardInterrupt:
-        console.print("Interrupted. The same command goes on from here.")
-        return 130
     except TerminatedWorkerError:
         console.print(
             "A worker process died; was there too little memory? The same command goes on from here, --jobs=1 uses less."
@@ -201,12 +203,13 @@ def show_plan(jobs: Sequence[Job], workers: int, console: Console) -> None:
     for label, of_row in rows.items():
         known = [seconds[job.fingerprint] for job in of_row if not job.finished]
         seeds = ", ".join(str(job.config.seed) for job in of_row)
-        each = _spelled(known[0]) if known else "-"
+        each = "-" if not known or math.isnan(known[0]) else _spelled(known[0])
         table.add_row(label, seeds, str(len(known)), str(len(of_row) - len(known)), each)
     console.print(table)
     for note in _warnings(jobs):
         console.print(f"note: {note}", markup=False)
-    total = sum(seconds.values()) / min(workers, max(len(seconds), 1)) + (START if seconds else 0)
+    known_seconds = [number for number in seconds.values() if not math.isnan(number)]
+    total = sum(known_seconds) / min(workers, max(len(seconds), 1)) + (START if seconds else 0)
     done = len(jobs) - len(seconds)
     console.print(f"{len(seconds)} runs to do, {done} are finished already; about {_spelled(total)} with {workers} at a time")
 

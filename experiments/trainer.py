@@ -38,7 +38,7 @@ from experiments.results import reference
 from experiments.results.store import common_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from omegaconf import DictConfig
     from torch.utils.data import Dataset
@@ -245,7 +245,7 @@ def train(run: Run, parent: str | None = None) -> dict[str, float]:
                 batch = tuple(tensor.to(config.device) for tensor in cpu_batch)
                 if step == min(1, steps - 1):  # not the first, which makes the optimizer's state
                     optimizer.zero_grad()  # the step is not to be credited with freeing them
-                    peak, report = peak_memory_of(train_step, run, optimizer, batch)
+                    peak, report = measured_step(run, optimizer, batch)
                 else:
                     begin = time.perf_counter()
                     report = train_step(run, optimizer, batch)
@@ -301,10 +301,10 @@ def train_step(run: Run, optimizer: torch.optim.Optimizer, batch: Batch) -> Repo
     return report
 
 
-def peak_memory_of(step: Callable[..., Report], run: Run, *arguments: Any) -> tuple[int, Report]:
-    """Bytes that a step needs at its height, and what it returns."""
+def measured_step(run: Run, optimizer: torch.optim.Optimizer, batch: Batch) -> tuple[int, Report]:
+    """`train_step`, and the bytes that it needs at its height."""
     reports: list[Report] = []
-    peak = peak_memory(lambda: reports.append(step(run, *arguments)), run.config.device)
+    peak = peak_memory(lambda: reports.append(train_step(run, optimizer, batch)), run.config.device)
     return peak, reports[0]
 
 

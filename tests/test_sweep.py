@@ -150,6 +150,31 @@ def test_a_run_that_fails_does_not_end_the_sweep_and_is_tried_again(again, capfd
     assert len(runs_in(again, "tags.kind = 'sweep'")[0]) == 2
 
 
+def test_a_method_that_cannot_be_timed_does_not_end_the_plan(tmp_path, capfd, monkeypatch):
+    step = trainer.train_step
+
+    def fails(run, *arguments):
+        if run.config.loss_method == "uw":
+            raise ValueError("its first step fails")
+        return step(run, *arguments)
+
+    monkeypatch.setattr(trainer, "train_step", fails)
+    words = ["--loss_method=ls,uw", "--jobs=1", *TINY, "track=false", f"--output_dir={tmp_path}"]
+    assert sweep.main(words) == 1
+    out = capfd.readouterr().out
+    assert "5 runs finished, 1 failed" in out
+    assert "ValueError: its first step fails" in out
+
+
+def test_ctrl_c_while_the_plan_is_timed(tmp_path, capfd, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(estimate, "of_a_run", interrupted)
+    assert sweep.main(["--jobs=1", *TINY, "track=false", f"--output_dir={tmp_path}"]) == 130
+    assert "goes on from here" in capfd.readouterr().out
+
+
 def test_without_tracking_everything_runs(tmp_path, capfd):
     assert sweep.main(["--loss_method=uw", "--jobs=1", *TINY, "track=false", f"--output_dir={tmp_path}"]) == 0
     assert "5 runs finished" in capfd.readouterr().out
