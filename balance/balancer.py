@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from balance.engine import Engine, Estimate
+from balance.graph import leaves
 from balance.inputs import NanPolicy, Step, read_features, read_losses, read_shared, task_names
-from balance.jacobian import (
-    accumulate_direction,
-    accumulate_heads,
-    add,
-    combined_gradients,
-    gramian,
-    leaves,
-    loss_jacobian,
-    task_gradients,
-    through_features,
-)
+from balance.jacobian import AtLosses, add, backward, change_rows
+from balance.parts import Parts, read_parts
 from balance.registry import check_type, gradient_balancers, loss_balancers, takes
 from balance.report import Report
 from balance.rules import apply_rule, build_chain, build_rule, try_out, warn_of_pairing
-from balance.shapes import GradientRule, Heads, LossRule, Scale, Sees, Source
+from balance.shapes import EngineChoice, GradientRule, Heads, LossRule, Memory, Scale, Sees, Source
+from balance.weighing import weigh, weighing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -32,32 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.amp.grad_scaler import GradScaler
 
-    from balance.shapes import Direction, Gramian, Jacobian, Losses, WeightedLosses, Weights
+    from balance.shapes import Direction, Gramian, Jacobian, Weights
 
 
 _ROUNDING = 1e-13  # of the squared length of a direction, relative to the largest that its terms could add up to
-
-
-class _Parts(NamedTuple):
-    """Leaves of the graph, and where conflict is measured."""
-
-    inputs: list[Tensor]  # where conflict is measured: shared parameters, or features
-    trunk: list[Tensor]  # parameters that get the direction
-    heads: list[Tensor]  # the others
-
-
-class _Weighing(NamedTuple):
-    """What the loss balancer made of the losses, detached."""
-
-    weighted: WeightedLosses
-    jacobian: Tensor  # (K, K), of the weighted losses with respect to the losses
-    own: list[Tensor]  # the loss balancer's parameters
-    own_gradients: Sequence[Tensor | None]  # of the plain sum of the weighted losses
-
-    def report(self, step: Step, weights: Weights | None, gramian: Gramian | None) -> Report:
-        losses = step.losses.detach()
-        loss_weights = self.jacobian.sum(dim=0).to(losses)
-        return Report(step.tasks, losses, self.weighted, loss_weights, None if weights is None else weights.to(losses), gramian)
 
 
 class Balancer(nn.Module):
@@ -79,6 +51,15 @@ class Balancer(nn.Module):
             ``"norm"`` of the summed gradient of the weighted losses, so that the learning rate keeps its meaning.
         seed: Seed of the rules that draw; the two rules draw different numbers.
         nan: What a loss of NaN is: an ``"error"``, or a sign that the task is ``"absent"`` from the step.
+        engine: How the K backward passes run: one after the other (``"loop"``); all in one batch (``"batched"``), which
+            holds K gradients of the activations on its way, wants ``features`` at every step, so that only the trunk is
+            in it, and goes back to the loop with a warning where an operation cannot be batched; or ``"auto"``: batched on
+            an accelerator, if ``features`` are given and the trunk has more parameters than activations, else the loop.
+        memory: What is held of the gradients with respect to the shared parameters. ``"jacobian"``: all of them, at most K
+            times as many numbers as there are shared parameters; for a linear or convolutional layer whose batch is
+            smaller than its weight only the gradients of its outputs, which say the same. ``"gramian"``: at most 0.4
+            times that, or the largest parameter's; the passes are repeated, each time down to another part of the parameters,
+            and a weighted backward pass follows.
 
     Raises:
         ValueError: If a name, an option or a choice is unknown, or the task names are not distinct.
@@ -103,11 +84,15 @@ class Balancer(nn.Module):
         scale: Scale = "paper",
         seed: int = 0,
         nan: NanPolicy = "error",
+        engine: EngineChoice = "auto",
+        memory: Memory = "jacobian",
     ) -> None:
         super().__init__()
         check_type("source", source, Source)
         check_type("scale", scale, Scale)
         check_type("nan", nan, NanPolicy)
+        check_type("engine", engine, EngineChoice)
+        check_type("memory", memory, Memory)
         if heads is not None:
             check_type("heads", heads, Heads)
         self.tasks = task_names(tasks)
@@ -135,6 +120,9 @@ class Balancer(nn.Module):
                 f"'{gradient}' sees the Jacobian and has no weights, but got heads={self.heads!r}, scale={scale!r}. "
                 'Use heads="unweighted" and scale="paper" or "norm".'
             )
+        if self.sees == "jacobian" and memory == "gramian":
+            raise ValueError(f"'{gradient}' sees the Jacobian, which memory='gramian' does not hold. Use memory='jacobian'.")
+        self.engine = Engine(engine, memory)
         warn_of_pairing(loss, gradient, len(self.tasks))
         # Mean losses of the epoch, for rules that think in epochs
         self.register_buffer("loss_sums", torch.zeros(len(self.tasks), dtype=torch.float64))
@@ -153,24 +141,30 @@ class Balancer(nn.Module):
         losses: Mapping[str, Tensor] | Tensor,
         *,
         shared: Iterable[Tensor] | None = None,
-        features: Tensor | Sequence[Tensor] | None = None,
+        features: Tensor | Sequence[Tensor] | Mapping[str, Any] | None = None,
+        measure: Iterable[Tensor] | None = None,
         scaler: GradScaler | None = None,
     ) -> Report:
         """Balance the losses and add the result to ``.grad`` of every parameter, like ``losses.sum().backward()``.
 
         The graph is freed. Parameters that no task reaches keep ``.grad`` as it is, None included; frozen ones are
         no error. Without a gradient balancer this is one ordinary backward pass, whose gradients are not checked; with one,
-        hooks on ``.grad`` (``register_post_accumulate_grad_hook``) do not fire. Parameters of the balancer itself get the
-        gradient of the plain sum of the weighted losses. Where no shared parameter requires a gradient there is nothing to
-        balance, and all gradient weights are one.
+        do not rely on hooks on ``.grad`` (``register_post_accumulate_grad_hook``): they fire only for what a weighted backward
+        pass brings. Parameters of the balancer itself get the gradient of the plain sum of the weighted losses. Where no
+        shared parameter requires a gradient there is nothing to balance, and all gradient weights are one.
 
         Args:
             losses: One scalar per task: a dict by name, from which tasks that are absent from this step are left out, or
-                a tensor of shape (K,). A dict is better: each task's backward pass then visits its own graph only.
+                a tensor of shape (K,). From a dict, or what ``torch.stack`` made, each task's backward pass visits the
+                graph of its own loss only.
             shared: Parameters that the tasks share. All others that the losses reach are task-specific heads. Needed with
                 ``source="parameters"`` and a gradient balancer.
-            features: The shared representation, one tensor or several; with ``source="features"`` every path from a loss
-                to a shared parameter must go through it. Not used with ``source="parameters"``.
+            features: The shared representation: one tensor, or several in sequences or dicts, of which a task may use some.
+                With ``source="features"`` conflict is measured on them alone, also where a path from a loss to a shared
+                parameter goes around them. With ``source="parameters"`` a hint: passes that all tasks can share begin there.
+            measure: Measure conflict on these of the shared parameters alone (those of the last layers, say: the passes then
+                stop there), and give the weights so found to the gradients of all shared parameters, in one backward pass.
+                An approximation: ``report.gramian`` is that of these parameters.
             scaler: The GradScaler of mixed-precision training; give unscaled losses. The gradients are left scaled, for
                 ``scaler.step``. A step with an infinite or NaN loss or gradient is left for it to skip.
 
@@ -196,7 +190,10 @@ class Balancer(nn.Module):
         if not step.losses.requires_grad:
             raise ValueError("No loss requires a gradient. Compute the losses with gradients enabled and do not detach them.")
         with torch.autocast(step.losses.device.type, enabled=False):  # the direction is no place for half precision
-            report = self._plain(step, scaler) if self.gradient is None else self._balanced(step, shared, features, scaler)
+            if self.gradient is None:
+                report = self._plain(step, scaler)
+            else:
+                report = self._balanced(step, self._parts(step, shared, features, measure), scaler)
         if not self._skipped:
             tasks = slice(None) if step.present is None else step.present
             self.loss_sums[tasks] += step.host.to(self.loss_sums)
@@ -227,6 +224,28 @@ class Balancer(nn.Module):
         self.loss_sums.zero_()
         self.loss_counts.zero_()
 
+    def estimate(
+        self, shared: Iterable[Tensor] | None = None, *, features: Any = None, measure: Iterable[Tensor] | None = None
+    ) -> Estimate:
+        """Memory that a step will need beyond that of ``losses.sum().backward()``, before any step is made.
+
+        Args:
+            shared: As for `backward`.
+            features: With ``source="features"``: the features, or tensors of their shapes and types.
+            measure: As for `backward`.
+
+        Raises:
+            ValueError, TypeError: As `backward`.
+        """
+        if self.gradient is None:
+            return Estimate(0, 0, 0)
+        if self.source == "features":
+            inputs = trunk = read_features(features, computed=False)
+        else:
+            trunk = read_shared(shared)
+            inputs = trunk if measure is None else read_shared(measure, "measure")
+        return self.engine.estimate(inputs, trunk, len(self.tasks), blocks=self.source == "parameters")
+
     def get_extra_state(self) -> dict[str, Any]:
         """The tasks, so that a checkpoint is not loaded into a stage for others."""
         return {"tasks": self.tasks}
@@ -242,7 +261,7 @@ class Balancer(nn.Module):
 
     def _plain(self, step: Step, scaler: GradScaler | None) -> Report:
         step.losses.retain_grad()  # the weights of the losses come with the backward pass
-        weighted = self._weigh(step, step.losses)
+        weighted = weigh(self.loss, step, step.losses)
         total = weighted.sum()
         (total if scaler is None else scaler.scale(total)).backward()  # type: ignore[no-untyped-call]
         loss_weights = step.losses.grad
@@ -251,130 +270,104 @@ class Balancer(nn.Module):
         if scaler is not None:
             loss_weights = loss_weights / scaler.get_scale()
             if self.needs_observation:  # it must not learn from a step that the scaler will skip
-                self._skipped = not all(p.grad is None or p.grad.isfinite().all() for p in leaves(step.scalars))
+                self._skipped = not all(p.grad is None or p.grad.isfinite().all() for p in leaves([step.losses]))
         weighted = weighted.detach()
         return Report(step.tasks, step.losses.detach(), weighted, loss_weights, torch.ones_like(weighted))
 
-    def _balanced(
-        self,
-        step: Step,
-        shared: Iterable[Tensor] | None,
-        features: Tensor | Sequence[Tensor] | None,
-        scaler: GradScaler | None,
-    ) -> Report:
-        factor = 1.0 if scaler is None else scaler.get_scale()
-        scalars = step.scalars if scaler is None else [scaler.scale(scalar) for scalar in step.scalars]
-        parts = self._parts(scalars, shared, features)
+    def _parts(self, step: Step, shared: Any, features: Any, measure: Any) -> Parts:
+        parts = read_parts(self.source, step.roots, shared, features, measure, self.parameters())
+        if self.sees == "jacobian" and measure is not None:
+            raise ValueError("measure is for rules that give weights, but this one sees the Jacobian and gives a direction.")
+        if self.sees == "jacobian" and self.source == "features" and not parts.features:
+            raise ValueError(
+                "A rule that sees the Jacobian of the features needs every path from a loss to a shared parameter to go "
+                "through one of them, and none of them to be computed from another, but that is not so here."
+            )
+        return parts
+
+    def _balanced(self, step: Step, parts: Parts, scaler: GradScaler | None) -> Report:
+        one = torch.ones_like(step.losses[0].detach())
+        one, factor = (one, 1.0) if scaler is None else (scaler.scale(one), scaler.get_scale())
+        start = AtLosses(step.roots, one)
         kept = self.gradient.reuse(step.present) if hasattr(self.gradient, "reuse") else None
         if kept is not None:
-            return self._reused(step, scalars, parts, kept, factor)
+            return self._reused(step, start, parts, kept, factor)
 
-        rows = task_gradients(scalars, parts.inputs, parts.heads, keep=scaler is not None or self.source == "features")
-        if parts.inputs and not any(rows.reached):
+        found = self.engine.measure(start, parts, whole=self.sees == "jacobian")
+        if parts.inputs and not any(found.reached):
             raise ValueError(f"No loss reaches any of the {len(parts.inputs)} tensors in {self.source}.")
-        J = rows.jacobian.div_(factor)  # (K, P)
-        G, squares = torch.split(torch.cat([gramian(J), rows.head_squares[None]]).cpu(), len(J))  # one copy to the host
-        bad = [t for t, own, head in zip(step.tasks, G.diagonal(), squares[0], strict=True) if not (own + head).isfinite()]
+        numbers = torch.cat([found.gramian, found.heads.sums(found.gramian.device)[None]]).cpu()  # the one copy to the host
+        G = numbers[:-1] / factor**2
+        finite = (G.diagonal() + numbers[-1]).isfinite().tolist()
+        bad = [task for task, is_finite in zip(step.tasks, finite, strict=True) if not is_finite]
         self._skipped = bool(bad)
         if bad and scaler is None:
             raise ValueError(f"Gradients must be finite, but those of {', '.join(bad)} are not. Look at the learning rate.")
         if bad and scaler is not None:
             return self._skip(step, scaler)
 
-        weighing = self._weighing(step)
-        E = weighing.jacobian  # (K, K): gradients of the weighted losses = E @ gradients of the losses
+        weighed = weighing(self.loss, step)
+        E = weighed.jacobian  # (K, K): gradients of the weighted losses = E @ gradients of the losses
         G = E @ G @ E.T  # (K, K)
-        weights, direction = self._combine(step, G, E, J)  # (K,), (P,)
-        row_weights = (torch.ones_like(E[0]) if weights is None else weights) @ E  # (K,), of the gradients of the losses
-        if self.source == "parameters":
-            direction = factor * (row_weights.to(J) @ J if direction is None else direction)
-            accumulate_direction(direction, parts.inputs, rows.reached)
-        elif direction is None:
-            add(parts.trunk, combined_gradients(scalars, parts.trunk, row_weights, keep=False))
+        if found.jacobian is None or not parts.inputs:
+            weights = self._weights(step, G) if parts.inputs else torch.ones_like(G[0])  # (K,)
+            row_weights = weights @ E  # (K,), of the gradients of the losses
+            found.accumulate(row_weights.tolist())
         else:
-            add(parts.trunk, through_features(factor * direction, parts.inputs, rows.reached, parts.trunk))
-        accumulate_heads(rows, row_weights if self.heads == "weighted" else E.sum(dim=0))
-        add(weighing.own, weighing.own_gradients, factor)
-        return weighing.report(step, weights, G)
+            weights, row_weights = None, E.sum(dim=0)
+            change_rows(found.jacobian, E / factor)
+            found.accumulate_direction(factor * self._direction(step, G, found.jacobian))  # (P,)
+        found.heads.accumulate((row_weights if self.heads == "weighted" else E.sum(dim=0)).tolist())
+        add(weighed.own, weighed.own_gradients, factor)
+        return weighed.report(step, weights, G)
 
-    def _reused(self, step: Step, scalars: Sequence[Tensor], parts: _Parts, weights: Weights, factor: float) -> Report:
+    def _reused(self, step: Step, start: AtLosses, parts: Parts, weights: Weights, factor: float) -> Report:
         """A step with weights that are known beforehand: one ordinary backward pass, and one through unweighted heads."""
-        weighing = self._weighing(step)
+        weighed = weighing(self.loss, step)
         total = float(weights.sum())
         weights = weights.cpu() * (len(weights) / total if self.scale == "sum" and total > 0 else self.stretch.cpu())
-        row_weights = weights @ weighing.jacobian
+        row_weights = (weights @ weighed.jacobian).tolist()
         if self.heads == "weighted":
-            everything = [*parts.trunk, *parts.heads]
-            add(everything, combined_gradients(scalars, everything, row_weights, keep=False))
+            backward(start, row_weights, [*parts.trunk, *parts.heads])
         else:
-            below = combined_gradients(scalars, parts.trunk, row_weights, keep=True)
-            add(parts.heads, combined_gradients(scalars, parts.heads, weighing.jacobian.sum(dim=0), keep=False))
-            add(parts.trunk, below)
-        add(weighing.own, weighing.own_gradients, factor)
-        return weighing.report(step, weights, None)
-
-    def _weighing(self, step: Step) -> _Weighing:
-        losses = step.losses.detach().requires_grad_()
-        weighted = self._weigh(step, losses)
-        own = [tensor for tensor in leaves([weighted.sum()]) if tensor is not losses]
-        gradients = torch.autograd.grad(weighted.sum(), own, retain_graph=True, allow_unused=True) if own else ()
-        return _Weighing(weighted.detach(), loss_jacobian(weighted, losses).cpu(), own, gradients)
-
-    def _parts(
-        self, scalars: Sequence[Tensor], shared: Iterable[Tensor] | None, features: Tensor | Sequence[Tensor] | None
-    ) -> _Parts:
-        if self.source == "parameters":
-            inputs = trunk = read_shared(shared)
-        else:
-            inputs = read_features(features)
-            trunk = leaves(inputs)
-            if shared is not None:
-                trunk = list({id(tensor): tensor for tensor in (*trunk, *read_shared(shared))}.values())
-        excluded = {id(tensor) for tensor in (*trunk, *self.parameters())}
-        return _Parts(inputs, trunk, [leaf for leaf in leaves(scalars) if id(leaf) not in excluded])
+            backward(start, weighed.jacobian.sum(dim=0).tolist(), parts.heads, keep=True)
+            backward(start, row_weights, parts.trunk)
+        add(weighed.own, weighed.own_gradients, factor)
+        return weighed.report(step, weights, None)
 
     def _skip(self, step: Step, scaler: GradScaler) -> Report:
         """Leave NaN gradients, so that the scaler skips the step; no rule sees it."""
-        scaler.scale(step.losses.sum() * math.nan).backward()  # type: ignore[no-untyped-call]
-        own = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        add(own, [torch.full_like(parameter, math.nan) for parameter in own])
+        scaler.scale(step.losses.detach())  # it must know that it is in use
+        for leaf in (*leaves(step.roots), *(parameter for parameter in self.parameters() if parameter.requires_grad)):
+            add([leaf], [torch.full_like(leaf, math.nan)])
         losses = step.losses.detach()
         nothing = torch.full_like(losses, math.nan)
         return Report(step.tasks, losses, nothing, nothing, nothing)
 
-    def _weigh(self, step: Step, losses: Losses) -> WeightedLosses:
-        with torch.enable_grad():
-            weighted = apply_rule(self.loss, step, losses)
-        if not isinstance(weighted, torch.Tensor) or weighted.shape != losses.shape:
-            found = tuple(weighted.shape) if isinstance(weighted, torch.Tensor) else type(weighted).__name__
-            raise ValueError(f"The loss balancer must return shape {tuple(losses.shape)}, one value per task, but got {found}.")
-        if not weighted.requires_grad:
-            raise ValueError("The loss balancer must return losses that depend on the given ones, but they are detached.")
-        if not weighted.isfinite().all():
-            raise ValueError(f"The loss balancer made {weighted.tolist()} of the losses {losses.tolist()} of {step.tasks}.")
-        return weighted
-
-    def _combine(self, step: Step, G: Gramian, E: Tensor, J: Jacobian) -> tuple[Weights | None, Direction | None]:
-        """Weights of the gradients of the weighted losses, or the direction where the rule sees the Jacobian."""
-        if J.shape[1] == 0:
-            return torch.ones_like(G[0]), None
-        keywords = {"losses": step.host} if takes(self.gradient, "losses") else {}
-        if self.sees == "jacobian":
-            direction = apply_rule(self.gradient, step, E.to(J) @ J, **keywords)
-            if not isinstance(direction, torch.Tensor) or direction.shape != J.shape[1:] or not direction.isfinite().all():
-                raise ValueError(f"The gradient balancer must return a finite direction ({J.shape[1]},), but got {direction}.")
-            direction = direction.detach()
-            return None, direction * self._stretch(G, float(direction.double().square().sum()), 0.0)
-        weights = apply_rule(self.gradient, step, G, **keywords)
+    def _weights(self, step: Step, G: Gramian) -> Weights:
+        """Weights of the gradients of the weighted losses. Shape (K,)."""
+        weights = apply_rule(self.gradient, step, G, **self._keywords(step))
         if not isinstance(weights, torch.Tensor) or weights.shape != G.shape[:1] or not weights.isfinite().all():
             raise ValueError(f"The gradient balancer must return {len(G)} finite weights, but got {weights}.")
         weights = weights.detach().to(G)
         if self.scale == "sum":
             total = float(weights.sum())
-            return weights * (len(G) / total if total > 0 else 1.0), None
+            return weights * (len(G) / total if total > 0 else 1.0)
         rounding = float(weights.abs() @ G.diagonal().clamp(min=0).sqrt()) ** 2 * _ROUNDING
         self.stretch.fill_(self._stretch(G, float(weights @ G @ weights), rounding))
-        return weights * self.stretch.cpu(), None
+        return weights * self.stretch.cpu()
+
+    def _direction(self, step: Step, G: Gramian, J: Jacobian) -> Direction:
+        """The direction of a rule that sees the Jacobian. Shape (P,)."""
+        direction = apply_rule(self.gradient, step, J, **self._keywords(step))
+        if not isinstance(direction, torch.Tensor) or direction.shape != J.shape[1:] or not direction.isfinite().all():
+            raise ValueError(f"The gradient balancer must return a finite direction ({J.shape[1]},), but got {direction}.")
+        direction = direction.detach()
+        square = float(torch.linalg.vector_norm(direction, dtype=torch.float64)) ** 2
+        return direction * self._stretch(G, square, 0.0)
+
+    def _keywords(self, step: Step) -> dict[str, Tensor]:
+        return {"losses": step.host} if takes(self.gradient, "losses") else {}
 
     def _stretch(self, G: Gramian, square: float, rounding: float) -> float:
         """Factor that brings a direction of the given squared length to that of the summed gradient, if that is asked for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 from dataclasses import dataclass, field, make_dataclass
 from functools import partial
@@ -14,10 +15,12 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from balance import compose as compose_rules
 from balance.balancer import Balancer
 from balance.registry import Registry, gradient_balancers, loss_balancers, unknown
-from balance.shapes import Heads, Scale, Source
+from balance.shapes import EngineChoice, Heads, Memory, Scale, Source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+    from torch.nn import Parameter
 
 
 @dataclass
@@ -27,6 +30,9 @@ class StageConfig:
     source: Source = "parameters"
     heads: Heads | None = None
     scale: Scale = "paper"
+    engine: EngineChoice = "auto"
+    memory: Memory = "jacobian"
+    measure: list[str] | None = None  # patterns of names of shared parameters, on which alone conflict is measured
     every: int = 1  # steps for which the gradient balancer's weights are used
     smoothing: float = 0.0  # share of the average so far in a moving average of its weights
     groups: list[list[str]] | None = None  # tasks by group, for a gradient balancer between groups
@@ -129,6 +135,8 @@ def build_balancer(config: DictConfig, tasks: Sequence[str]) -> Balancer:
         raise ValueError(f"'{error.full_key}' has no default: give {error.full_key}=value.") from None
     assert isinstance(options, dict)
     stage, names = options["balancer"], method_names(config.loss_method)
+    if stage.pop("measure") is not None:
+        _check_measure(config.gradient_method, stage["source"])
     composed = {key: stage.pop(key) for key in ("groups", "smoothing", "every")}
     gradient, gradient_options = config.gradient_method, options["gradient"]
     if composed != {"groups": None, "smoothing": 0.0, "every": 1}:
@@ -143,6 +151,31 @@ def build_balancer(config: DictConfig, tasks: Sequence[str]) -> Balancer:
         seed=config.seed,
         **stage,
     )
+
+
+def measured(shared: Mapping[str, Parameter], patterns: Sequence[str] | None) -> list[Parameter] | None:
+    """The parameters on which conflict is measured; None if on all.
+
+    Args:
+        shared: The shared parameters by name.
+        patterns: As on a command line: ``*`` stands for anything.
+
+    Raises:
+        ValueError: If no name fits a pattern.
+    """
+    if patterns is None:
+        return None
+    for pattern in patterns:
+        if not fnmatch.filter(shared, pattern):
+            raise ValueError(unknown("name in balancer.measure", pattern, tuple(shared)))
+    return [p for name, p in shared.items() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+
+
+def _check_measure(gradient: str | None, source: Source) -> None:
+    if gradient is None or gradient_balancers.sees(gradient) != "gramian":
+        raise ValueError(f"balancer.measure needs a gradient method that gives weights, but got {gradient}.")
+    if source != "parameters":
+        raise ValueError(f"balancer.measure needs balancer.source=parameters, but got {source}.")
 
 
 def _composed(

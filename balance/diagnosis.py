@@ -16,8 +16,8 @@ from torch import nn
 from balance.advice import advise, number, quoted
 from balance.balancer import Balancer
 from balance.cost import Cost, measure
+from balance.graph import leaves
 from balance.inputs import read_shared
-from balance.jacobian import leaves
 from balance.looks import Look, Price, median, ratio
 from balance.preserve import AsFound
 from balance.registry import Registry, gradient_balancers, loss_balancers, unknown

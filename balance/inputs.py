@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from balance.graph import unstacked
 from balance.loss.domain import values
 from balance.registry import unknown
 
 if TYPE_CHECKING:
+    from balance.graph import Root
     from balance.shapes import Losses
 
 NanPolicy = Literal["error", "absent"]
@@ -23,8 +25,8 @@ class Step(NamedTuple):
 
     tasks: tuple[str, ...]
     present: Tensor | None  # indices of those tasks among all; None where all are present
-    scalars: list[Tensor]  # each with its own graph
-    losses: Losses  # the same, stacked
+    roots: list[Root | None]  # where each is in the graph; None for one without a graph
+    losses: Losses  # their values, with their graphs
     host: Losses  # their values, float64
 
     def not_finite(self) -> dict[str, float]:
@@ -53,6 +55,7 @@ def read_losses(losses: Mapping[str, Tensor] | Tensor, tasks: tuple[str, ...], n
         tasks: Names of all tasks.
         nan: ``"absent"``: a task whose loss is NaN is absent.
     """
+    apart: list[Root | None] | None = None
     if isinstance(losses, Tensor):
         if losses.shape != (len(tasks),):
             raise ValueError(
@@ -64,6 +67,7 @@ def read_losses(losses: Mapping[str, Tensor] | Tensor, tasks: tuple[str, ...], n
                 "Absent tasks must be given by a dict, but losses is a tensor with NaN entries, and its backward pass would "
                 "carry the NaN to all tasks. Use {name: loss}."
             )
+        apart = unstacked(losses)
         losses = dict(zip(tasks, losses.unbind(), strict=True))
     elif not isinstance(losses, Mapping):
         raise TypeError(f"losses must be a dict by task or a tensor of shape ({len(tasks)},), but got {type(losses).__name__}.")
@@ -87,34 +91,57 @@ def read_losses(losses: Mapping[str, Tensor] | Tensor, tasks: tuple[str, ...], n
         given, scalars, host = [given[k] for k in kept], [scalars[k] for k in kept], host[kept]
         stacked = torch.stack(scalars)
     present = None if len(given) == len(tasks) else torch.tensor(given, device="cpu")
-    return Step(tuple(tasks[k] for k in given), present, scalars, stacked, host)
+    roots = apart or [scalar if scalar.requires_grad else None for scalar in scalars]
+    return Step(tuple(tasks[k] for k in given), present, roots, stacked, host)
 
 
-def read_shared(shared: Iterable[Tensor] | None) -> list[Tensor]:
-    """The shared parameters that require a gradient, each once."""
+def read_shared(shared: Iterable[Tensor] | None, name: str = "shared") -> list[Tensor]:
+    """The shared parameters that require a gradient, each once; ``name``: of the argument, for messages."""
     if isinstance(shared, nn.Module | Tensor) or not isinstance(shared, Iterable):
         found = "nothing" if shared is None else type(shared).__name__
-        raise TypeError(f"shared must be an iterable of parameters, but got {found}. Use shared=model.trunk.parameters().")
+        raise TypeError(f"{name} must be an iterable of parameters, but got {found}. Use {name}=model.trunk.parameters().")
     parameters = list({id(p): p for p in shared}.values())
     if not parameters:
-        raise ValueError("shared must hold parameters, but is empty. Is it a generator that was used up? Give a list.")
+        raise ValueError(f"{name} must hold parameters, but is empty. Is it a generator that was used up? Give a list.")
     for parameter in parameters:
         if not isinstance(parameter, Tensor) or not parameter.is_leaf:
             raise TypeError(
-                f"shared must hold parameters, but got {type(parameter).__name__}"
+                f"{name} must hold parameters, but got {type(parameter).__name__}"
                 f"{' that is computed: give it as features' if isinstance(parameter, Tensor) else ''}."
             )
         if parameter.is_complex():
-            raise TypeError("shared must hold real parameters, but got a complex one. Keep its real view as the parameter.")
+            raise TypeError(f"{name} must hold real parameters, but got a complex one. Keep its real view as the parameter.")
     return [parameter for parameter in parameters if parameter.requires_grad]
 
 
-def read_features(features: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
-    """The tensors of the shared representation."""
-    tensors = [features] if isinstance(features, Tensor) else list({id(z): z for z in features or ()}.values())
-    if not tensors or not all(isinstance(z, Tensor) and z.requires_grad for z in tensors):
+def read_features(features: Any, *, computed: bool = True) -> list[Tensor]:
+    """The tensors of the shared representation, each once, of a tensor or of sequences or dicts of tensors.
+
+    Args:
+        features: What a user gave.
+        computed: They must require gradients.
+
+    Raises:
+        ValueError: If there is none, or one does not require a gradient.
+    """
+    tensors = list({id(z): z for z in _flattened(features)}.values())
+    if not tensors or not all(isinstance(z, Tensor) and (z.requires_grad or not computed) for z in tensors):
         raise ValueError(
-            'source="features" needs features=, one tensor or several that require gradients: the output of the shared '
-            "trunk, from which the losses were computed."
+            "features must be one tensor or several that require gradients: the output of the shared trunk, from which the "
+            f"losses were computed. But got {_described(features)}."
         )
     return tensors
+
+
+def _flattened(features: Any) -> list[Any]:
+    if isinstance(features, Mapping):
+        features = list(features.values())
+    if isinstance(features, list | tuple):
+        return [tensor for part in features for tensor in _flattened(part)]
+    return [] if features is None else [features]
+
+
+def _described(features: Any) -> str:
+    if isinstance(features, Tensor):
+        return "one that does not"
+    return "nothing" if not _flattened(features) else "others"

@@ -1,136 +1,274 @@
-"""Losses -> Jacobian, Jacobian -> Gramian, gradients -> ``.grad``. All autograd of the library is here.
+"""Losses -> task gradients, tensor by tensor -> Gramian; weights -> ``.grad``. All backward passes of the library are here.
 
-The gradients of the losses are taken one task at a time, each through the graph of that loss alone, and are never
-averaged or approximated. Rows are taken of the *raw* losses; what a loss balancer does to them is a K x K matrix
-(`loss_jacobian`), which is exact for any rule and costs next to nothing.
+Gradients are never averaged or approximated, and the Jacobian is never put together from pieces: autograd's own results are its
+rows. Rows are taken of the *raw* losses; what a loss balancer does to them is a K x K matrix (`loss_jacobian`), which is exact
+for any rule and costs next to nothing.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from torch import Tensor
+    from balance.graph import Root
+    from balance.shapes import Direction, Gramian, Jacobian, Losses, WeightedLosses
 
-    from balance.shapes import Direction, Gramian, Jacobian, Losses, WeightedLosses, Weights
-
-_BLOCK = 1 << 16  # columns of a Jacobian that are held in float64 at once: few enough for the cache
-
-
-class TaskGradients(NamedTuple):
-    """Gradients of K losses: with respect to where conflict is measured, and to the heads."""
-
-    jacobian: Jacobian  # (K, P), with respect to the shared parameters or the features
-    reached: list[bool]  # for each shared parameter or feature: whether any task reaches it
-    heads: list[Tensor]  # the other parameters
-    head_gradients: list[list[Tensor | None]]  # [task][head], None where the task does not reach the head
-    head_squares: Tensor  # (K,), float64: squared lengths of the tasks' gradients with respect to all heads
+_BLOCK = 20_000  # columns of a Jacobian that are held in float64 at once; at a power of two its rows would compete for cache
+_LARGE_BLOCK = 1 << 20  # the same on an accelerator
 
 
-def leaves(outputs: Iterable[Tensor]) -> list[Tensor]:
-    """Leaf tensors that receive a gradient from any output, in the order of a walk through the graph."""
-    found: dict[int, Tensor] = {}
-    seen = set()
-    stack = []
-    for tensor in outputs:
-        if tensor.grad_fn is not None:
-            stack.append(tensor.grad_fn)
-        elif tensor.requires_grad:  # a loss or a feature that is itself a parameter
-            found[id(tensor)] = tensor
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
-        stack.extend(after for after, _ in node.next_functions if after is not None)
-    return list(found.values())
+@dataclass
+class Rows:
+    """Gradients of K tasks with respect to some tensors, each flat; None where a task does not reach a tensor."""
+
+    num_tasks: int
+    pieces: list[list[Tensor | None]]  # [tensor][task]
+
+    @property
+    def reached(self) -> list[bool]:
+        """For each tensor, whether any task reaches it."""
+        return [any(row is not None for row in own) for own in self.pieces]
+
+    def combined(self, weights: Sequence[float]) -> Iterator[Tensor | None]:
+        """Weighted sum of the tasks' gradients for one tensor after the other, flat, at least float32."""
+        for own in self.pieces:
+            total = None
+            for row, weight in zip(own, weights, strict=True):
+                if row is None:
+                    continue
+                row = row.to(torch.promote_types(row.dtype, torch.float32))  # noqa: PLW2901
+                total = row * weight if total is None else total.add_(row, alpha=weight)
+            yield total
 
 
-def task_gradients(losses: Sequence[Tensor], inputs: Sequence[Tensor], heads: Sequence[Tensor], *, keep: bool) -> TaskGradients:
-    """One backward pass for each loss.
+def add_inner_products(G: Gramian, rows: Sequence[Tensor | None]) -> None:
+    """Add the inner products of the tasks' gradients with respect to one tensor to a Gramian. Shape (K, K)."""
+    live = [k for k, row in enumerate(rows) if row is not None]
+    if not live:
+        return
+    part = inner_products([row for row in rows if row is not None]).to(G)
+    if len(live) == len(rows):
+        G += part
+    else:
+        at = torch.tensor(live, device=G.device)
+        G[at[:, None], at] += part
+
+
+def inner_products(rows: Sequence[Tensor]) -> Tensor:
+    """Inner products of flat tensors of one length, accumulated in float64 over blocks that fit the cache. Shape (k, k)."""
+    device, length = rows[0].device, len(rows[0])
+    block = min(_BLOCK if device.type == "cpu" else _LARGE_BLOCK, max(length, 1))
+    J = torch.empty(len(rows), block, dtype=torch.float64, device=device)  # one for all blocks: fresh memory is slow
+    G = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
+    by_row = device.type == "cpu" and 3 < len(rows) <= 16  # half of the products, where a product of matrices is slow
+    for parts in zip(*(torch.split(row, block) for row in rows), strict=True):
+        columns = J[:, : len(parts[0])]
+        for row, part in zip(columns.unbind(), parts, strict=True):
+            row.copy_(part)
+        if by_row:
+            for i in range(len(rows)):
+                G[i, i:].addmv_(columns[i:], columns[i])
+        else:
+            G.addmm_(columns, columns.T)
+    return G + G.triu(1).T if by_row else G
+
+
+@dataclass
+class AtLosses:
+    """Backward passes that begin at the losses."""
+
+    roots: Sequence[Root | None]  # [task]; None: a loss without a graph
+    one: Tensor  # what each pass begins with: 1, or the factor of mixed precision. Shape ()
+
+    @property
+    def num_tasks(self) -> int:
+        """K."""
+        return len(self.roots)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it all is."""
+        return self.one.device
+
+    def of_task(self, k: int) -> tuple[list[Root], list[Tensor]]:
+        """Where the pass of task k begins, and with what gradients."""
+        root = self.roots[k]
+        return ([], []) if root is None else ([root], [self.one])
+
+    def together(self, weights: Sequence[float]) -> tuple[list[Root], list[Tensor]]:
+        """The same for the weighted sum of all tasks."""
+        pairs = [(root, self.one * weight) for root, weight in zip(self.roots, weights, strict=True) if root is not None]
+        return [root for root, _ in pairs], [gradient for _, gradient in pairs]
+
+    def side_by_side(self) -> tuple[list[Root], list[Tensor]]:
+        """The same for all tasks in one batched pass, gradients of shape (K, ...)."""
+        columns = (self.one * torch.eye(self.num_tasks, dtype=self.one.dtype, device=self.one.device)).unbind()
+        pairs = [(root, column) for root, column in zip(self.roots, columns, strict=True) if root is not None]
+        return [root for root, _ in pairs], [column for _, column in pairs]
+
+
+@dataclass
+class AtFeatures:
+    """Backward passes that begin at features, whose gradients are known; as `AtLosses`."""
+
+    features: Sequence[Tensor]
+    rows: Rows
+
+    @property
+    def num_tasks(self) -> int:
+        """K."""
+        return self.rows.num_tasks
+
+    @property
+    def device(self) -> torch.device:
+        """Where it all is."""
+        return self.features[0].device
+
+    def of_task(self, k: int) -> tuple[list[Root], list[Tensor]]:
+        """The features that task k reaches, and their gradients."""
+        there = [(z, own[k]) for z, own in zip(self.features, self.rows.pieces, strict=True)]
+        return [z for z, row in there if row is not None], [row.view(z.shape) for z, row in there if row is not None]
+
+    def together(self, weights: Sequence[float]) -> tuple[list[Root], list[Tensor]]:
+        """The features, and the weighted sums of their gradients."""
+        there = [(z, total) for z, total in zip(self.features, self.rows.combined(weights), strict=True) if total is not None]
+        return [z for z, _ in there], [total.view(z.shape).to(z) for z, total in there]
+
+    def side_by_side(self) -> tuple[list[Root], list[Tensor]]:
+        """The features, and their gradients of all tasks, zero where there are none. Shape (K, ...) each."""
+        outputs: list[Root] = []
+        gradients = []
+        for z, own in zip(self.features, self.rows.pieces, strict=True):
+            if any(row is not None for row in own):
+                nothing = torch.zeros_like(z)
+                outputs.append(z)
+                gradients.append(torch.stack([nothing if row is None else row.view(z.shape) for row in own]))
+        return outputs, gradients
+
+
+Start = AtLosses | AtFeatures
+
+
+@dataclass
+class HeadGradients:
+    """Gradients of K losses with respect to the task-specific parameters, as far as they are reached."""
+
+    rows: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)  # [task]: parameters and their gradients
+
+    def append(self, heads: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Take the next task's gradients."""
+        self.rows.append([(head, g) for head, g in zip(heads, gradients, strict=True) if g is not None])
+
+    def sums(self, device: torch.device) -> Tensor:
+        """Sum of all entries of each task's gradients, finite if all of them are. Shape (K,), float64."""
+        entries = [(k, g.coalesce().values() if g.is_sparse else g) for k, row in enumerate(self.rows) for _, g in row]
+        totals = torch.zeros(len(self.rows), dtype=torch.float64, device=device)
+        if entries:
+            tasks = torch.tensor([k for k, _ in entries], device=device)
+            sums = [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)).to(device) for _, g in entries]
+            totals.index_add_(0, tasks, torch.stack(sums).double())
+        return totals
+
+    def accumulate(self, weights: Sequence[float]) -> None:
+        """Add the weighted sum of the tasks' gradients to ``.grad`` of each head. ``weights``: (K,)."""
+        for weight, row in zip(weights, self.rows, strict=True):
+            for head, gradient in row:
+                accumulate(head, gradient if weight == 1.0 else weight * gradient, fresh=weight != 1.0)
+
+
+def one_by_one(start: Start, inputs: Sequence[Root], *, keep: bool, apart: bool = False) -> Iterator[Sequence[Tensor | None]]:
+    """One backward pass for each task: its gradients with respect to ``inputs``, None where it does not reach one.
 
     Args:
-        losses: K scalars; one without a graph has gradient zero.
-        inputs: Where conflict is measured: shared parameters, or features.
-        heads: Other tensors whose gradients are wanted.
+        start: Where the passes begin.
+        inputs: Tensors of the graph, or edges of it.
         keep: Keep the graph after the last pass.
-
-    Returns:
-        The rows, in the widest dtype among ``inputs``, at least float32, and on the device of the first.
+        apart: The passes have no node in common: each frees its own part of the graph, and ``keep`` is for the rest.
     """
-    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in inputs), torch.float32)
-    device = inputs[0].device if inputs else losses[0].device
-    sizes = [tensor.numel() for tensor in inputs]
-    jacobian = torch.zeros(len(losses), sum(sizes), dtype=dtype, device=device)
-    squares = torch.zeros(len(losses), dtype=torch.float64, device=device)
-    reached = [False] * len(inputs)
-    head_gradients: list[list[Tensor | None]] = []
-    wanted = [*inputs, *heads]
-    last = max((k for k, loss in enumerate(losses) if loss.requires_grad), default=-1)
-    for k, loss in enumerate(losses):
-        gradients: Sequence[Tensor | None] = [None] * len(wanted)
-        if wanted and loss.requires_grad:
-            gradients = torch.autograd.grad(loss, wanted, retain_graph=keep or k != last, allow_unused=True)
-        for i, (place, gradient) in enumerate(zip(torch.split(jacobian[k], sizes), gradients, strict=False)):
-            if gradient is not None:
-                place.copy_((gradient.to_dense() if gradient.is_sparse else gradient).flatten())
-                reached[i] = True
-        of_heads = list(gradients[len(inputs) :])
-        for gradient in of_heads:
-            if gradient is not None:
-                entries = gradient.coalesce().values() if gradient.is_sparse else gradient
-                squares[k] += entries.double().square().sum().to(device)
-        head_gradients.append(of_heads)
-    return TaskGradients(jacobian, reached, list(heads), head_gradients, squares)
+    begins = [start.of_task(k) for k in range(start.num_tasks)]
+    last = max((k for k, (outputs, _) in enumerate(begins) if outputs), default=-1)
+    for k, (outputs, gradients) in enumerate(begins):
+        if not inputs or not outputs:
+            yield [None] * len(inputs)
+            continue
+        retain = not apart and (keep or k != last)
+        yield torch.autograd.grad(outputs, inputs, gradients, retain_graph=retain, allow_unused=True)  # type: ignore[arg-type]
 
 
-def combined_gradients(
-    losses: Sequence[Tensor], parameters: Sequence[Tensor], weights: Weights, *, keep: bool
-) -> list[Tensor | None]:
-    """Gradients of the weighted sum of the losses, by one ordinary backward pass; None where no loss reaches a parameter.
+def all_at_once(start: Start, inputs: Sequence[Root], *, keep: bool) -> list[Sequence[Tensor | None]]:
+    """The same in one pass for all tasks together, which holds K gradients of everything on its way.
 
-    Args:
-        losses: K scalars; those without a graph are left out.
-        parameters: Tensors of the graph.
-        weights: Shape (K,).
-        keep: Keep the graph.
+    Raises:
+        RuntimeError: If an operation cannot be batched.
     """
-    live = [(loss, weight.to(loss)) for loss, weight in zip(losses, weights.unbind(), strict=True) if loss.requires_grad]
-    if not live or not parameters:
-        return [None] * len(parameters)
-    scalars, factors = zip(*live, strict=True)
-    return list(torch.autograd.grad(scalars, parameters, factors, retain_graph=keep, allow_unused=True))
+    outputs, gradients = start.side_by_side()
+    if not inputs or not outputs:
+        return [[None] * len(inputs) for _ in range(start.num_tasks)]
+    found = torch.autograd.grad(
+        outputs,  # type: ignore[arg-type]
+        inputs,  # type: ignore[arg-type]
+        gradients,
+        retain_graph=keep,
+        allow_unused=True,
+        is_grads_batched=True,
+    )
+    return [[None if own is None else own[k] for own in found] for k in range(start.num_tasks)]
+
+
+def backward(start: Start, weights: Sequence[float], parameters: Sequence[Tensor], *, keep: bool = False) -> None:
+    """One ordinary backward pass of the weighted sum of all tasks, which accumulates in ``.grad`` of the parameters."""
+    outputs, gradients = start.together(weights)
+    if isinstance(start, AtFeatures):
+        start.rows.pieces.clear()  # not needed any more, and as large as the features, K times
+    if outputs and parameters:
+        torch.autograd.backward(outputs, gradients, retain_graph=keep, inputs=list(parameters))  # type: ignore[arg-type]
+
+
+def flat(gradient: Tensor, sharers: int = 1) -> Tensor:
+    """A gradient as a vector that keeps no more memory alive than it needs, for as many as share what it is a part of."""
+    vector = (gradient.to_dense() if gradient.is_sparse else gradient).detach().reshape(-1)
+    spare = vector.untyped_storage().nbytes() > 2 * sharers * vector.numel() * vector.element_size()
+    return vector.clone() if spare else vector
 
 
 def loss_jacobian(weighted: WeightedLosses, losses: Losses) -> Tensor:
     """How the weighted losses depend on the losses: entry (i, j) is ∂weighted_i/∂losses_j. Shape (K, K), float64."""
-    rows = [torch.autograd.grad(row, losses, retain_graph=True, allow_unused=True)[0] for row in weighted.unbind()]
-    return torch.stack([torch.zeros_like(losses) if row is None else row for row in rows]).detach().double()
+    rows = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
+    if weighted is not losses:
+        options: dict[str, bool] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        try:
+            (rows,) = torch.autograd.grad(weighted, losses, rows, is_grads_batched=True, **options)
+        except RuntimeError:  # the rule has an operation that cannot be batched
+            rows = torch.stack([torch.autograd.grad(weighted, losses, row, **options)[0] for row in rows.unbind()])
+    return rows.detach().double()
 
 
-def gramian(jacobian: Jacobian) -> Gramian:
-    """Inner products of the rows, accumulated in float64 over blocks of columns. Shape (K, P) -> (K, K), float64."""
-    G = torch.zeros(len(jacobian), len(jacobian), dtype=torch.float64, device=jacobian.device)
-    for columns in torch.split(jacobian, _BLOCK, dim=1):
-        block = columns.double()
-        G += block @ block.T
-    return G
+def change_rows(jacobian: Jacobian, matrix: Tensor) -> None:
+    """Replace a Jacobian (K, P) by ``matrix`` (K, K) times it, in place, with no second Jacobian."""
+    matrix = matrix.to(jacobian)
+    for columns in torch.split(jacobian, _BLOCK if jacobian.device.type == "cpu" else _LARGE_BLOCK, dim=1):
+        columns.copy_(matrix @ columns)
 
 
-def accumulate(parameter: Tensor, gradient: Tensor) -> None:
-    """Add to ``parameter.grad``, in place where there is one, as ``loss.backward()`` does."""
-    gradient = gradient.detach().to(parameter)
+def accumulate(parameter: Tensor, gradient: Tensor, *, fresh: bool = False) -> None:
+    """Add to ``parameter.grad``, in place where there is one, as ``loss.backward()`` does.
+
+    Args:
+        parameter: A leaf.
+        gradient: As many numbers.
+        fresh: Nobody else holds it, so that it may become ``.grad`` itself.
+    """
+    given, gradient = gradient, gradient.detach().to(parameter)
     if gradient.shape != parameter.shape:
         gradient = gradient.reshape(parameter.shape)
     if parameter.grad is None:
-        parameter.grad = gradient.clone()  # it may be a piece of a longer vector
+        parameter.grad = gradient if fresh or given.dtype != gradient.dtype else gradient.clone()
     elif parameter.grad.is_sparse and not gradient.is_sparse:
         parameter.grad = gradient + parameter.grad
     else:
@@ -144,29 +282,7 @@ def add(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], factor
             accumulate(parameter, gradient if factor == 1.0 else factor * gradient)
 
 
-def accumulate_direction(direction: Direction, inputs: Sequence[Tensor], reached: Sequence[bool]) -> None:
-    """Add a direction to ``.grad`` of the shared parameters; those that no task reaches are left alone."""
-    pieces = torch.split(direction, [tensor.numel() for tensor in inputs])
-    for tensor, piece, any_task in zip(inputs, pieces, reached, strict=True):
-        if any_task:
-            accumulate(tensor, piece)
-
-
-def accumulate_heads(gradients: TaskGradients, weights: Weights) -> None:
-    """Add the weighted sum of the tasks' gradients to ``.grad`` of each head. ``weights``: shape (K,)."""
-    for weight, row in zip(weights.unbind(), gradients.head_gradients, strict=True):
-        for head, gradient in zip(gradients.heads, row, strict=True):
-            if gradient is not None:
-                accumulate(head, weight.to(gradient) * gradient)
-
-
-def through_features(
-    direction: Direction, features: Sequence[Tensor], reached: Sequence[bool], parameters: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Gradients of the parameters below the features, whose own gradient is ``direction``. Shape (F,)."""
-    pieces = torch.split(direction, [tensor.numel() for tensor in features])
-    there = [
-        (z, piece.reshape(z.shape).to(z)) for z, piece, any_task in zip(features, pieces, reached, strict=True) if any_task
-    ]
-    outputs, gradients = zip(*there, strict=True)
-    return list(torch.autograd.grad(outputs, parameters, gradients, allow_unused=True))
+def pieces(direction: Direction, tensors: Sequence[Tensor], reached: Sequence[bool]) -> list[Tensor | None]:
+    """A direction cut up for the tensors that it is for, None for those that no task reaches."""
+    cuts = torch.split(direction, [tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) if there else None for piece, tensor, there in zip(cuts, tensors, reached, strict=True)]

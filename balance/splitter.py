@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from balance.inputs import Step, task_names
+from balance.jacobian import inner_products
 from balance.random import SeededGenerator
 from balance.registry import check_type, gradient_balancers, takes, unknown
 from balance.report import Report
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 Variant = Literal[0, 1, 2, 3]
 
-_BLOCK = 6000  # columns of a Jacobian that are held in float64 at once; at a power of two its rows would compete for cache
-_LARGE_BLOCK = 1 << 20  # the same on an accelerator
 _SHORTEST = 1e-30  # root mean square length that a gradient is divided by at least: its inverse is a float32
 
 
@@ -409,20 +408,10 @@ class _Rows(NamedTuple):
         return total
 
     def gramian(self) -> Gramian:
-        """Inner products, accumulated in float64 over blocks that fit the cache. Shape (k, k)."""
-        k = len(self.tasks)
-        total = torch.zeros(k, k, dtype=torch.float64, device=self.at.device)
-        for own in self.flat if k else []:
-            device = own[0].device
-            block = min(_BLOCK if device.type == "cpu" else _LARGE_BLOCK, max(len(own[0]), 1))
-            J = torch.empty(k, block, dtype=torch.float64, device=device)  # one for all blocks: fresh memory is slow
-            G = torch.zeros(k, k, dtype=torch.float64, device=device)
-            for parts in zip(*(torch.split(row, block) for row in own), strict=True):
-                columns = J[:, : len(parts[0])]
-                for row, part in zip(columns.unbind(), parts, strict=True):
-                    row.copy_(part)
-                G.addmm_(columns, columns.T)
-            total += G.to(total)
+        """Inner products, float64. Shape (k, k)."""
+        total = torch.zeros(len(self.tasks), len(self.tasks), dtype=torch.float64, device=self.at.device)
+        for own in self.flat if self.tasks else []:
+            total += inner_products(own).to(total)
         return total
 
     def combined(self, weights: Tensor) -> list[Tensor]:

@@ -14,7 +14,7 @@ import torch
 FOLDER = Path(__file__).resolve().parent
 
 
-def write(results: dict[str, Any], kind: str, folder: Path) -> None:
+def write(results: dict[str, Any], kind: str, folder: Path) -> Path:
     """Write results to ``<date>_<kind>_<machine>_<commit>.json``, with the versions that they depend on."""
     words = ["git", "-C", str(FOLDER), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip() or "unknown"  # noqa: S603
@@ -23,3 +23,4 @@ def write(results: dict[str, Any], kind: str, folder: Path) -> None:
     file = folder / f"{datetime.now(tz=timezone.utc):%Y-%m-%d}_{kind}_{platform.machine()}_{commit}.json"
     file.write_text(json.dumps(versions | {"results": results}, indent=1) + "\n", encoding="utf-8")
     print(f"\nWritten to {file.name} in {folder.name}")
+    return file

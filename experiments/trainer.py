@@ -27,7 +27,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
-from balance.config import StageConfig, build_balancer, compose, flatten, method_names, methods_schema
+from balance.config import StageConfig, build_balancer, compose, flatten, measured, method_names, methods_schema
 from balance.cost import peak_memory
 from balance.metrics import delta_m
 from balance.tracking import connect
@@ -185,6 +185,7 @@ def build(config: DictConfig, console: Console | None = None) -> Run:
     torch.manual_seed(config.seed)
     data = experiment.load(config.data)
     model = experiment.build_model().to(config.device)
+    measured(dict(model.trunk.named_parameters()), config.balancer.measure)
     return Run(config, experiment, data, model, balancer, Path(config.output_dir), console or Console())
 
 
@@ -291,7 +292,9 @@ def train_step(run: Run, optimizer: torch.optim.Optimizer, batch: Batch) -> Repo
     optimizer.zero_grad()
     features = run.model.trunk(batch[0])
     losses = run.experiment.losses(run.model.heads(features), batch)
-    report = run.balancer.backward(losses, shared=run.model.trunk.parameters(), features=features)
+    shared = dict(run.model.trunk.named_parameters())
+    measure = measured(shared, run.config.balancer.measure)
+    report = run.balancer.backward(losses, shared=shared.values(), features=features, measure=measure)
     if run.config.train.max_norm is not None:
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.train.max_norm)
     optimizer.step()

@@ -693,7 +693,7 @@ def test_mistakes_in_shared(shared, error, message):
 
 def test_features_are_needed_for_source_features():
     network = Network()
-    with pytest.raises(ValueError, match="needs features="):
+    with pytest.raises(ValueError, match="features must be one tensor or several"):
         Balancer(TASKS, gradient="mgda", source="features").backward(network.losses(), shared=network.shared())
 
 

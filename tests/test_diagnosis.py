@@ -157,7 +157,7 @@ def test_memory_of_a_gradient_balancer_is_that_of_the_jacobian():
     model = Quadratics(a=[1.0] * size, b=[-1.0] * size, c=[2.0] * size)
     found = diagnose(model, gradient_methods=("mgda",), steps=1)
     extra = found.gradient_prices["mgda"].cost.bytes - found.baseline.bytes
-    assert 3 * size * 8 <= extra <= 6 * size * 8
+    assert 2 * size * 8 <= extra <= 3.3 * size * 8  # three gradients; an ordinary step holds one at its peak, too
 
 
 class Meter:

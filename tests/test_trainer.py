@@ -207,6 +207,51 @@ def test_features_as_source(tmp_path):
     assert train(*arguments, *TINY, "track=false", f"output_dir={tmp_path}")
 
 
+GRAMIAN_RULES = [name for name in gradient_balancers.names() if gradient_balancers.sees(name) == "gramian"]
+MEASURES = [["balancer.source=parameters"], ["balancer.source=features"], ["balancer.measure=[7.*]"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient", GRAMIAN_RULES)
+@pytest.mark.parametrize("measure", MEASURES, ids=lambda words: words[0])
+def test_every_gramian_rule_trains_with_every_source(gradient, measure, tmp_path):
+    """After a few epochs the test metrics are far from those of chance."""
+    words = [f"--gradient_method={gradient}", *measure, "train.epochs=6", "balancer.scale=norm", "track=false"]
+    final = train(*words, f"output_dir={tmp_path}")
+    assert final["left/accuracy"] > 0.18
+    assert final["right/accuracy"] > 0.18
+    assert final["sum/mae"] < 3.5
+    assert final["reconstruction/rmse"] < 0.26
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gradient_method=mgda", "balancer.measure=[trunk.9]"], "Unknown name in balancer.measure 'trunk.9'"),
+        (["balancer.measure=['*']"], "balancer.measure needs a gradient method that gives weights, but got None"),
+        (["--gradient_method=graddrop", "balancer.measure=['*']"], "gives weights, but got graddrop"),
+        (["--gradient_method=mgda", "balancer.measure=['*']", "balancer.source=features"], "needs balancer.source=parameters"),
+        (["--gradient_method=graddrop", "balancer.memory=gramian"], "memory='gramian' does not hold"),
+    ],
+)
+def test_choices_of_the_engine_that_do_not_fit(words, message, tmp_path):
+    config = trainer.configure(trainer.build_parser().parse_intermixed_args([*words, *TINY, f"output_dir={tmp_path}/runs"]))
+    with pytest.raises(ValueError, match=message):
+        trainer.prepare(config, Console(quiet=True))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_engine_is_not_a_setting_of_the_result(tmp_path):
+    """Runs that differ only in how gradients are had are one row of a table."""
+    words = ["--gradient_method=mgda", *TINY]
+    configs = [
+        trainer.configure(trainer.build_parser().parse_intermixed_args([*words, *more]))
+        for more in ([], ["balancer.engine=loop", "balancer.memory=jacobian"], ["balancer.measure=['*']"])
+    ]
+    prints = [fingerprint(config) for config in configs]
+    assert prints[0] == prints[1] != prints[2]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from experiments.results.comparison import Comparison, Row
 
 # Entries of a configuration that do not decide the result of a run
-BOOKKEEPING = frozenset({"output_dir", "track", "log_every", "log_model", "system_metrics"})
+BOOKKEEPING = frozenset(
+    {"output_dir", "track", "log_every", "log_model", "system_metrics", "balancer.engine", "balancer.memory"}
+)
 OF_A_ROW = ("experiment", "loss_method", "gradient_method", "seed")  # columns of their own
 CURVES = ("loss/", "weight/", "gradient_weight/", "cosine/", "conflicts")
 

@@ -1,0 +1,88 @@
+"""The parts of a network, told apart by its graph: shared parameters, heads, and the features where they meet."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from balance.graph import Root, Trace, edge, trace
+from balance.inputs import read_features, read_shared
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+    from balance.shapes import Source
+
+
+class Parts(NamedTuple):
+    """Leaves of the graph, and where conflict is measured."""
+
+    source: Source
+    inputs: list[Tensor]  # where conflict is measured: shared parameters, or features
+    trunk: list[Tensor]  # parameters that get the direction
+    heads: list[Tensor]  # the others
+    features: list[Tensor]  # where heads and trunk meet; empty where they do not meet in given features alone
+    below: Trace  # of the graph that holds the trunk
+    disjoint: bool  # the graphs above the features have nothing in common
+
+
+def read_parts(
+    source: Source,
+    roots: Sequence[Root | None],
+    shared: Iterable[Tensor] | None,
+    features: Tensor | Sequence[Tensor] | None,
+    measure: Iterable[Tensor] | None,
+    own: Iterable[Tensor],
+) -> Parts:
+    """Tell the leaves of the graph apart.
+
+    Args:
+        source: Where conflict is measured.
+        roots: Where the losses are in the graph.
+        shared: The shared parameters; may be None with ``source="features"``.
+        features: The shared representation; may be None with ``source="parameters"``.
+        measure: Those of the shared parameters on which conflict is measured; None: all.
+        own: The balancer's parameters.
+
+    Raises:
+        ValueError: If something is missing or does not go together.
+        TypeError: If something is not what it should be.
+    """
+    if source == "features":
+        if measure is not None:
+            raise ValueError('measure is for source="parameters": with source="features" conflict is measured on the features.')
+        inputs = tensors = read_features(features)
+        above, below = trace(roots, stop=inputs), trace(inputs)
+        trunk = _distinct([*below.leaves, *([] if shared is None else read_shared(shared))])
+    else:
+        trunk = read_shared(shared)
+        inputs = trunk if measure is None else _read_measure(measure, trunk)
+        tensors = [] if features is None else read_features(features)
+        above = trace(roots, stop=tensors)
+        below = trace(tensors) if tensors else above
+    of_trunk = {id(tensor) for tensor in (*trunk, *own)}
+    nested = any(user is not None for z in tensors for user, _ in below.users.get(edge(z).node, ()))
+    outside = source == "parameters" and any(id(leaf) not in of_trunk for leaf in below.leaves)
+    bypassed = any(id(leaf) in of_trunk for leaf in above.leaves)
+    if tensors and (nested or outside or bypassed):
+        tensors = []
+        if source == "parameters":
+            above = below = trace(roots)
+    heads = [leaf for leaf in above.leaves if id(leaf) not in of_trunk]
+    return Parts(source, inputs, trunk, heads, tensors, below, above.disjoint)
+
+
+def _read_measure(measure: Iterable[Tensor], trunk: Sequence[Tensor]) -> list[Tensor]:
+    shared = {id(parameter) for parameter in trunk}
+    chosen = read_shared(measure, "measure")
+    if not chosen or any(id(parameter) not in shared for parameter in chosen):
+        raise ValueError(
+            f"measure must hold some of the shared parameters, but of its {len(chosen)} that require a gradient "
+            f"{sum(id(parameter) in shared for parameter in chosen)} are in shared."
+        )
+    return chosen
+
+
+def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())

@@ -1,0 +1,56 @@
+"""A figure of the engines: time of a step over the number of tasks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SHOWN = {  # by variant: label, colour, marker, line
+    "torchjd mtl_backward + jac_to_grad": ("TorchJD 0.18, mtl_backward", "#999999", "s", "--"),
+    "torchjd autogram": ("TorchJD 0.18, autogram", "#999999", "^", ":"),
+    "textbook loop": ("textbook loop", "#000000", "x", "--"),
+    "parameters": ("balance, parameters", "#0072B2", "o", "-"),
+    "measure=last quarter": ("balance, measure=last quarter", "#56B4E9", "D", "-"),
+    "features": ("balance, features", "#D55E00", "o", "-"),
+    "splitter: imtl": ("balance, Splitter", "#E69F00", "v", "-"),
+}
+
+
+def draw(results: dict[str, Any], file: Path) -> None:
+    """One panel a network: time of a step relative to an ordinary one, over the number of tasks, both logarithmic.
+
+    Args:
+        results: Rows by variant, by a title that begins with the network and ``K=``.
+        file: Where the figure goes.
+    """
+    networks = list(dict.fromkeys(title.split()[0] for title in results))
+    figure, panels = plt.subplots(1, len(networks), figsize=(3.1 * len(networks) + 0.6, 3.4), sharey=True, squeeze=False)
+    for panel, network in zip(panels[0], networks, strict=True):
+        tables = {int(title.split()[1][2:]): rows for title, rows in results.items() if title.split()[0] == network}
+        for variant, (label, colour, marker, line) in SHOWN.items():
+            points = [(k, rows[variant]["ratio"]) for k, rows in tables.items() if "ratio" in rows.get(variant, {})]
+            if points:
+                panel.plot(*zip(*points, strict=True), line, color=colour, marker=marker, markersize=5, label=label)
+        size = next(title for title in results if title.startswith(f"{network} ")).split("P=")[1]
+        panel.set(xscale="log", yscale="log", title=f"{network}, {int(size):,} shared".replace(",", " "), xlabel="tasks")
+        panel.set_xticks(list(tables), [str(k) for k in tables])
+        panel.minorticks_off()
+        panel.axhline(1, color="#BBBBBB", linewidth=0.8, zorder=0)
+        panel.grid(axis="y", color="#EEEEEE", zorder=0)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].set_ylabel("time of a step / ordinary step")
+    ticks = [1, 2, 5, 10, 20, 50, 100, 200]
+    low, high = panels[0, 0].get_ylim()
+    panels[0, 0].set_yticks([t for t in ticks if low <= t <= high], [str(t) for t in ticks if low <= t <= high])
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=4, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.15, 1, 1))
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
