@@ -22,6 +22,7 @@ lint: $(VENV)/dev.installed  ## style and types
 benchmark: $(VENV)/benchmark.installed  ## time and accuracy beside other libraries
 	$(VENV)/bin/python benchmarks/bench_rules.py
 	$(VENV)/bin/python benchmarks/bench_step.py
+	$(VENV)/bin/python benchmarks/bench_jacobian.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -37,12 +37,15 @@ Form = Literal["rows", "matrix", "gramian"]
 
 _SHARE = 0.4  # of the Jacobian: what is held of it at most with memory="gramian", unless one parameter alone is larger
 _SMALL = 0.1  # of the shared parameters: features that are fewer may be held for every task
-# What a multiplication costs in double precision, and in a QR decomposition, relative to one in a product of matrices
-_DOUBLE, _DECOMPOSED = 4, 2.5
+# What it costs to move a number about, a multiplication in double precision, and one in a QR decomposition, relative to one
+# multiplication in a product of matrices; measured on a CPU, rounded
+_MOVED, _DOUBLE, _DECOMPOSED = 20, 4, 2.5
 
 
 class Estimate(NamedTuple):
-    """Memory that a step needs beyond that of an ordinary backward pass, in bytes. The heads' own gradients are not in it.
+    """Memory for the gradients that a step holds beyond those of an ordinary backward pass, in bytes.
+
+    Not in it are the heads' own gradients, nor the activations that K passes must keep until the last of them.
 
     Attributes:
         bytes: As the balancer is configured.
@@ -295,14 +298,13 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _direct_cost(layer: Layer, num_tasks: int) -> float:
     """Multiplications for the weight's gradients and their inner products."""
-    return num_tasks * layer.weight.numel() * (layer.samples + _DOUBLE * num_tasks)
+    return num_tasks * layer.weight.numel() * (layer.samples + _MOVED + _DOUBLE * num_tasks)
 
 
 def _short_cost(layer: Layer, num_tasks: int) -> float:
-    """The same in the basis of the layer's inputs."""
-    N = layer.samples
-    product = N * layer.weight.numel()  # once, for the direction
-    return _DECOMPOSED * N * N * layer.width + num_tasks * N * layer.outputs * (N + _DOUBLE * num_tasks) + product
+    """The same through the gradients of the layer's outputs, with the product that makes the direction of them."""
+    N, P = layer.samples, layer.weight.numel()
+    return _DECOMPOSED * N * N * layer.width + num_tasks * N * layer.outputs * (N + _MOVED + _DOUBLE * num_tasks) + N * P
 
 
 def _pays(layer: Layer, num_tasks: int) -> bool:

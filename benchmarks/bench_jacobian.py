@@ -10,9 +10,7 @@ the machine hits all of them. Memory is what a step needs at its height beyond t
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from networks import NETWORKS, Network
+from peers import gramian_step, installed, jacobian_step
 from plot import draw
 from record import FOLDER, write
 
@@ -83,43 +82,17 @@ def variants(network: Network, num_tasks: int) -> dict[str, Callable[[], object]
         "loss balancer: famo": stage(loss="famo", gradient=None),
         "loss balancer: go4align": stage(loss="go4align", gradient=None),
         "parameters": stage(),
-        "parameters, engine=loop": stage(engine="loop"),
         "parameters, engine=batched": stage(engine="batched"),
-        "parameters, memory=jacobian": stage(memory="jacobian"),
         "parameters, memory=gramian": stage(memory="gramian"),
         "measure=last quarter": stage(measure=True),
         "features": stage(source="features"),
         "splitter: normalized": splitter("normalized"),
         "splitter: imtl": splitter("imtl"),
     }
-    return steps | peers(network)
-
-
-def peers(network: Network) -> dict[str, Callable[[], object]]:
-    """The same by TorchJD: its Jacobian of the trunk from that of the features, and its Gramian engine with a weighted pass."""
-    try:
-        from torchjd.aggregation import IMTLG, IMTLGWeighting  # noqa: PLC0415
-        from torchjd.autogram import Engine  # noqa: PLC0415
-        from torchjd.autojac import jac_to_grad, mtl_backward  # noqa: PLC0415
-    except ImportError:
-        print("torchjd is not installed, so it is left out: make benchmark installs it", file=sys.stderr)
-        return {}
-    aggregate, weigh = IMTLG(), IMTLGWeighting()
-    twin = copy.deepcopy(network)  # the hooks of the engine want every forward pass to be followed by its own backward pass
-    engine = Engine(twin.trunk, batch_dim=None)
-
-    def jacobian() -> None:
-        features, losses = network()
-        mtl_backward(losses, features=features)
-        jac_to_grad(network.trunk.parameters(), aggregate)
-
-    def gramian() -> None:
-        twin.zero_grad()
-        _, losses = twin()
-        stacked = torch.stack(losses)
-        stacked.backward(weigh(engine.compute_gramian(stacked)))
-
-    return {"torchjd mtl_backward + jac_to_grad": jacobian, "torchjd autogram": gramian}
+    if installed():
+        steps["torchjd mtl_backward + jac_to_grad"] = jacobian_step(network, "IMTLG")
+        steps["torchjd autogram"] = gramian_step(network, "IMTLGWeighting")
+    return steps
 
 
 def measure(steps: dict[str, Callable[[], object]], network: Network, budget: float, size: int) -> dict[str, dict[str, Any]]:
@@ -136,7 +109,7 @@ def measure(steps: dict[str, Callable[[], object]], network: Network, budget: fl
         except Exception as error:  # noqa: BLE001
             rows[name] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     begin = time.perf_counter()
-    while not times[PLAIN] or (time.perf_counter() - begin < budget and len(times[PLAIN]) < 200):
+    while len(times[PLAIN]) < 2 or (time.perf_counter() - begin < budget and len(times[PLAIN]) < 200):
         for name in peaks:
             network.zero_grad()
             start = time.perf_counter()
@@ -145,7 +118,7 @@ def measure(steps: dict[str, Callable[[], object]], network: Network, budget: fl
     plain = statistics.median(times[PLAIN])
     for name, found in times.items():
         if name in peaks:
-            quartiles = statistics.quantiles(found, n=4) if len(found) > 1 else [found[0]] * 3
+            quartiles = statistics.quantiles(found, n=4)
             rows[name] = {
                 "ms": round(statistics.median(found), 3),
                 "spread_ms": round(quartiles[2] - quartiles[0], 3),
@@ -178,14 +151,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--tasks", nargs="+", type=int, default=[2, 3, 11, 40])
-    parser.add_argument("--budget", type=float, default=12, help="seconds for each table")
+    parser.add_argument("--budget", type=float, default=30, help="seconds for each table")
     parser.add_argument("--output", type=Path, default=FOLDER / "results", help="folder of the JSON file and the plot")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="There is a performance drop")  # said of attention, by torch, of its own vmap
     results = {}
-    for name in options.networks:
-        for num_tasks in options.tasks:
+    for num_tasks in options.tasks:
+        for name in options.networks:
             torch.manual_seed(0)
             network = NETWORKS[name](num_tasks)
             P = sum(p.numel() for p in network.trunk.parameters())

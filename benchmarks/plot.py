@@ -34,12 +34,13 @@ def draw(results: dict[str, Any], file: Path) -> None:
     figure, panels = plt.subplots(1, len(networks), figsize=(3.1 * len(networks) + 0.6, 3.4), sharey=True, squeeze=False)
     for panel, network in zip(panels[0], networks, strict=True):
         tables = {int(title.split()[1][2:]): rows for title, rows in results.items() if title.split()[0] == network}
+        tables = dict(sorted(tables.items()))
         for variant, (label, colour, marker, line) in SHOWN.items():
             points = [(k, rows[variant]["ratio"]) for k, rows in tables.items() if "ratio" in rows.get(variant, {})]
             if points:
                 panel.plot(*zip(*points, strict=True), line, color=colour, marker=marker, markersize=5, label=label)
         size = next(title for title in results if title.startswith(f"{network} ")).split("P=")[1]
-        panel.set(xscale="log", yscale="log", title=f"{network}, {int(size):,} shared".replace(",", " "), xlabel="tasks")
+        panel.set(xscale="log", yscale="log", title=f"{network} ({float(size) / 1e6:.2g} million shared)", xlabel="tasks")
         panel.set_xticks(list(tables), [str(k) for k in tables])
         panel.minorticks_off()
         panel.axhline(1, color="#BBBBBB", linewidth=0.8, zorder=0)

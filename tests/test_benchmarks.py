@@ -11,14 +11,22 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "options"), [("bench_rules.py", ["--sizes", "3"]), ("bench_step.py", [])])
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("bench_rules.py", ["--repeats", "2", "--sizes", "3"]),
+        ("bench_step.py", ["--repeats", "2", "--networks", "mlp", "--tasks", "3"]),
+        ("bench_jacobian.py", ["--budget", "0", "--networks", "mlp", "transformer", "--tasks", "2", "3"]),
+    ],
+)
 def test_benchmark(script, options, tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / script), "--repeats", "2", "--output", str(tmp_path), *options]
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--output", str(tmp_path), *options]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     (file,) = tmp_path.glob("*.json")
     results = json.loads(file.read_text(encoding="utf-8"))["results"]
     for rows in results.values():
         assert all(row["ms"] > 0 for row in rows.values())
+    assert len(list(tmp_path.glob("*.png"))) == (script == "bench_jacobian.py")
 
 
 def test_rules_are_measured_against_their_own_certificates(monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import balance
 from balance import Balancer
@@ -701,6 +702,28 @@ def test_no_warnings_in_a_batched_pass_of_plain_layers():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Balancer(TASKS, gradient="mgda", engine="batched").backward(named(losses), shared=model.trunk.parameters(), features=z)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(way.values()))
+@pytest.mark.parametrize("how", ["checkpoint", "compile"])
+def test_checkpointed_and_compiled_trunks(how, way):
+    """What a graph holds may be computed again, or hidden in one node."""
+    results = []
+    for wrap in (False, True):
+        torch.manual_seed(0)
+        trunk, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), torch.randn(4, 64)
+        heads = [nn.Linear(64, 2) for _ in TASKS]
+        if not wrap:
+            z = trunk(x)
+        elif how == "checkpoint":
+            z = checkpoint(trunk, x, use_reentrant=False)
+        else:
+            z = torch.compile(trunk, backend="aot_eager")(x)
+        losses = named([(k + 1) * head(z).square().mean() for k, head in enumerate(heads)])
+        Balancer(TASKS, gradient="imtl", **way).backward(losses, shared=trunk.parameters(), features=z)
+        results.append([p.grad for module in (trunk, *heads) for p in module.parameters()])
+    for plain, wrapped in zip(*results, strict=True):
+        torch.testing.assert_close(wrapped, plain)
 
 
 def test_loss_rules_that_cannot_be_batched_are_differentiated_row_by_row():

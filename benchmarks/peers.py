@@ -1,0 +1,54 @@
+"""The same steps by TorchJD, where it is installed."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from networks import Network
+
+
+def installed() -> bool:
+    """Whether TorchJD is there; says so if not."""
+    there = importlib.util.find_spec("torchjd") is not None
+    if not there:
+        print("torchjd is not installed, so it is left out: make benchmark installs it", file=sys.stderr)
+    return there
+
+
+def jacobian_step(network: Network, aggregator: str) -> Callable[[], None]:
+    """A step by its Jacobian of the trunk, from that of the features."""
+    from torchjd import aggregation  # noqa: PLC0415
+    from torchjd.autojac import jac_to_grad, mtl_backward  # noqa: PLC0415
+
+    aggregate = getattr(aggregation, aggregator)()
+
+    def step() -> None:
+        features, losses = network()
+        mtl_backward(losses, features=features)
+        jac_to_grad(network.trunk.parameters(), aggregate)
+
+    return step
+
+
+def gramian_step(network: Network, weighting: str) -> Callable[[], None]:
+    """A step by its Gramian engine, on a copy: the engine's hooks want no forward pass without its own backward pass."""
+    from torchjd import aggregation  # noqa: PLC0415
+    from torchjd.autogram import Engine  # noqa: PLC0415
+
+    weigh, twin = getattr(aggregation, weighting)(), copy.deepcopy(network)
+    engine = Engine(twin.trunk, batch_dim=None)
+
+    def step() -> None:
+        twin.zero_grad()
+        losses = torch.stack(twin()[1])
+        losses.backward(weigh(engine.compute_gramian(losses)))
+
+    return step
