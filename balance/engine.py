@@ -14,10 +14,10 @@ from balance.jacobian import (
     AtFeatures,
     AtLosses,
     HeadGradients,
+    InnerProducts,
     Rows,
     Start,
     accumulate,
-    add_inner_products,
     all_at_once,
     backward,
     flat,
@@ -79,12 +79,12 @@ class _Site(NamedTuple):
         """The same with what the layer was given, which the graph will not hold for ever."""
         return self if self.layer is None else self._replace(given=self.layer.inputs())
 
-    def add_inner_products(self, G: Gramian, rows: Sequence[Tensor | None]) -> None:
-        """Add those of the tensor's gradients."""
-        if self.layer is not None and self.given is not None:
-            R = self.layer.triangle(self.given)
-            rows = [None if row is None else self.layer.coordinates(R, self._unflat(row)).reshape(-1) for row in rows]
-        add_inner_products(G, rows)
+    def coordinates(self, rows: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The tensor's gradients in coordinates that keep inner products, flat."""
+        if self.layer is None or self.given is None:
+            return rows
+        R = self.layer.triangle(self.given)
+        return [None if row is None else self.layer.coordinates(R, self._unflat(row)).reshape(-1) for row in rows]
 
     def gradient(self, row: Tensor) -> Tensor:
         """The tensor's gradient."""
@@ -196,9 +196,10 @@ class Engine:
         K, inputs = start.num_tasks, parts.inputs
         device = inputs[0].device if inputs else start.device
         apart = again and parts.disjoint and bool(parts.features)
-        found = TaskGradients(start, parts, torch.zeros(K, K, dtype=torch.float64, device=device), [False] * len(inputs))
+        found = TaskGradients(start, parts, torch.empty(0), [False] * len(inputs))
         if form == "matrix":
             found.jacobian = _matrix(inputs, K, device)
+        products = InnerProducts(K, sum(site.length for block in blocks for site in block), device)
         for number, block in enumerate(blocks):
             sites = [site.read() for site in block]
             keep = again or form == "gramian" or number < len(blocks) - 1
@@ -213,11 +214,12 @@ class Engine:
                     found.heads.append(heads, gradients[len(sites) :])
             for site, own, there in zip(sites, rows.pieces, rows.reached, strict=True):
                 found.reached[site.place] = there
-                site.add_inner_products(found.gramian, own)
+                products.add(site.coordinates(own))
                 if form == "gramian":
                     own.clear()
             if form != "gramian":
                 found.rows, found.sites = rows, sites
+        found.gramian = products.total()
         return found
 
     def _passes(

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from balance.graph import Root
     from balance.shapes import Direction, Gramian, Jacobian, Losses, WeightedLosses
 
-_BLOCK = 20_000  # columns of a Jacobian that are held in float64 at once; at a power of two its rows would compete for cache
-_LARGE_BLOCK = 1 << 20  # the same on an accelerator
+_HELD = 1 << 19  # numbers that are held in float64 at once, if they are no more than a share of all
+_HELD_ON_ACCELERATOR = 1 << 24
+_LEAST = 4096  # columns, for which no share is too large
+_COLUMNS = 20_000  # of a Jacobian that are replaced at once
 
 
 @dataclass
@@ -47,36 +49,54 @@ class Rows:
             yield total
 
 
-def add_inner_products(G: Gramian, rows: Sequence[Tensor | None]) -> None:
-    """Add the inner products of the tasks' gradients with respect to one tensor to a Gramian. Shape (K, K)."""
-    live = [k for k, row in enumerate(rows) if row is not None]
-    if not live:
-        return
-    part = inner_products([row for row in rows if row is not None]).to(G)
-    if len(live) == len(rows):
-        G += part
-    else:
-        at = torch.tensor(live, device=G.device)
-        G[at[:, None], at] += part
+class InnerProducts:
+    """Inner products of K tasks' gradients, which come tensor by tensor, accumulated in float64.
 
+    Args:
+        num_tasks: K.
+        length: How many numbers a gradient has in all.
+        device: Where the result is wanted.
+    """
 
-def inner_products(rows: Sequence[Tensor]) -> Tensor:
-    """Inner products of flat tensors of one length, accumulated in float64 over blocks that fit the cache. Shape (k, k)."""
-    device, length = rows[0].device, len(rows[0])
-    block = min(_BLOCK if device.type == "cpu" else _LARGE_BLOCK, max(length, 1))
-    J = torch.empty(len(rows), block, dtype=torch.float64, device=device)  # one for all blocks: fresh memory is slow
-    G = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
-    by_row = device.type == "cpu" and 3 < len(rows) <= 16  # half of the products, where a product of matrices is slow
-    for parts in zip(*(torch.split(row, block) for row in rows), strict=True):
-        columns = J[:, : len(parts[0])]
-        for row, part in zip(columns.unbind(), parts, strict=True):
-            row.copy_(part)
-        if by_row:
-            for i in range(len(rows)):
-                G[i, i:].addmv_(columns[i:], columns[i])
-        else:
-            G.addmm_(columns, columns.T)
-    return G + G.triu(1).T if by_row else G
+    def __init__(self, num_tasks: int, length: int, device: torch.device) -> None:
+        numbers = _HELD if device.type == "cpu" else _HELD_ON_ACCELERATOR
+        columns = min(max(numbers // num_tasks, 1), max(length // 16, min(length, _LEAST), 1))
+        # One matrix for all tensors: small ones go side by side, and fresh memory is slow
+        self._columns = torch.empty(num_tasks, columns, dtype=torch.float64, device=device)
+        self._filled = 0
+        self._sum = torch.zeros(num_tasks, num_tasks, dtype=torch.float64, device=device)
+        self._by_row = device.type == "cpu" and 3 < num_tasks <= 16  # where a product of matrices is slower
+
+    def add(self, rows: Sequence[Tensor | None]) -> None:
+        """Take the tasks' gradients with respect to one tensor, flat; None is zero."""
+        length = next((len(row) for row in rows if row is not None), 0)
+        taken = 0
+        while taken < length:
+            stop = min(taken + self._columns.shape[1] - self._filled, length)
+            places = self._columns[:, self._filled : self._filled + stop - taken]
+            for place, row in zip(places.unbind(), rows, strict=True):
+                if row is None:
+                    place.zero_()
+                else:
+                    place.copy_(row[taken:stop])
+            self._filled += stop - taken
+            taken = stop
+            if self._filled == self._columns.shape[1]:
+                self._multiply()
+
+    def total(self) -> Gramian:
+        """Their sum over all tensors so far. Shape (K, K)."""
+        self._multiply()
+        return self._sum + self._sum.triu(1).T if self._by_row else self._sum.clone()
+
+    def _multiply(self) -> None:
+        J = self._columns[:, : self._filled]
+        self._filled = 0
+        if not self._by_row:
+            self._sum.addmm_(J, J.T)
+            return
+        for i in range(len(J)):  # the upper half
+            self._sum[i, i:].addmv_(J[i:], J[i])
 
 
 @dataclass
@@ -252,7 +272,7 @@ def loss_jacobian(weighted: WeightedLosses, losses: Losses) -> Tensor:
 def change_rows(jacobian: Jacobian, matrix: Tensor) -> None:
     """Replace a Jacobian (K, P) by ``matrix`` (K, K) times it, in place, with no second Jacobian."""
     matrix = matrix.to(jacobian)
-    for columns in torch.split(jacobian, _BLOCK if jacobian.device.type == "cpu" else _LARGE_BLOCK, dim=1):
+    for columns in torch.split(jacobian, _COLUMNS if jacobian.device.type == "cpu" else 50 * _COLUMNS, dim=1):
         columns.copy_(matrix @ columns)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from balance.inputs import Step, task_names
-from balance.jacobian import inner_products
+from balance.jacobian import InnerProducts
 from balance.random import SeededGenerator
 from balance.registry import check_type, gradient_balancers, takes, unknown
 from balance.report import Report
@@ -409,10 +409,12 @@ class _Rows(NamedTuple):
 
     def gramian(self) -> Gramian:
         """Inner products, float64. Shape (k, k)."""
-        total = torch.zeros(len(self.tasks), len(self.tasks), dtype=torch.float64, device=self.at.device)
-        for own in self.flat if self.tasks else []:
-            total += inner_products(own).to(total)
-        return total
+        if not self.tasks:
+            return torch.zeros(0, 0, dtype=torch.float64, device=self.at.device)
+        products = InnerProducts(len(self.tasks), sum(len(first) for first, *_ in self.flat), self.at.device)
+        for own in self.flat:
+            products.add(own)
+        return products.total()
 
     def combined(self, weights: Tensor) -> list[Tensor]:
         """Weighted sums of the tasks' gradients, one of each tensor, at least float32. ``weights``: (k,)."""
