@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _HELD = 1 << 19  # numbers that are held in float64 at once, if they are no more than a share of all
 _HELD_ON_ACCELERATOR = 1 << 24
-_LEAST = 4096  # columns, for which no share is too large
+_LEAST = 20_000  # columns, for which no share is too large
 _COLUMNS = 20_000  # of a Jacobian that are replaced at once
 
 

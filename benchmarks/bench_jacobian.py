@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from networks import NETWORKS, Network
 from peers import gramian_step, installed, jacobian_step
-from plot import draw
 from record import FOLDER, write
+from show import draw, markdown
 
 from balance import Balancer, Splitter
 from balance.cost import peak_memory
@@ -180,6 +180,8 @@ def main() -> None:
                     )
     file = write(results, "jacobian", options.output)
     draw(results, file.with_suffix(".png"))
+    for num_tasks in options.tasks:
+        print("", markdown(results, num_tasks), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A figure of the engines: time of a step over the number of tasks."""
+"""Results of the engines: a figure of time over the number of tasks, and a table for one number."""
 
 from __future__ import annotations
 
@@ -21,6 +21,44 @@ SHOWN = {  # by variant: label, colour, marker, line
     "features": ("balance, features", "#D55E00", "o", "-"),
     "splitter: imtl": ("balance, Splitter", "#E69F00", "v", "-"),
 }
+
+TABLE = {  # by variant: label
+    "losses.sum().backward()": "`losses.sum().backward()`",
+    "loss balancer: famo": "`Balancer`, no gradient balancer",
+    "parameters": "`Balancer`, by default",
+    "parameters, engine=batched": '`engine="batched"`',
+    "parameters, memory=gramian": '`memory="gramian"`',
+    "measure=last quarter": "`measure=` the last quarter of the layers",
+    "features": '`source="features"`',
+    "splitter: imtl": '`Splitter(gradient="imtl")`',
+    "splitter: normalized": "`Splitter()`",
+    "forward + K trunk backwards": "K passes and nothing else",
+    "textbook loop": "textbook loop",
+    "torchjd mtl_backward + jac_to_grad": "TorchJD 0.18, `mtl_backward`",
+    "torchjd autogram": "TorchJD 0.18, `autogram`",
+}
+
+
+def markdown(results: dict[str, Any], num_tasks: int) -> str:
+    """Time of a step relative to an ordinary one, and in brackets memory beyond it relative to the Jacobian, by network."""
+    tables = {title.split()[0]: rows for title, rows in results.items() if title.split()[1] == f"K={num_tasks}"}
+    lines = [f"| step, K = {num_tasks} | {' | '.join(tables)} |", "| --- |" + " ---: |" * len(tables)]
+    for variant, label in TABLE.items():
+        if all("ratio" in rows.get(variant, {}) for rows in tables.values()):
+            cells = [_cell(rows[variant]) for rows in tables.values()]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    errors = [rows["measure=last quarter"]["cosine_error"] for rows in tables.values()]
+    lines.append(f"| cosines with `measure=` are off by, at most | {' | '.join(_error(error) for error in errors)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, float]) -> str:
+    memory = round(row["extra_over_jacobian"], 2) + 0.0  # no minus before a zero
+    return f"{row['ratio']:.2f} ({memory:.2f})"
+
+
+def _error(error: dict[str, float]) -> str:
+    return f"{error['mean']:.2f}, {error['largest']:.2f}"
 
 
 def draw(results: dict[str, Any], file: Path) -> None:
