@@ -199,7 +199,8 @@ class Engine:
         found = TaskGradients(start, parts, torch.empty(0), [False] * len(inputs))
         if form == "matrix":
             found.jacobian = _matrix(inputs, K, device)
-        products = InnerProducts(K, sum(site.length for block in blocks for site in block), device)
+        length = sum(site.length for block in blocks for site in block)
+        products = InnerProducts(K, length, device, lean=self.memory == "gramian")
         for number, block in enumerate(blocks):
             sites = [site.read() for site in block]
             keep = again or form == "gramian" or number < len(blocks) - 1

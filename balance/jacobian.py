@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 _HELD = 1 << 19  # numbers that are held in float64 at once, if they are no more than a share of all
 _HELD_ON_ACCELERATOR = 1 << 24
-_LEAST = 20_000  # columns, for which no share is too large
 _COLUMNS = 20_000  # of a Jacobian that are replaced at once
 
 
@@ -56,11 +55,13 @@ class InnerProducts:
         num_tasks: K.
         length: How many numbers a gradient has in all.
         device: Where the result is wanted.
+        lean: Hold less at once, which is slower.
     """
 
-    def __init__(self, num_tasks: int, length: int, device: torch.device) -> None:
+    def __init__(self, num_tasks: int, length: int, device: torch.device, *, lean: bool = False) -> None:
         numbers = _HELD if device.type == "cpu" else _HELD_ON_ACCELERATOR
-        columns = min(max(numbers // num_tasks, 1), max(length // 16, min(length, _LEAST), 1))
+        share = max(length // 64, 4096) if lean else max(length // 16, 20_000)
+        columns = max(min(numbers // num_tasks, share, length), 1)
         # One matrix for all tensors: small ones go side by side, and fresh memory is slow
         self._columns = torch.empty(num_tasks, columns, dtype=torch.float64, device=device)
         self._filled = 0
