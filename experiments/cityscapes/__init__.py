@@ -1,0 +1,1 @@
+"""Street images: 7 classes and inverse depth from one network."""

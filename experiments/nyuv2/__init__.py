@@ -1,0 +1,1 @@
+"""Indoor images: 13 classes, depth and surface normals from one network."""
