@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("Baselines are read from the recorded runs, but track=false.")
         store = Store(config.experiment, config.output_dir, create=True)
         options.output.touch()  # a file that cannot be written costs no run
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         parser.error(str(error))
     finished = store.finished()
     outcomes = run_all([job.known(finished) for job in jobs], options.jobs, "loky", Console(soft_wrap=True))

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs, every = choose(store, options.runs, filters)
         compared = compare(name, runs, every, options.baselines)
         axes = _pareto_axes(options.pareto, compared)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     show(compared, options.format)
     if options.table_only:

@@ -11,14 +11,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch.utils.data import RandomSampler
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
 from balance import Diagnosis, diagnose
 from experiments import trainer
 from experiments.arguments import add_overrides, command_line
+from experiments.loading import brought
+from experiments.settings import configure
 
 if TYPE_CHECKING:
     import argparse
@@ -37,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_intermixed_args(arguments)
     try:
-        config = trainer.configure(options)
+        config = configure(options)
         diagnosis = look(config, options.batches, options.steps)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         return 130
@@ -70,9 +69,7 @@ def look(config: DictConfig, num_batches: int, steps: int) -> Diagnosis:
         ValueError: If a number is out of range, the device is not there, or the data are fewer than two batches.
     """
     run = trainer.build(config)
-    order = torch.Generator().manual_seed(config.seed)
-    loader = trainer.loader(run.data.train, RandomSampler(run.data.train, generator=order), config.train.batch_size)  # type: ignore[arg-type]
-    batches = (tuple(tensor.to(config.device) for tensor in batch) for batch in loader)
+    batches = (brought(batch, config.device) for batch in run.batches)
 
     def losses(batch: Batch) -> dict[str, Tensor]:
         return run.experiment.losses(run.model(batch[0]), batch)

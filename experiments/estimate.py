@@ -12,6 +12,8 @@ import torch
 
 from balance.cost import measure
 from experiments import trainer
+from experiments.evaluation import evaluate
+from experiments.loading import brought
 from experiments.results.store import fingerprint
 
 if TYPE_CHECKING:
@@ -53,9 +55,9 @@ def of_a_run(config: DictConfig) -> float:
         run = trainer.build(config)
     optimizer = trainer.build_optimizer(run)
     size = len(run.data.train)  # type: ignore[arg-type]
-    batch = tuple(tensor.to(config.device) for tensor in run.data.train[list(range(min(config.train.batch_size, size)))])
+    batch = brought(run.data.train[list(range(min(config.train.batch_size, size)))], config.device)
     steps = math.ceil(size / config.train.batch_size)
     timed = partial(measure, repeats=10, budget=BUDGET, device=config.device)
     of_a_step = timed(lambda: trainer.train_step(run, optimizer, batch)).seconds
-    of_an_evaluation = timed(lambda: trainer.evaluate(run, run.data.validation)).seconds
+    of_an_evaluation = timed(lambda: evaluate(run, run.data.validation)).seconds
     return float(config.train.epochs * (steps * of_a_step + of_an_evaluation))

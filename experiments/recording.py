@@ -8,13 +8,22 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from balance.config import flatten
 from balance.tracking import Tracker
-from experiments.results.store import fingerprint
+from experiments.results.store import decides, fingerprint
 from experiments.serving import save_network
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from experiments.experiment import Batch
     from experiments.trainer import Run
+
+HASHED = 100  # samples of a split
 
 
 def tracker_of(run: Run, parent: str | None) -> Tracker:
@@ -38,25 +47,38 @@ def log_data(tracker: Tracker, run: Run) -> None:
     """Record the three splits, with a hash of the first samples of each that is not drawn anew every time."""
     if not tracker.enabled:
         return
-    settings = {key: str(value) for key, value in run.config.data.items()}
+    settings = {key: str(value) for key, value in run.config.data.items() if decides(f"data.{key}", run.config)}
     contexts = {"train": "training", "validation": "validation", "test": "testing"}
     for split, context in contexts.items():
         data: Any = getattr(run.data, split)
         hashed = hashlib.sha256(json.dumps([split, len(data), settings], sort_keys=True).encode())
         if split != "train":
-            for tensor in data[list(range(min(len(data), 100)))]:
+            for tensor in tensors_of(data[list(range(min(len(data), HASHED)))]):
                 hashed.update(tensor.numpy().tobytes())
         name = f"{run.config.experiment}-{split}"
         source = f"experiments/{run.config.experiment}"
         tracker.log_dataset(name, digest=hashed.hexdigest()[:8], source=source, rows=len(data), context=context)
 
 
+def tensors_of(batch: Batch) -> Iterator[Tensor]:
+    """The tensors of a batch, those of graphs too."""
+    for part in batch:
+        if isinstance(part, torch.Tensor):
+            yield part
+        else:
+            yield from (value for _, value in sorted(part.to_dict().items()) if isinstance(value, torch.Tensor))
+
+
 def log_model(tracker: Tracker, run: Run) -> None:
-    """Record the best network, in MLflow's format, and both checkpoints."""
+    """Record the network that was tested, in MLflow's format, and both checkpoints."""
     if not tracker.enabled:
         return
+    data: Any = run.data.validation
+    inputs = data[list(range(min(2, len(data))))][0]
+    if not isinstance(inputs, torch.Tensor):
+        run.console.print("MLflow serves arrays, not graphs: mlflow.pytorch.load_model gives this network back, nothing else.")
     with tempfile.TemporaryDirectory() as folder:
-        save_network(run.model, run.data.validation[[0, 1]][0], Path(folder) / "model")
+        save_network(run.model, inputs, Path(folder) / "model")
         tracker.log_model(Path(folder) / "model")
     for name in ("best.pt", "last.pt"):
         tracker.log_file(run.folder / name, "checkpoints")

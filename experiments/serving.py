@@ -9,6 +9,7 @@ import copy
 import logging
 import warnings
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import numpy as np
-    from torch import Tensor, nn
+    from torch import nn
 
 
 class ByTask:
@@ -35,14 +36,14 @@ class ByTask:
         return {task: output.cpu().numpy() for task, output in outputs.items()}
 
 
-def save_network(network: nn.Module, inputs: Tensor, folder: Path) -> None:
-    """Save a network for ``mlflow.pytorch.load_model`` and ``mlflow models predict``.
+def save_network(network: nn.Module, inputs: Any, folder: Path) -> None:
+    """Save a network for ``mlflow.pytorch.load_model`` and, if its input is a tensor, for ``mlflow models predict``.
 
     The classes of this project are saved with it by value, so that it loads where the project is not installed.
 
     Args:
         network: Maps inputs to outputs by task.
-        inputs: A batch, for the shapes. Shape (B, ...).
+        inputs: A batch, for the shapes: a tensor (B, ...), or graphs.
         folder: Where to; must not exist.
     """
     import cloudpickle  # noqa: PLC0415
@@ -51,6 +52,7 @@ def save_network(network: nn.Module, inputs: Tensor, folder: Path) -> None:
     import experiments  # noqa: PLC0415
 
     network, inputs = copy.deepcopy(network).cpu().eval(), inputs.cpu()
+    of_arrays = isinstance(inputs, torch.Tensor)
     with torch.no_grad():
         outputs = {task: output.numpy() for task, output in network(inputs).items()}
     with _quiet():
@@ -65,17 +67,19 @@ def save_network(network: nn.Module, inputs: Tensor, folder: Path) -> None:
                 folder,
                 mlflow_model=model,
                 code_paths=[__file__],
-                signature=infer_signature(inputs.numpy(), outputs),
+                signature=infer_signature(inputs.numpy(), outputs) if of_arrays else None,
                 pip_requirements=[
-                    f"torch=={torch.__version__.partition('+')[0]}",
-                    f"mlflow=={mlflow.__version__}",
-                    f"cloudpickle=={cloudpickle.__version__}",
+                    f"{name}=={version(name).partition('+')[0]}"
+                    for name in ("torch", "mlflow", "cloudpickle", *(() if of_arrays else ("torch_geometric",)))
                 ],
                 serialization_format="pickle",
             )
         finally:
             cloudpickle.unregister_pickle_by_value(experiments)
-    model.flavors["python_function"]["loader_module"] = Path(__file__).stem  # MLflow's own serves single tensors only
+    if of_arrays:
+        model.flavors["python_function"]["loader_module"] = Path(__file__).stem  # MLflow's own serves single tensors only
+    else:
+        del model.flavors["python_function"]
     model.save(folder / "MLmodel")
 
 

@@ -30,9 +30,11 @@ from balance.tracking import Tracker
 from experiments import cluster, estimate, trainer
 from experiments import experiment as experiments
 from experiments.arguments import add_methods, add_output, add_overrides, choices, command_line, overrides_of, seeds_of
+from experiments.display import metrics_line
 from experiments.results import reference
 from experiments.results.comparison import OF_METHODS
 from experiments.results.store import Store, common_of, digest, fingerprint
+from experiments.settings import RunConfig, configure
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -93,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.backend != "loky" and not options.dry_run:
                 there = stack.enter_context(cluster.connected(options.backend, options.cluster))
                 workers = options.jobs or there
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, ImportError) as error:
             parser.error(str(error))
         try:
             show_plan(jobs, workers, console)
@@ -136,6 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cluster", metavar="ADDRESS", help="of a running ray or dask cluster (default: as its environment says)"
     )
+    parser.add_argument(
+        "--no_baselines", action="store_true", help="no single-task networks; compare.py then needs --baselines=none"
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the plan and the time that it will take, and run nothing")
     add_overrides(parser, "for every run, any entry of the trainer's configuration, such as train.epochs=3")
     return parser
@@ -163,8 +168,8 @@ def plan(options: argparse.Namespace) -> list[Job]:
     ]
     config = grid[0].config
     runs = recorded(config, create=not options.dry_run)
-    shipped = reference.shipped_for(config.experiment, common_of(config)) is not None
-    baselines = [] if shipped else baseline_jobs(common, seeds)
+    known = reference.find(config.experiment, common_of(config), ()) is not None
+    baselines = [] if known or options.no_baselines else baseline_jobs(common, seeds)
     finished = {run.fingerprint for run in runs if run.finished}
     jobs = {job.fingerprint: job for job in (*baselines, *grid)}  # a baseline may be in the grid too
     return [job.known(finished) for job in jobs.values()]
@@ -185,7 +190,7 @@ def recorded(config: DictConfig, *, create: bool) -> list[Run]:
 def baseline_jobs(overrides: Sequence[str], seeds: Sequence[int]) -> list[Job]:
     """One single-task run for each task and seed, with the overrides that do not belong to the methods."""
     common = [override for override in overrides if not override.startswith(OF_METHODS)]
-    name = choices(overrides).get("experiment", trainer.RunConfig.experiment)
+    name = choices(overrides).get("experiment", RunConfig.experiment)
     tasks = range(len(experiments.find(name).TASKS))
     return [
         _job(["--loss_method=stl", f"loss.main_task={k}", f"--seed={seed}", *common])
@@ -325,9 +330,9 @@ def run_one(
     try:
         from rich.console import Console  # noqa: PLC0415
 
-        from experiments import trainer  # noqa: PLC0415
+        from experiments import settings, trainer  # noqa: PLC0415
 
-        config = trainer.configure(trainer.build_parser().parse_intermixed_args(list(arguments)))
+        config = settings.configure(trainer.build_parser().parse_intermixed_args(list(arguments)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the plan has told them
             run = trainer.prepare(config, Console(quiet=True))
@@ -340,7 +345,7 @@ def run_one(
 
 
 def _told(job: Job, outcome: Outcome) -> str:
-    result = "  ".join(f"{name} {value:.4f}" for name, value in outcome.metrics.items() if "/" in name)
+    result = metrics_line({name: value for name, value in outcome.metrics.items() if "/" in name})
     return f"{job.label}, seed {job.config.seed}: {outcome.error or result} ({outcome.seconds:.0f} s)"
 
 
@@ -359,7 +364,7 @@ def _progress(outcomes: Iterable[Any], total: int, console: Console) -> Iterator
 
 
 def _job(arguments: list[str]) -> Job:
-    config = trainer.configure(trainer.build_parser().parse_intermixed_args(arguments))
+    config = configure(trainer.build_parser().parse_intermixed_args(arguments))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # _warnings tells them once
         build_balancer(config, experiments.find(config.experiment).TASKS)

@@ -153,7 +153,7 @@ def test_labels_out_of_range_are_named(official, value):
     ("options", "message"),
     [
         ({"source": "files"}, "needs data.path=FOLDER"),
-        ({"path": "somewhere"}, "give data.source=files too"),
+        ({"path": "somewhere"}, "goes with data.source=files"),
         ({"source": "files", "path": "/nowhere"}, "no folder /nowhere/train/image.*train and val"),
         ({"num_train": 0}, "data.num_train must be at least 1"),
         ({"seed": -1}, "data.seed must not be negative"),

@@ -69,8 +69,8 @@ def test_the_other_spelling_of_the_names(mnist):
 
 def test_a_missing_file_is_named(mnist):
     (mnist / "train-labels-idx1-ubyte").unlink()
-    with pytest.raises(FileNotFoundError, match=r"train-labels-idx1-ubyte or .*\.gz must be in .*mnist .* leave data_path out"):
-        load(DataConfig(data_path=str(mnist)))
+    with pytest.raises(FileNotFoundError, match=r"train-labels-idx1-ubyte or .*\.gz must be in .*mnist .* leave the path out"):
+        load(DataConfig("mnist", str(mnist)))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_pairs_of_mnist(mnist):
 
 
 def test_protocols_of_mnist(mnist):
-    sound, paper = (load(DataConfig(data_path=str(mnist), protocol=protocol)) for protocol in ("sound", "paper"))
+    sound, paper = (load(DataConfig("mnist", str(mnist), protocol=protocol)) for protocol in ("sound", "paper"))
     assert [len(split) for split in sound] == [50, 10, 20]
     assert [len(split) for split in paper] == [60, 20, 20]
     for a, b in zip(paper.validation[list(range(20))], paper.test[list(range(20))], strict=True):
@@ -141,7 +141,7 @@ def test_protocols_of_mnist(mnist):
     ("config", "message"),
     [
         ({"protocol": "papers"}, "data.protocol must be one of sound, paper, but got 'papers'"),
-        ({"protocol": "paper"}, "data.protocol=paper is of MNIST"),
+        ({"protocol": "paper"}, "protocol=paper is of MNIST"),
         ({"imbalance": 0.0}, "data.imbalance must be positive"),
         ({"label_smoothing": 1.0}, "data.label_smoothing must be in 0..1"),
     ],
@@ -316,7 +316,7 @@ def test_single_task_trains_one_head(batch, name, task, other):
 
 
 def test_only_trained_tasks_are_in_the_summary(mnist):
-    settings = Settings(epochs=1, batch_size=25, data=DataConfig(data_path=str(mnist)))
+    settings = Settings(epochs=1, batch_size=25, data=DataConfig("mnist", str(mnist)))
     data = load(settings.data)
     results = [train(name, 1.0, 0, settings, data) for name in ("single-right", "summed-loss")]
     assert summary(results).keys() == {
@@ -356,7 +356,7 @@ def test_the_comparison_from_the_command_line(mnist, tmp_path, capsys):
     assert (tmp_path / "out" / "comparison.pdf").read_bytes()[:4] == b"%PDF"
     assert len(list(tmp_path.glob("out/*.json"))) == 16
     saved = json.loads((tmp_path / "out" / "pcgrad_imbalance1000_seed1.json").read_text(encoding="utf-8"))
-    assert saved["settings"]["data"]["data_path"] == str(mnist)
+    assert saved["settings"]["data"]["path"] == str(mnist)
     assert saved["settings"]["batch_size"] == 20
     assert (saved["configuration"], saved["imbalance"], saved["seed"]) == ("pcgrad", 1000, 1)
     for task in ("left", "right"):
@@ -370,7 +370,7 @@ def test_the_comparison_from_the_command_line(mnist, tmp_path, capsys):
 def test_which_epoch_is_tested(mnist):
     """The best on validation; the last where the test pairs are for validation, as published."""
     for protocol in ("sound", "paper"):
-        settings = Settings(epochs=3, batch_size=25, lr=0.01, data=DataConfig(str(mnist), protocol))
+        settings = Settings(epochs=3, batch_size=25, lr=0.01, data=DataConfig("mnist", str(mnist), protocol))
         result = train("summed-loss", 1.0, 0, settings, load(settings.data))
         means = np.mean(list(result.validation_accuracy.values()), axis=0)
         assert result.epoch == (3 if protocol == "paper" else 1 + means.argmax())
@@ -384,7 +384,7 @@ def test_which_epoch_is_tested(mnist):
         (["--configurations", "summed"], "Did you mean 'summed-loss'"),
         (["--epochs", "0"], "must be at least 1, but got 1, 0 and 64"),
         (["--data_path", "/nowhere"], "train-images-idx3-ubyte"),
-        (["--protocol", "paper"], "data.protocol=paper is of MNIST"),
+        (["--protocol", "paper"], "protocol=paper is of MNIST"),
     ],
 )
 def test_mistakes_in_the_command(tmp_path, capsys, arguments, message):

@@ -1,7 +1,7 @@
 """CelebA: 40 binary attributes of a face, 40 tasks of one loss.
 
 Faces of 64 x 64 pixels. The data set cannot be fetched by a program: get it from its authors and say
-``data.source=celeba data.path=FOLDER``. Without it, drawn faces in its layout show that everything runs; numbers of those are
+``data.path=FOLDER``. Without it, drawn faces in its layout show that everything runs; numbers of those are
 never results, and never stand beside published ones.
 
     <attribute>      whether the face has it: binary cross-entropy; F1 score
@@ -10,8 +10,20 @@ The papers train the official network with Adam at a constant rate of 3e-4 for 1
 with the highest mean validation F1 and report the 40 test F1 of that epoch; ``published.yaml`` has such numbers.
 """
 
-from experiments.celeba.data import DataConfig, load
+from experiments.celeba.data import ON_DISK, DataConfig, load
 from experiments.celeba.model import ModelConfig, build_model
-from experiments.celeba.tasks import HIGHER_IS_BETTER, TASKS, losses, metrics, targets
+from experiments.celeba.tasks import HIGHER_IS_BETTER, TASKS, losses, metrics, score, targets
 
-__all__ = ["HIGHER_IS_BETTER", "TASKS", "DataConfig", "ModelConfig", "build_model", "load", "losses", "metrics", "targets"]
+__all__ = [
+    "HIGHER_IS_BETTER",
+    "ON_DISK",
+    "TASKS",
+    "DataConfig",
+    "ModelConfig",
+    "build_model",
+    "load",
+    "losses",
+    "metrics",
+    "score",
+    "targets",
+]

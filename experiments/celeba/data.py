@@ -19,13 +19,16 @@ from experiments.experiment import Splits
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+ON_DISK = "celeba"
+
 
 @dataclass
 class DataConfig:
     """Which images, and where they are.
 
     Attributes:
-        source: ``celeba``: the real images; ``synthetic``: drawn ones, which show that everything runs and are no result.
+        source: ``celeba``, which ``path`` implies on the command line: the real images; ``synthetic``: drawn ones, which show
+            that everything runs and are no result.
         path: Folder of CelebA, with Anno, Eval and Img.
         cache: Folder for decoded and for drawn images; None: ``balance/celeba`` in the user's folder for caches.
         workers: Processes that decode, once; None: one for each core, if there are many images.

@@ -10,6 +10,8 @@ from torchmetrics.classification import BinaryF1Score
 from experiments.celeba.layout import ATTRIBUTES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
     from torchmetrics import Metric
 
@@ -55,6 +57,11 @@ def losses(outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         task: binary_cross_entropy_with_logits(outputs[task], labels)
         for task, labels in zip(TASKS, batch[1].unbind(1), strict=True)
     }
+
+
+def score(found: Mapping[str, float]) -> float:
+    """Minus the mean F1: the epoch in which it is largest on validation is the one that the papers report."""
+    return -sum(found.values()) / len(found)
 
 
 def metrics() -> dict[str, Metric]:

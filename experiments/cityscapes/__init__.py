@@ -8,8 +8,19 @@ Source:
     "End-to-End Multi-Task Learning with Attention", CVPR 2019.
 """
 
-from experiments.cityscapes.data import DataConfig, load
+from experiments.cityscapes.data import ON_DISK, DataConfig, load
 from experiments.cityscapes.model import ModelConfig, build_model
 from experiments.cityscapes.tasks import HIGHER_IS_BETTER, TASKS, losses, metrics, targets
 
-__all__ = ["HIGHER_IS_BETTER", "TASKS", "DataConfig", "ModelConfig", "build_model", "load", "losses", "metrics", "targets"]
+__all__ = [
+    "HIGHER_IS_BETTER",
+    "ON_DISK",
+    "TASKS",
+    "DataConfig",
+    "ModelConfig",
+    "build_model",
+    "load",
+    "losses",
+    "metrics",
+    "targets",
+]

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from experiments.dense.files import CITYSCAPES
-from experiments.dense.splits import DenseDataConfig, Scenes, load_dense
+from experiments.dense.splits import ON_DISK, DenseDataConfig, Scenes, load_dense
 
 if TYPE_CHECKING:
     from experiments.experiment import Splits
+
+__all__ = ["ON_DISK", "SCENES", "DataConfig", "load"]
 
 SCENES = Scenes(height=64, width=128)
 

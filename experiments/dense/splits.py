@@ -18,6 +18,7 @@ from experiments.scenes.storage import cached
 if TYPE_CHECKING:
     from experiments.dense.files import Layout
 
+ON_DISK = "files"
 VALIDATION_SHARE = 0.1  # of the training files, where the data set has no validation files
 VALIDATION_SEED = 0  # of their choice, which is the same in all runs
 
@@ -26,10 +27,10 @@ VALIDATION_SEED = 0  # of their choice, which is the same in all runs
 class DenseDataConfig:
     """Where the data comes from, and how much of it is used.
 
-    ``source: files`` reads the data set in the folder ``path``, which has train and val in it, and val is the test set. With
-    ``protocol: sound``, a tenth of the training files, the same in all runs, is set aside for validation; if the folder has
-    test beside train and val, then val is the validation set. With ``protocol: paper``, as in the official codes, all training
-    files are trained on, and the test set is the validation set as well.
+    ``source: files``, which ``path`` implies on the command line, reads the data set in the folder ``path``. That has train and
+    val in it, and val is the test set. With ``protocol: sound``, a tenth of the training files, the same in all runs, is set
+    aside for validation; if the folder has test beside train and val, then val is the validation set. With ``protocol: paper``,
+    as in the official codes, all training files are trained on, and the test set is the validation set as well.
 
     ``source: scenes`` renders procedural scenes once, into the folder ``cache`` (by default in the directory for temporary
     files), and reads them in the same way. They have validation scenes of their own.
@@ -84,7 +85,10 @@ def load_dense(config: DenseDataConfig, layout: Layout, scenes: Scenes) -> Split
         if config.height is not None and config.width is not None:
             size = (config.height, config.width)
     train = Files(folder / chosen.train[0], layout, chosen.train[1], size)
-    validation, test = (Files(folder / split, layout, numbers, train.size) for split, numbers in chosen[1:])
+    test = Files(folder / chosen.test[0], layout, chosen.test[1], train.size)
+    validation = test
+    if chosen.validation != chosen.test:
+        validation = Files(folder / chosen.validation[0], layout, chosen.validation[1], train.size)
     if not config.augment:
         return Splits(train, validation, test)
     multiply = layout.inverse_depth and config.protocol == "sound"
@@ -97,7 +101,7 @@ def check(config: DenseDataConfig) -> None:
         raise ValueError("data.source=files needs data.path=FOLDER, the folder that has train and val in it.")
     if config.source == "scenes" and config.path is not None:
         raise ValueError(
-            "data.path is where the files are, so give data.source=files too. Scenes are kept in data.cache=FOLDER."
+            "data.path is where the files are, and goes with data.source=files. Scenes are kept in data.cache=FOLDER."
         )
     if config.source == "files" and (config.height is None) != (config.width is None):
         raise ValueError(f"Give both data.height and data.width, or none, but got {config.height} and {config.width}.")

@@ -1,6 +1,6 @@
 """Two overlapping digits, and which they are: the left and the right one, whose loss can be made a thousand times larger.
 
-Made of MNIST where ``data_path`` names the folder with its files, else of the digits that ship with scikit-learn.
+Made of MNIST where ``data.path`` names the folder with its files, else of the digits that ship with scikit-learn.
 
     left, right   cross-entropy over 10 classes, with smoothed labels; accuracy
 
@@ -17,8 +17,19 @@ What the comparison of this problem's origin varied is configuration here:
 Source of data, networks and protocol: repository guillaumeBellec/multitask, its demonstration on Multi-MNIST.
 """
 
-from experiments.multimnist.data import DataConfig, load
+from experiments.multimnist.data import ON_DISK, DataConfig, load
 from experiments.multimnist.model import ModelConfig, build_model
 from experiments.multimnist.tasks import HIGHER_IS_BETTER, TASKS, losses, metrics, targets
 
-__all__ = ["HIGHER_IS_BETTER", "TASKS", "DataConfig", "ModelConfig", "build_model", "load", "losses", "metrics", "targets"]
+__all__ = [
+    "HIGHER_IS_BETTER",
+    "ON_DISK",
+    "TASKS",
+    "DataConfig",
+    "ModelConfig",
+    "build_model",
+    "load",
+    "losses",
+    "metrics",
+    "targets",
+]

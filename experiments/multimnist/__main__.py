@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings(
         epochs=options.epochs,
         batch_size=options.batch_size or (64 if options.data_path is None else 128),
-        data=DataConfig(data_path=options.data_path, protocol=options.protocol),
+        data=DataConfig("digits" if options.data_path is None else "mnist", options.data_path, options.protocol),
     )
     console = Console()
     begin = time.perf_counter()

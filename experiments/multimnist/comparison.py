@@ -65,7 +65,7 @@ class Settings:
     @property
     def network(self) -> str:
         """The network that suits the data."""
-        return "small" if self.data.data_path is None else "demo"
+        return "small" if self.data.path is None else "demo"
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from sklearn.datasets import load_digits
@@ -16,6 +16,7 @@ from experiments.multimnist import idx
 if TYPE_CHECKING:
     from torch import Tensor
 
+ON_DISK = "mnist"
 PROTOCOLS = ("sound", "paper")
 CLASSES = 10
 MNIST_VALIDATION = 10_000
@@ -30,7 +31,8 @@ class DataConfig:
     """Where the digits come from, the seed of split and pairs, and what the losses are.
 
     Attributes:
-        data_path: Folder with the four files of MNIST, plain or with ``.gz``; None for the digits of scikit-learn.
+        source: ``"digits"``, of scikit-learn, or ``"mnist"``, which ``path`` implies on the command line.
+        path: Folder with the four files of MNIST, plain or with ``.gz``.
         protocol: Of MNIST. ``"sound"``: a sixth of the training images, chosen before they are paired, are for validation, and
             pixels are in 0..1 before they are normalised. ``"paper"``: the test pairs are for validation too, and the
             constants of 0..1 normalise pixels in 0..255, as the published code has it.
@@ -39,7 +41,8 @@ class DataConfig:
         seed: Of split and pairs.
     """
 
-    data_path: str | None = None
+    source: Literal["digits", "mnist"] = "digits"
+    path: str | None = None
     protocol: str = "sound"
     imbalance: float = 1.0
     label_smoothing: float = 0.1
@@ -55,14 +58,19 @@ def load(config: DataConfig) -> Splits:
     """
     if config.protocol not in PROTOCOLS:
         raise ValueError(f"data.protocol must be one of {', '.join(PROTOCOLS)}, but got '{config.protocol}'.")
-    if config.protocol == "paper" and config.data_path is None:
-        raise ValueError("data.protocol=paper is of MNIST, but data.data_path is not given. Name the folder with its files.")
+    if (config.source == "mnist") != (config.path is not None):
+        raise ValueError(
+            "data.source=mnist and data.path=FOLDER, the folder with the files of MNIST, go together, but got "
+            f"data.source={config.source} and data.path={config.path}."
+        )
+    if config.protocol == "paper" and config.path is None:
+        raise ValueError("protocol=paper is of MNIST: give data.path=FOLDER, the folder with its files.")
     if not config.imbalance > 0:
         raise ValueError(f"data.imbalance must be positive, but got {config.imbalance}.")
     if not 0 <= config.label_smoothing < 1:
         raise ValueError(f"data.label_smoothing must be in 0..1, 1 excluded, but got {config.label_smoothing}.")
     generator = torch.Generator().manual_seed(config.seed)
-    made = digit_pairs(generator) if config.data_path is None else mnist_pairs(config.data_path, config.protocol, generator)
+    made = digit_pairs(generator) if config.path is None else mnist_pairs(config.path, config.protocol, generator)
     sets = [
         TensorDataset(
             canvas,

@@ -57,7 +57,7 @@ def draw(results: Sequence[Result], settings: Settings) -> Figure:
     handles = [Line2D([], [], color=color, linestyle=dash, label=name) for name, (color, dash) in styles.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     seeds = len({result.seed for result in results})
-    source = "digits of scikit-learn, 10 x 12 pixels" if settings.data.data_path is None else "MNIST, 28 x 28 pixels"
+    source = "digits of scikit-learn, 10 x 12 pixels" if settings.data.path is None else "MNIST, 28 x 28 pixels"
     figure.suptitle(f"Two overlapping digits ({source}), {settings.epochs} epochs, {seeds} seed{'s' if seeds > 1 else ''}")
     return figure
 

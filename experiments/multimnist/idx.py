@@ -61,7 +61,7 @@ def find(folder: Path, part: str, kind: str) -> Path:
                     return file
     raise FileNotFoundError(
         f"{part}-{kind}-ubyte or {part}-{kind}-ubyte.gz must be in {folder} (or below, in {FOLDERS[1]} or {FOLDERS[2]}), but "
-        "is not. Put the four files of MNIST there, or leave data_path out to use the digits of scikit-learn."
+        "is not. Put the four files of MNIST there, or leave the path out to use the digits of scikit-learn."
     )
 
 

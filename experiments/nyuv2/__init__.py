@@ -9,8 +9,19 @@ Source:
     "End-to-End Multi-Task Learning with Attention", CVPR 2019.
 """
 
-from experiments.nyuv2.data import DataConfig, load
+from experiments.nyuv2.data import ON_DISK, DataConfig, load
 from experiments.nyuv2.model import ModelConfig, build_model
 from experiments.nyuv2.tasks import HIGHER_IS_BETTER, TASKS, losses, metrics, targets
 
-__all__ = ["HIGHER_IS_BETTER", "TASKS", "DataConfig", "ModelConfig", "build_model", "load", "losses", "metrics", "targets"]
+__all__ = [
+    "HIGHER_IS_BETTER",
+    "ON_DISK",
+    "TASKS",
+    "DataConfig",
+    "ModelConfig",
+    "build_model",
+    "load",
+    "losses",
+    "metrics",
+    "targets",
+]

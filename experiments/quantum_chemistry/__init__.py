@@ -14,8 +14,19 @@ from importlib.util import find_spec
 if find_spec("torch_geometric") is None:
     raise ModuleNotFoundError("The experiment 'quantum_chemistry' needs torch_geometric: pip install 'mtl-balance[graph]'.")
 
-from experiments.quantum_chemistry.data import DataConfig, load
+from experiments.quantum_chemistry.data import ON_DISK, DataConfig, load
 from experiments.quantum_chemistry.model import ModelConfig, build_model
 from experiments.quantum_chemistry.tasks import HIGHER_IS_BETTER, TASKS, losses, metrics, targets
 
-__all__ = ["HIGHER_IS_BETTER", "TASKS", "DataConfig", "ModelConfig", "build_model", "load", "losses", "metrics", "targets"]
+__all__ = [
+    "HIGHER_IS_BETTER",
+    "ON_DISK",
+    "TASKS",
+    "DataConfig",
+    "ModelConfig",
+    "build_model",
+    "load",
+    "losses",
+    "metrics",
+    "targets",
+]

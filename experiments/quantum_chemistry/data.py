@@ -16,6 +16,7 @@ from experiments.quantum_chemistry.tasks import TASKS
 
 IN_MILLI = frozenset({"homo", "lumo", "zpve", "u0", "u", "h", "g"})  # given in eV, reported in meV
 UNITS = torch.tensor([1000.0 if task in IN_MILLI else 1.0 for task in TASKS], dtype=torch.float64)
+ON_DISK = "qm9"
 HELD_OUT = {"molecules": 200, "qm9": 10_000}
 
 

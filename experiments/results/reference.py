@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from experiments import experiment as experiments
+from experiments import published
 from experiments.results.comparison import common_settings, single_task_means
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from experiments.results.comparison import Run
 
 Settings = tuple[tuple[str, str], ...]  # as Run.common
+KIND = ("protocol", "data.source")  # settings without which numbers mean something else
 
 
 class Reference(NamedTuple):
@@ -52,8 +54,35 @@ def shipped_for(experiment: str, common: Settings) -> Reference | None:
     return own[0] if own is not None and dict(common) == own[1] else None
 
 
+def of_paper(experiment: str, common: Settings) -> Reference | None:
+    """The published single-task numbers, for runs of the published protocol on the data set itself; else None."""
+    settings = dict(common)
+    on_disk = getattr(experiments.find(experiment), "ON_DISK", None)
+    if settings.get("protocol") != "paper" or settings.get("data.source") != on_disk or experiment not in published.names():
+        return None
+    table = published.load(experiment)
+    metrics = {name.lower(): table.factors[name] * value for name, value in table.baselines.items()}
+    return Reference(metrics, "the published single-task networks") if metrics else None
+
+
+def for_run(experiment: str, common: Settings) -> Reference | None:
+    """What a run can be compared with while it trains, without a look at other runs.
+
+    The experiment's own numbers also hold where settings such as the number of epochs differ, and say so; but not for other
+    data, another network or another protocol.
+    """
+    own = shipped(experiment)
+    if own is None:
+        return of_paper(experiment, common)
+    found, settings = own
+    if any(value != settings.get(key) for key, value in common if key in KIND or key.startswith("model.")):
+        return of_paper(experiment, common)
+    remark = "" if settings == dict(common) else ", which were measured with other settings"
+    return found._replace(origin=f"single-task baselines{remark}")
+
+
 def find(experiment: str, common: Settings, runs: Iterable[Run]) -> Reference | None:
-    """Numbers that were measured with the same settings: those of the experiment's file, else those of recorded runs.
+    """Numbers that were measured with the same settings: of the experiment's file, else of recorded runs, else of the papers.
 
     Args:
         experiment: Its name.
@@ -64,7 +93,7 @@ def find(experiment: str, common: Settings, runs: Iterable[Run]) -> Reference | 
     if own is not None:
         return own
     alone = single_task_means(runs, common, experiments.find(experiment).TASKS)
-    return Reference(alone, "the recorded runs of single-task networks") if alone else None
+    return Reference(alone, "the recorded runs of single-task networks") if alone else of_paper(experiment, common)
 
 
 def for_table(experiment: str, compared: Sequence[Run], every: Sequence[Run]) -> Reference:

@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
     from experiments.results.comparison import Comparison, Row
 
-# Entries of a configuration that do not decide the result of a run
+# Entries of a configuration that do not decide the result of a run; what is in the files of data.path, data.source says
 BOOKKEEPING = frozenset(
-    {"output_dir", "track", "log_every", "log_model", "system_metrics", "balancer.engine", "balancer.memory"}
+    {
+        *("output_dir", "track", "log_every", "log_model", "system_metrics", "balancer.engine", "balancer.memory"),
+        *("data.path", "data.cache", "data.workers", "train.num_workers", "train.eval_batch_size"),
+    }
 )
 OF_A_ROW = ("experiment", "loss_method", "gradient_method", "seed")  # columns of their own
 CURVES = ("loss/", "weight/", "gradient_weight/", "cosine/", "conflicts")
@@ -124,7 +127,7 @@ def as_run(run: Any) -> Run:
         loss_method=params["loss_method"],
         gradient_method=None if gradient in (None, "None") else gradient,
         seed=int(params["seed"]),
-        settings={key: value for key, value in params.items() if key not in BOOKKEEPING and key not in OF_A_ROW},
+        settings={key: value for key, value in params.items() if decides(key, params) and key not in OF_A_ROW},
         metrics={
             key.removeprefix("final/"): value
             for key, value in metrics.items()
@@ -137,9 +140,20 @@ def as_run(run: Any) -> Run:
     )
 
 
+def decides(key: str, settings: Mapping[str, Any]) -> bool:
+    """Whether an entry of a configuration decides the result of a run; the papers' averages over batches depend on their size.
+
+    Args:
+        key: Dotted.
+        settings: The other entries.
+    """
+    return key not in BOOKKEEPING or (key == "train.eval_batch_size" and settings.get("protocol") == "paper")
+
+
 def deciding(config: DictConfig) -> dict[str, Any]:
     """The entries of a configuration that decide the result of a run, by dotted key."""
-    return {key: value for key, value in flatten(config).items() if key not in BOOKKEEPING}
+    settings = flatten(config)
+    return {key: value for key, value in settings.items() if decides(key, settings)}
 
 
 def settings_of(config: DictConfig) -> dict[str, str]:
