@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import RandomSampler
 
 import balance
 from balance import diagnosis
@@ -645,8 +644,7 @@ def test_the_script_as_json_sees_what_the_trainer_begins_with(tmp_path, monkeypa
     assert numbers["command"].endswith(f"--seeds=3 {' '.join(TINY)} train.batch_size=32 train.lr=0.01")
     words = [*TINY, "--seed=2", "train.batch_size=32"]
     run = trainer.build(trainer.configure(trainer.build_parser().parse_intermixed_args(words)))
-    order = RandomSampler(run.data.train, generator=torch.Generator().manual_seed(2))
-    firsts = [batch for batch, _ in zip(trainer.loader(run.data.train, order, 32), range(3), strict=False)]
+    firsts = [batch for batch, _ in zip(run.batches, range(3), strict=False)]
     losses = [run.experiment.losses(run.model(batch[0]), batch)["left"].item() for batch in firsts]
     assert numbers["start"]["loss_median"]["left"] == pytest.approx(sorted(losses)[1])
     assert list(tmp_path.iterdir()) == []

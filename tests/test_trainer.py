@@ -302,7 +302,7 @@ def test_the_best_epoch_on_validation_is_kept(tmp_path):
     bias = run.model.trunk[0].bias
     for epoch, metrics in enumerate([good | {"sum/mae": 2.0}, good, good | {"left/accuracy": 0.5}], start=1):
         torch.nn.init.constant_(bias, epoch)
-        selection.offer(epoch, metrics)
+        selection.offer(epoch, metrics, trainer.checkpoint(run, epoch))
     assert selection.epoch == 2
     assert (selection.state["model"]["trunk.0.bias"] == 2).all()
 

@@ -80,6 +80,8 @@ def load(config: DataConfig) -> Splits:
         )
         for canvas, left, right in made
     ]
+    if made[1] is made[2]:
+        sets[1] = sets[2]
     return Splits(*sets)
 
 
