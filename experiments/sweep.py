@@ -389,15 +389,9 @@ def _names(words: str | None, default: str) -> list[str]:
 
 
 def _spelled(seconds: float) -> str:
-    return (
-        "1 s"
-        if seconds < 1
-        else f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 if __name__ == "__main__":
