@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -18,15 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from balance.registry import unknown
 from experiments import experiment as experiments
+from experiments import published
 from experiments.arguments import add_output, add_overrides, as_recorded, choices, command_line
-from experiments.results import comparison, figures, reference, report
+from experiments.results import comparison, figures, papers, reference, report, sheet
 from experiments.results.store import Store, curves_of
-from experiments.results.table import Format, render
+from experiments.results.table import METRICS_IN_TERMINAL, Format, for_terminal, render
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from experiments.results.comparison import Comparison, Run
+    from experiments.results.papers import Beside
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         filters = _filters(options)
         output_dir = options.output_dir or filters.pop("output_dir", "runs")
         name = options.experiment or filters.pop("experiment", "digits")
+        tables = published.of(name) if options.published else ()
+        if tables and not options.runs and (missing := without_runs(name, output_dir)):
+            show(name, None, [papers.beside(table, None) for table in tables], options.format)
+            Console(stderr=True, soft_wrap=True).print(f"{missing} So there is no report.", markup=False)
+            return 0
         experiments.find(name)
         store = Store(name, output_dir)
         runs, every = choose(store, options.runs, filters)
@@ -45,13 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         axes = _pareto_axes(options.pareto, compared)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
-    show(compared, options.format)
+    known = [papers.beside(table, compared) for table in tables]
+    show(name, compared, known, options.format)
     if options.table_only:
         return 0
     folder = Path(options.output or Path(output_dir) / name / "comparison").expanduser().resolve()
     command = f"python experiments/compare.py {shlex.join(words)}"
     try:
-        files = write(compared, curves_of(store, compared), axes, folder, command)
+        files = write(compared, known, curves_of(store, compared), axes, folder, command)
     except OSError as error:
         parser.error(f"--output: cannot write to {folder} ({error.strerror}).")
     status = Console(stderr=True, soft_wrap=True)
@@ -80,6 +89,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="single-task numbers as baselines.py writes them, or none (default: those that were recorded)",
     )
     parser.add_argument(
+        "--published",
+        action="store_true",
+        help=f"also what papers print: {', '.join(published.experiments())}",
+    )
+    parser.add_argument(
         "--pareto", metavar="METRIC,METRIC", help="axes of the Pareto plot (default: those that the methods disagree on most)"
     )
     parser.add_argument(
@@ -88,6 +102,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--table_only", action="store_true", help="no report, no figures")
     add_overrides(parser, "only runs with this setting, such as train.epochs=3")
     return parser
+
+
+def without_runs(name: str, output_dir: str) -> str:
+    """Why there is nothing that was recorded and could be compared; empty if there is something.
+
+    Raises:
+        OSError: If the server does not answer.
+    """
+    if name not in experiments.names():
+        return f"There are no runs of '{name}': it is not among the experiments ({', '.join(experiments.names())})."
+    try:
+        store = Store(name, output_dir)
+    except FileNotFoundError as error:
+        return str(error)
+    if any(run.finished and not comparison.is_single_task(run) for run in store.runs()):
+        return ""
+    return f"There are no finished runs of '{name}' in {store.place}."
 
 
 def choose(store: Store, run_ids: Sequence[str] | None, filters: Mapping[str, str]) -> tuple[list[Run], list[Run]]:
@@ -127,22 +158,61 @@ def compare(name: str, runs: Sequence[Run], every: Sequence[Run], baselines: str
     )
 
 
-def show(compared: Comparison, form: Format) -> None:
-    """Print the table; what a reader must know goes below it, but not into formats for machines."""
-    if form == "table":
-        console, made = Console(), render(compared, "table")
-        if not console.is_terminal:  # a file has room
-            wide = console.options.update(max_width=1000)
-            console = Console(width=max(console.width, Measurement.get(console, wide, made).maximum))
-        console.print(made)
-    else:
-        print(render(compared, form))
-    if form in ("table", "markdown"):
-        for note in compared.notes:
-            print(f"- {note}")
+def show(name: str, compared: Comparison | None, tables: Sequence[Beside], form: Format) -> None:
+    """Print the runs and the published tables; what a reader must know goes below, but not into formats for machines."""
+    if tables and form == "json":
+        print(papers.in_one_json(name, compared, tables))
+        return
+    if tables and form == "csv":
+        print(papers.in_one_csv(compared, tables))
+        return
+    if compared is not None:
+        if form == "table":
+            _print_fitting(partial(for_terminal, compared))
+        else:
+            print(render(compared, form))
+        if form in ("table", "markdown"):
+            _print_notes(compared.notes)
+    for k, of in enumerate(tables):
+        if form == "latex":
+            print(sheet.latex(papers.for_latex(of)))
+            continue
+        if compared is not None or k > 0:
+            print()
+        if of.relation:
+            print(of.relation, end="\n\n" if form == "markdown" else "\n")
+        if form == "table":
+            _print_fitting(partial(papers.sheet, of))
+        else:
+            print(sheet.markdown(papers.sheet(of)))
+        _print_notes(papers.notes(of))
 
 
-def write(compared: Comparison, curves: figures.Curves, axes: tuple[str, str] | None, folder: Path, command: str) -> list[Path]:
+def _print_fitting(make: Callable[[int], sheet.Sheet]) -> None:
+    """Print a table with as many metrics as the terminal has room for; a file has room for all that are ever shown."""
+    console = Console()
+    wide = console.options.update(max_width=1000)
+    for most_metrics in range(METRICS_IN_TERMINAL, -1, -1):
+        made = sheet.terminal(make(most_metrics))
+        width = Measurement.get(console, wide, made).maximum
+        if width <= console.width or not console.is_terminal:
+            break
+    (console if console.is_terminal else Console(width=max(console.width, width))).print(made)
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"- {note}")
+
+
+def write(
+    compared: Comparison,
+    tables: Sequence[Beside],
+    curves: figures.Curves,
+    axes: tuple[str, str] | None,
+    folder: Path,
+    command: str,
+) -> list[Path]:
     """Write the page and the figures.
 
     Returns:
@@ -152,7 +222,7 @@ def write(compared: Comparison, curves: figures.Curves, axes: tuple[str, str] | 
     files = figures.save(drawn, folder)
     page = folder / "report.html"
     title = f"Comparison of methods on {compared.experiment}"
-    page.write_text(report.html(compared, drawn, title=title, command=command), encoding="utf-8")
+    page.write_text(report.html(compared, drawn, tables, title=title, command=command), encoding="utf-8")
     return [page, *files]
 
 

@@ -4,13 +4,15 @@ import csv
 import io
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
 import yaml
 from mlflow import MlflowClient
 
-from experiments import compare, estimate, sweep
+from balance.tracking import Tracker
+from experiments import compare, estimate, experiment, published, sweep
 
 TINY = ["data.train_pairs=128", "data.validation_pairs=50", "data.test_pairs=50", "train.epochs=1", "log_model=false"]
 
@@ -107,6 +109,116 @@ def test_baselines_from_a_file_and_none(printed, tmp_path):
     )
     assert row["delta_m"]["mean"] == pytest.approx(25 * by_hand)
     assert "delta_m" not in printed("--table_only", "--baselines=none").out.splitlines()[2]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """Runs of famo on nyuv2, as if the trainer had made them: two on the files of NYUv2, two on scenes."""
+    folder = tmp_path_factory.mktemp("recorded")
+    table = published.load("nyuv2")
+    alone = {name: printed.value for name, printed in table.in_experiment_units(table.single_task).items()}
+    for source, seed in product(("files", "scenes"), (0, 1)):
+        params = {"loss_method": "famo", "gradient_method": None, "seed": seed, "data.source": source, "train.epochs": 3}
+        with Tracker("nyuv2", folder, name="famo", tags={}, params=params) as tracker:
+            tracker.log_metrics({f"final/{name}": value * (1 + 0.01 * seed) for name, value in alone.items()}, step=1)
+    return folder
+
+
+@pytest.fixture
+def nyuv2(monkeypatch, capfd):
+    monkeypatch.setattr(experiment, "names", lambda: ("digits", "nyuv2"))
+
+    def run(folder, *words):
+        capfd.readouterr()
+        assert compare.main(["--experiment=nyuv2", "--published", f"--output_dir={folder}", *words]) == 0
+        return capfd.readouterr()
+
+    return run
+
+
+FORMS = ("table", "markdown", "latex", "csv", "json")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_published_results_beside_runs_on_the_same_data(recorded, nyuv2, form):
+    told = nyuv2(recorded, "data.source=files", "--baselines=none", "--table_only", f"--format={form}").out
+    assert "GO4Align" in told
+    if form == "json":
+        content = json.loads(told)
+        assert [row["method"] for row in content["rows"]] == ["famo"]
+        assert content["published"][0]["comparable_with_rows"] is True
+    elif form == "csv":
+        assert {line["data"] for line in csv.DictReader(io.StringIO(told))} == {"NYUv2"}
+    else:
+        assert "The runs here are on NYUv2 too, but with train.epochs=3 (papers: 200)." in told
+        assert "here: famo" in told
+        assert told.index("here: famo") > told.index("famo")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_published_results_and_runs_on_other_data(recorded, nyuv2, form):
+    told = nyuv2(recorded, "data.source=scenes", "--baselines=none", "--table_only", f"--format={form}").out
+    assert "GO4Align" in told
+    assert "here: famo" not in told
+    if form == "csv":
+        found = list(csv.DictReader(io.StringIO(told)))
+        assert {(line["method"], line["data"]) for line in found if not line["source"]} == {("famo", "data.source=scenes")}
+    else:
+        assert "Not comparable with the runs here: those are on other data (data.source=scenes), these on NYUv2." in told
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_published_results_without_runs(nyuv2, form, tmp_path):
+    told = nyuv2(tmp_path, f"--format={form}", "train.epochs=3")
+    assert "mlflow.db is not there" in told.err
+    assert "there is no report" in told.err
+    for name in published.load("nyuv2").methods:
+        assert name in told.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_published_results_where_nothing_has_finished(nyuv2, tmp_path):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Tracker("nyuv2", tmp_path, name="", tags={}, params={"loss_method": "ls", "seed": 0}),
+    ):
+        raise KeyboardInterrupt
+    assert "There are no finished runs of 'nyuv2'" in nyuv2(tmp_path).err
+
+
+def test_published_results_of_what_has_no_experiment(capfd):
+    assert compare.main(["--experiment=metaworld", "--published"]) == 0
+    told = capfd.readouterr()
+    assert "Multi-head SAC" in told.out
+    assert "it is not among the experiments" in told.err
+
+
+def test_published_results_are_in_the_report(recorded, nyuv2, tmp_path):
+    nyuv2(recorded, "data.source=scenes", "--baselines=none", f"--output={tmp_path}")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Published results on NYUv2" in page
+    assert 'class="warning">Not comparable' in page
+
+
+@pytest.mark.usefixtures("nyuv2")
+def test_mistakes_beside_published_results(recorded, capfd, tmp_path):
+    words = ("--experiment=nyuv2", "--published")
+    assert "mlflow.db is not there" in refused(capfd, *words, f"--output_dir={tmp_path}", "--runs", "0123")  # who names runs
+    assert "no finished runs of 'nyuv2' with train.epochs=9" in refused(
+        capfd, *words, f"--output_dir={recorded}", "train.epochs=9"
+    )
+    none = refused(capfd, "--published", f"--output_dir={tmp_path}")
+    assert "No published results of 'digits' are kept here. There are some of celeba, cityscapes, metaworld, nyuv2," in none
+
+
+@pytest.mark.parametrize(("width", "most"), [(100, 3), (130, 6), (60, 0)])
+def test_a_narrow_terminal_shows_fewer_metrics_and_no_number_is_cut(nyuv2, tmp_path, monkeypatch, width, most):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    told = nyuv2(tmp_path).out
+    assert f"{9 - most} further metrics" in " ".join(told.split())
+    assert ("…" in told) == (width == 60)  # not even the ranks have room there
 
 
 def refused(capsys, *words):

@@ -5,7 +5,7 @@ from scipy.stats import rankdata
 
 import balance
 from balance.metrics import delta_m, mean_rank
-from experiments import cityscapes, nyuv2, published
+from experiments import celeba, cityscapes, nyuv2, published, trainer
 
 TABLES = {name: published.load(name) for name in published.names()}
 ROWS = [
@@ -74,8 +74,8 @@ def test_delta_m_of_fairgrad_on_celeba_and_the_row_that_is_known_to_disagree():
     assert delta_m(fairgrad, celeba.baselines, celeba.higher_is_better) == pytest.approx(0.370, abs=5e-4)
     assert sum(celeba.baselines.values()) / 40 == pytest.approx(0.69713, abs=5e-6)
     assert [name for name, row in nyu.methods.items() if row.disagrees] == ["IMTL-G"]
-    imtl = delta_m(values(nyu.methods["IMTL-G"]), nyu.baselines, nyu.higher_is_better)
-    assert imtl == pytest.approx(-0.60, abs=0.005)
+    assert nyu.delta_m("IMTL-G") == pytest.approx(-0.60, abs=0.005)
+    assert nyu.delta_m("STCH") is None
     assert nyu.methods["IMTL-G"].delta_m.value == -0.76
 
 
@@ -88,6 +88,7 @@ def test_mean_ranks_are_those_of_the_rows(table, ranking):
             method: {name: round(v + 1e-9, ranking.decimals[name]) for name, v in row.items()} for method, row in rows.items()
         }
     least = mean_rank(rows, table.higher_is_better)
+    assert {method: rank + 1 - ranking.first for method, rank in table.mean_ranks(ranking).items()} == pytest.approx(least)
     names = list(table.baselines)
     worst = [
         rankdata([(-1 if name in table.higher_is_better else 1) * row[name] for row in rows.values()], method="max")
@@ -134,21 +135,69 @@ def test_columns_of_celeba_are_under_the_right_headers():
     assert table.methods["MGDA"].delta_m.value > len(of_famo.values) >= of_famo.values["MGDA"].value
 
 
-def test_metrics_are_those_of_the_experiments():
-    for experiment, table in ((nyuv2, TABLES["nyuv2"]), (cityscapes, TABLES["cityscapes"])):
-        assert list(table.baselines) == list(experiment.metrics())
-        assert table.higher_is_better == experiment.HIGHER_IS_BETTER
-    assert len(TABLES["celeba"].baselines) == 40
+def in_code(name):
+    if name == "quantum_chemistry":
+        pytest.importorskip("torch_geometric")
+        from experiments import quantum_chemistry
+
+        return quantum_chemistry
+    return {"nyuv2": nyuv2, "cityscapes": cityscapes, "celeba": celeba}[name]
+
+
+@pytest.mark.parametrize("name", [name for name in TABLES if name != "mt10"])
+def test_metrics_and_settings_are_those_of_the_experiment(name):
+    table = TABLES[name]
+    experiment = in_code(table.experiment)
+    assert list(table.baselines) == list(experiment.metrics())
+    assert table.higher_is_better == experiment.HIGHER_IS_BETTER
+    schema = {"data": experiment.DataConfig, "model": experiment.ModelConfig, "train": trainer.TrainConfig}
+    assert table.as_published
+    for key in (*table.elsewhere, *table.as_published):
+        part, _, entry = key.partition(".")
+        assert entry in schema[part].__dataclass_fields__, key
+
+
+@pytest.mark.parametrize("name", [name for name in TABLES if name != "mt10"])
+def test_a_run_with_the_defaults_of_the_experiment_is_on_other_data(name):
+    table = TABLES[name]
+    defaults = {f"data.{key}": str(value) for key, value in vars(in_code(table.experiment).DataConfig()).items()}
+    assert not table.comparable(defaults)
+    assert not table.comparable({})
+    real = {
+        "nyuv2": {"data.source": "files"},
+        "cityscapes": {"data.source": "files"},
+        "celeba": {"data.source": "celeba"},
+        "quantum_chemistry": {"data.path": "/data/qm9"},
+    }[table.experiment]
+    assert table.comparable(defaults | real)
+
+
+def test_differences_from_the_settings_of_the_papers():
+    table = TABLES["nyuv2"]
+    settings = {"data.protocol": "sound", "train.epochs": "200", "train.lr": "0.001", "other": "1"}
+    assert table.differences(settings) == {"data.protocol": ("sound", "paper"), "train.lr": ("0.001", "0.0001")}
+    assert table.differences(table.as_published) == {}
+
+
+def test_mt10_has_errors():
     assert TABLES["mt10"].methods["FAMO"].metrics["success"] == (0.83, 0.01, 0.05)
 
 
 def test_values_in_the_units_of_a_run():
-    found = TABLES["nyuv2"].in_experiment_units("FAMO")
-    assert found["segmentation/miou"] == pytest.approx(0.3888)
-    assert found["normals/within_30"] == pytest.approx(0.6898)
-    assert found["depth/abs_error"] == 0.5474
-    assert TABLES["nyuv2"].in_experiment_units("STCH") == {}
-    assert TABLES["nyuv2"].methods["FAMO"].metrics["normals/mean_angle"].error == 0.06
+    table = TABLES["nyuv2"]
+    found = table.in_experiment_units(table.methods["FAMO"])
+    assert found["segmentation/miou"] == (0.3888, 0.0001, 0.0054)
+    assert found["normals/within_30"].value == 0.6898
+    assert found["depth/abs_error"] == table.methods["FAMO"].metrics["depth/abs_error"] == (0.5474, 0.0001, 0.0016)
+    assert table.in_experiment_units(table.methods["STCH"]) == {}
+
+
+@pytest.mark.parametrize("name", ["nyuv2", "cityscapes", "celeba"])
+def test_what_the_experiments_report_as_shares_are_shares(name):
+    table = TABLES[name]
+    for row in (table.single_task, *table.methods.values()):
+        shares = {metric: printed.value for metric, printed in table.in_experiment_units(row).items()}
+        assert all(0.2 < shares[metric] < 1 for metric in table.higher_is_better & shares.keys())
 
 
 def test_names_of_methods_are_registered_here():
@@ -187,6 +236,16 @@ def test_a_file_with_a_mistake_is_refused_by_name(tmp_path, old, new, message):
     with pytest.raises(ValueError, match=message) as error:
         published.read_file(file)
     assert "broken.yaml" in str(error.value)
+
+
+def test_tables_of_an_experiment():
+    assert published.experiments() == ("celeba", "cityscapes", "metaworld", "nyuv2", "quantum_chemistry")
+    assert [table.setting for table in published.of("quantum_chemistry")] == ["paper", "retuned"]
+    assert [table.data for table in published.of("metaworld")] == ["Meta-World MT10"]
+    with pytest.raises(
+        ValueError, match=r"'digits' are kept here\. There are some of celeba, cityscapes, metaworld, nyuv2, quantum"
+    ):
+        published.of("digits")
 
 
 def test_an_unknown_table_is_refused():

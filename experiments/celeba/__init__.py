@@ -7,7 +7,7 @@ never results, and never stand beside published ones.
     <attribute>      whether the face has it: binary cross-entropy; F1 score
 
 The papers train the official network with Adam at a constant rate of 3e-4 for 15 epochs in batches of 256, choose the epoch
-with the highest mean validation F1 and report the 40 test F1 of that epoch; ``published.yaml`` has such numbers.
+with the highest mean validation F1 and report the 40 test F1 of that epoch; `experiments.published` has such numbers.
 """
 
 from experiments.celeba.data import ON_DISK, DataConfig, load

@@ -1,7 +1,8 @@
 """Published tables: what the papers print, with its source and its known mistakes, to be shown beside one's own runs.
 
-Each file holds one table as printed; what is wrong there, or disagrees with itself, says so. Values are in the unit of the
-table: `Table.in_experiment_units` makes them comparable with the metrics of a run. Never put them beside runs on other data.
+Each file holds one table as printed; what is wrong there, or disagrees with itself, says so. Metrics have the names of the
+experiment and the unit of the table: `Table.in_experiment_units` has them as a run would report them. Never compare them with
+runs on other data, which `Table.comparable` tells.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from balance.metrics import delta_m, mean_rank
 from balance.registry import unknown
 
 if TYPE_CHECKING:
@@ -43,6 +45,12 @@ class Printed(NamedTuple):
     digit: float
     error: float | None = None
 
+    def times(self, factor: float) -> Printed:
+        """The number in another unit."""
+        value, error = (None if number is None else round(number * factor, 12) for number in (self.value, self.error))
+        assert value is not None
+        return Printed(value, self.digit * factor, error)
+
 
 class Row(NamedTuple):
     """What is printed about one method."""
@@ -69,7 +77,11 @@ class Table(NamedTuple):
     """One published table."""
 
     experiment: str
+    data: str  # the data set
     setting: str
+    conditions: str  # how the numbers were measured, in sentences
+    elsewhere: dict[str, str]  # settings of a run of the experiment on other data
+    as_published: dict[str, str]  # settings of a run as in the papers, where the experiment has such settings
     sources: dict[str, str]
     truncated: frozenset[str]  # sources that cut digits off instead of rounding
     higher_is_better: frozenset[str]
@@ -83,9 +95,40 @@ class Table(NamedTuple):
         """Single-task value of each metric, as printed."""
         return {name: printed.value for name, printed in self.single_task.metrics.items()}
 
-    def in_experiment_units(self, method: str) -> dict[str, float]:
-        """Metrics of a method as a run of the experiment would report them; empty where only delta_m is printed."""
-        return {name: self.factors[name] * printed.value for name, printed in self.methods[method].metrics.items()}
+    def in_experiment_units(self, row: Row) -> dict[str, Printed]:
+        """Metrics of a row as a run of the experiment would report them; empty where only delta_m is printed."""
+        return {name: printed.times(self.factors[name]) for name, printed in row.metrics.items()}
+
+    def comparable(self, settings: Mapping[str, str]) -> bool:
+        """Whether a run with these settings is on the data of the table; not if they do not tell."""
+        return any(settings.get(key, other) != other for key, other in self.elsewhere.items())
+
+    def differences(self, settings: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+        """Settings of a run that are not those of the papers: what they are, and what the papers have."""
+        return {
+            key: (settings[key], theirs) for key, theirs in self.as_published.items() if settings.get(key, theirs) != theirs
+        }
+
+    def delta_m(self, method: str) -> float | None:
+        """Recomputed from the printed metrics of a method; None where there are none."""
+        row = self.methods[method]
+        values = {name: printed.value for name, printed in row.metrics.items()}
+        return delta_m(values, self.baselines, self.higher_is_better) if values else None
+
+    def mean_ranks(self, ranking: Ranking) -> dict[str, float]:
+        """Recomputed from the printed metrics of the methods of a ranking; empty where those are not printed."""
+        rows = {method: self.methods[ranking.ranked_as.get(method, method)].metrics for method in ranking.values}
+        if not all(rows.values()):
+            return {}
+        # 1e-9: a printed 5 is rounded up, which its nearest float may not be
+        ranked = {
+            method: {
+                name: round(printed.value + 1e-9, ranking.decimals[name]) if ranking.decimals else printed.value
+                for name, printed in row.items()
+            }
+            for method, row in rows.items()
+        }
+        return {method: rank + ranking.first - 1 for method, rank in mean_rank(ranked, self.higher_is_better).items()}
 
     def interval(self, printed: Printed, source: str) -> tuple[float, float]:
         """Where the number was before it was rounded, or cut off towards zero."""
@@ -99,6 +142,23 @@ class Table(NamedTuple):
 def names() -> tuple[str, ...]:
     """Names of the tables."""
     return tuple(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+
+
+def experiments() -> tuple[str, ...]:
+    """Names of the experiments of which there are tables."""
+    return tuple(sorted({load(name).experiment for name in names()}))
+
+
+def of(experiment: str) -> tuple[Table, ...]:
+    """All tables of an experiment.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = tuple(table for table in map(load, names()) if table.experiment == experiment)
+    if not found:
+        raise ValueError(f"No published results of '{experiment}' are kept here. There are some of {', '.join(experiments())}.")
+    return found
 
 
 def load(name: str) -> Table:
@@ -133,7 +193,11 @@ def _table(content: Any) -> Table:
     methods = {name: _row(name, row, metrics, sources) for name, row in content["methods"].items()}
     return Table(
         experiment=content["experiment"],
+        data=content["data"],
         setting=content["setting"],
+        conditions=content["conditions"].strip(),
+        elsewhere=content.get("elsewhere", {}),
+        as_published=content.get("as_published", {}),
         sources=sources,
         truncated=frozenset(content.get("truncated", "").split()),
         higher_is_better=frozenset(name for name, metric in metrics.items() if metric["better"] == "higher"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import rc_context
 
+from experiments.results import papers
 from experiments.results.comparison import CONFIDENCE, ENOUGH_SEEDS
 from experiments.results.figures import CAPTIONS
-from experiments.results.table import cells, legend, number_format
+from experiments.results.table import number_format, sheet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from experiments.results.comparison import Comparison, Estimate, Row, Verdict
+    from experiments.results.papers import Beside
+    from experiments.results.sheet import Sheet
 
 LARGEST_SVG = 400_000  # bytes; beyond that the smaller of SVG and PNG is taken
 
@@ -37,6 +40,7 @@ class Picture(NamedTuple):
 def html(
     comparison: Comparison,
     figures: Mapping[str, Figure],
+    tables: Sequence[Beside] = (),
     *,
     title: str,
     command: str | None = None,
@@ -47,6 +51,7 @@ def html(
     Args:
         comparison: What to report.
         figures: By name, in the order of the page; a name that begins as one of `CAPTIONS` gets that caption.
+        tables: Published results, which get a section of their own.
         title: Heading of the page.
         command: What made it, to be run again.
         created: When; None for now.
@@ -58,14 +63,14 @@ def html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    header, rows = cells(comparison)
+    made = sheet(comparison)
     return templates.get_template("report.html").render(
         title=title,
         answer=_unbroken(answer(comparison)),
         comparison=comparison,
-        header=[_unbroken(name) for name in header],
-        rows=rows,
-        legend=legend(comparison),
+        results=_unbroken_header(made),
+        published=[{"of": of, "sheet": _unbroken_header(papers.sheet(of)), "notes": papers.notes(of)} for of in tables],
+        here=papers.HERE,
         pictures=[_picture(name, figure) for name, figure in figures.items()],
         enough=ENOUGH_SEEDS,
         confidence=f"{100 * CONFIDENCE:g} %",
@@ -131,6 +136,10 @@ def _by_verdict(others: list[tuple[Row, Estimate]], seeds: int) -> list[str]:
         f"{few} {rest} worse.": labels["unclear"],
     }
     return [sentence for sentence, needed in sentences.items() if needed]
+
+
+def _unbroken_header(sheet: Sheet) -> Sheet:
+    return sheet._replace(header=[_unbroken(name) for name in sheet.header])
 
 
 def _unbroken(text: str) -> str:

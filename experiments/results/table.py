@@ -6,44 +6,24 @@ import csv
 import io
 import json
 import math
-import re
 import statistics
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
+from experiments.results.sheet import MISSING, Cell, Sheet, latex, markdown, terminal
 
 if TYPE_CHECKING:
-    from experiments.results.comparison import Comparison, Estimate, Row, Verdict
+    from rich.table import Table
+
+    from experiments.results.comparison import Comparison, Estimate, Row
 
 Format = Literal["table", "markdown", "latex", "csv", "json"]
 
 SINGLE_TASK = "single-task networks"
-MISSING = "\N{EN DASH}"
-MARKS = {"alike": "≈", "unclear": "?"}
 METRICS_IN_TERMINAL = 6  # more columns would leave each a letter wide
-TERMINAL = 100
-
-
-class Cell(NamedTuple):
-    """A number as text, and what can be said of it beside the best of its column; None where nothing can."""
-
-    text: str
-    verdict: Verdict | None = None
-
-    @property
-    def mark(self) -> str:
-        """Sign of the verdict; empty where the best is bold and the worse is plain."""
-        return MARKS.get(self.verdict or "", "")
-
-    @property
-    def marked(self) -> str:
-        """The text with that sign."""
-        return f"{self.text} {self.mark}".rstrip()
+ESTIMATED = ("mean", "standard_error", "low", "high", "verdict", "seeds", "values", "run_ids")
+COLUMNS = ("method", "loss_method", "gradient_method", "quantity", *ESTIMATED)  # of CSV
 
 
 @overload
@@ -53,11 +33,11 @@ def render(comparison: Comparison, form: Literal["markdown", "latex", "csv", "js
 def render(comparison: Comparison, form: Format) -> Table | str:
     """The comparison in one of the formats; ``csv`` and ``json`` have all digits, the others are rounded and have a legend."""
     forms: dict[str, Callable[[Comparison], Table | str]] = {
-        "table": _terminal,
-        "markdown": _markdown,
-        "latex": _latex,
-        "csv": _csv,
-        "json": _json,
+        "table": lambda whole: terminal(for_terminal(whole)),
+        "markdown": lambda whole: markdown(sheet(whole)),
+        "latex": lambda whole: latex(sheet(whole)),
+        "csv": lambda whole: csv_text(csv_lines(whole)),
+        "json": lambda whole: json_text(json_content(whole)),
     }
     return forms[form](comparison)
 
@@ -86,6 +66,12 @@ def cells(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
     columns = {name: column for name, column in columns.items() if any(cell.text != MISSING for cell in column[: len(rows)])}
     lines = [list(line) for line in zip(*columns.values(), strict=True)]
     return list(columns), lines if comparison.baselines else lines[:-1]
+
+
+def sheet(comparison: Comparison) -> Sheet:
+    """The table in no form yet."""
+    header, lines = cells(comparison)
+    return Sheet(header, lines, len(comparison.rows), legend(comparison))
 
 
 def legend(comparison: Comparison) -> str:
@@ -172,96 +158,21 @@ def _numbers(numbers: Sequence[float], decimals: int | None = None) -> list[Cell
     return [*(Cell(MISSING if math.isnan(number) else write(number)) for number in numbers), Cell("")]
 
 
-def _terminal(comparison: Comparison) -> Table:
-    """For rich; a table that is wider than a terminal gets two lines for each row."""
-    shown = replace(comparison, metrics=comparison.metrics[:METRICS_IN_TERMINAL])
-    hidden = len(comparison.metrics) - len(shown.metrics)
-    header, lines = cells(shown)
-    caption = legend(shown) + (f" {hidden} further metrics are in the other formats." if hidden else "")
-    width = sum(max(len(cell.marked) for cell in column) + 2 for column in zip(*lines, strict=True))
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption=Text(caption), caption_justify="left")
-    for k, title in enumerate(header):
-        words = re.sub(r"/(?=\S)", "/ ", re.sub(" (?=[↑↓])", "\N{NO-BREAK SPACE}", title))
-        name = textwrap.fill(words, 8, break_long_words=False)
-        table.add_column(Text(name), justify="right" if k else "left", no_wrap=True)  # rather an ellipsis than half a number
-    for k, line in enumerate(lines):
-        if k == len(comparison.rows):
-            table.add_section()
-        style = "dim" if k == len(comparison.rows) else ""
-        texts = [re.sub(r" (?=[±+] |to |networks)", "\n", cell.marked) if width > TERMINAL else cell.marked for cell in line]
-        table.add_row(
-            *(Text(text, "bold" if cell.verdict == "best" else style) for cell, text in zip(line, texts, strict=True))
-        )
-    return table
+def for_terminal(comparison: Comparison, most_metrics: int = METRICS_IN_TERMINAL) -> Sheet:
+    """With the first metrics only."""
+    shown = replace(comparison, metrics=comparison.metrics[:most_metrics])
+    made, hidden = sheet(shown), len(comparison.metrics) - len(shown.metrics)
+    return made._replace(legend=made.legend + further(hidden))
 
 
-def _markdown(comparison: Comparison) -> str:
-    header, lines = cells(comparison)
-    written = [
-        [f"**{text}**" if cell.verdict == "best" else text for cell in line for text in [_escaped_markdown(cell.marked)]]
-        for line in lines
-    ]
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    table = [[_escaped_markdown(name) for name in header], rule, *written]
-    return "\n".join(f"| {' | '.join(line)} |" for line in table) + f"\n\n{_escaped_markdown(legend(comparison))}\n"
+def further(hidden: int) -> str:
+    """What to say of metrics that the terminal has no room for."""
+    return f" {hidden} further metrics are in the other formats." if hidden else ""
 
 
-def _escaped_markdown(text: str) -> str:
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)
-
-
-TO_LATEX = str.maketrans(
-    {character: f"\\{character}" for character in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    | {"<": "$<$", ">": "$>$", "|": "$|$", "±": r"$\pm$", "≈": r"$\approx$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
-    | {MISSING: "--"}
-)
-
-
-def _latex(comparison: Comparison) -> str:
-    r"""A ``table`` for booktabs; the minus of a number is a minus, not a hyphen."""
-    header, lines = cells(comparison)
-    written = [
-        [line[0].text.translate(TO_LATEX), *(_latex_number(cell) for cell in line[1:])]  # a hyphen in a label stays one
-        for line in lines
-    ]
-    body = [" & ".join(line) + r" \\" for line in written]
-    if len(body) > len(comparison.rows):
-        body.insert(-1, r"\midrule")
-    columns = "l" + "r" * (len(header) - 1)
-    table = [
-        r"\toprule",
-        " & ".join(name.translate(TO_LATEX) for name in header) + r" \\",
-        r"\midrule",
-        *body,
-        r"\bottomrule",
-    ]
-    return "\n".join(
-        [
-            r"% needs \usepackage{booktabs}",
-            r"\begin{table}",
-            r"  \centering",
-            rf"  \caption{{{legend(comparison).translate(TO_LATEX)}}}",
-            rf"  \begin{{tabular}}{{{columns}}}",
-            *(f"    {line}" for line in table),
-            r"  \end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
-def _latex_number(cell: Cell) -> str:
-    text = re.sub(r"-(?=[\d]|inf)", "$-$", cell.marked.translate(TO_LATEX))
-    return rf"\textbf{{{text}}}" if cell.verdict == "best" else text
-
-
-def _csv(comparison: Comparison) -> str:
+def csv_lines(comparison: Comparison) -> list[dict[str, Any]]:
     """A line for each method and quantity; what holds several values has blanks between them, in the order of the seeds."""
-    written = io.StringIO()
-    estimated = ("mean", "standard_error", "low", "high", "verdict", "seeds", "values", "run_ids")
-    writer = csv.DictWriter(written, ("method", "loss_method", "gradient_method", "quantity", *estimated), lineterminator="\n")
-    writer.writeheader()
+    lines: list[dict[str, Any]] = []
     for row in comparison.rows:
         ids = {run.seed: run.run_id for run in row.runs}
         method = {"method": row.label, "loss_method": row.loss_method, "gradient_method": row.gradient_method}
@@ -273,17 +184,26 @@ def _csv(comparison: Comparison) -> str:
                     "run_ids": (ids.get(seed, "") for seed in estimate.values),
                 }
                 joined = {key: " ".join(map(str, values)) for key, values in of_seeds.items()}
-                writer.writerow(method | {"quantity": name} | _summary(estimate) | joined)
+                lines.append(method | {"quantity": name} | summary(estimate) | joined)
         for name, number in (("mean_rank", row.mean_rank), ("time", row.time), ("memory", row.memory)):
-            writer.writerow(method | {"quantity": name, "mean": number})
+            lines.append(method | {"quantity": name, "mean": number})
     for name, number in (comparison.baselines or {}).items():
-        writer.writerow({"method": SINGLE_TASK, "quantity": name, "mean": number})
+        lines.append({"method": SINGLE_TASK, "quantity": name, "mean": number})
+    return lines
+
+
+def csv_text(lines: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
+    """The lines with a header; what a line does not have is empty."""
+    written = io.StringIO()
+    writer = csv.DictWriter(written, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return written.getvalue()
 
 
-def _json(comparison: Comparison) -> str:
-    """All that the comparison holds; NaN and infinity, which JSON does not have, are null."""
-    content = {
+def json_content(comparison: Comparison) -> dict[str, Any]:
+    """All that the comparison holds."""
+    return {
         "experiment": comparison.experiment,
         "metrics": [{"name": name, "higher_is_better": name in comparison.higher_is_better} for name in comparison.metrics],
         "baselines": comparison.baselines,
@@ -297,9 +217,9 @@ def _json(comparison: Comparison) -> str:
                 "runs": [{"run_id": run.run_id, "seed": run.seed} for run in row.runs],
                 "seeds": row.seeds,
                 "failed": row.failed,
-                "delta_m": row.delta_m and _with_values(row.delta_m),
+                "delta_m": row.delta_m and with_values(row.delta_m),
                 "mean_rank": row.mean_rank,
-                "metrics": {name: _with_values(estimate) for name, estimate in row.metrics.items()},
+                "metrics": {name: with_values(estimate) for name, estimate in row.metrics.items()},
                 "time": row.time,
                 "memory": row.memory,
             }
@@ -307,10 +227,15 @@ def _json(comparison: Comparison) -> str:
         ],
         "notes": comparison.notes,
     }
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """The content; NaN and infinity, which JSON does not have, are null."""
     return json.dumps(_without_nan(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _summary(estimate: Estimate) -> dict[str, Any]:
+def summary(estimate: Estimate) -> dict[str, Any]:
+    """What is told of an estimate, with all digits."""
     low, high = estimate.interval
     return {
         "mean": estimate.mean,
@@ -321,8 +246,9 @@ def _summary(estimate: Estimate) -> dict[str, Any]:
     }
 
 
-def _with_values(estimate: Estimate) -> dict[str, Any]:
-    return _summary(estimate) | {"values": {str(seed): value for seed, value in estimate.values.items()}}
+def with_values(estimate: Estimate) -> dict[str, Any]:
+    """That, and the value of each seed."""
+    return summary(estimate) | {"values": {str(seed): value for seed, value in estimate.values.items()}}
 
 
 def _without_nan(content: Any) -> Any:
