@@ -27,6 +27,13 @@ COMMANDS = [
     for line in block.splitlines()
 ]
 METHODS = TEXT.split("| rule | K = 3 |")[0]
+SMALL = {"experiments/toy/__main__.py": ["--steps=20"]}
+TINY_ROOMS = [f"data.num_{part}=4" for part in ("train", "validation", "test")] + [
+    "data.cache=rooms",
+    "train.epochs=1",
+    "train.batch_size=2",
+    "log_model=false",
+]
 TINY = ["data.train_pairs=128", "data.validation_pairs=50", "data.test_pairs=50", "train.epochs=1", "log_model=false"]
 
 
@@ -56,8 +63,13 @@ def run(command, capfd):
     """The command on less data, in this process, since starting one takes longer than all that it does."""
     program, script, *words = command.replace("--seeds=3", "--seeds=1").split()
     assert program == "python"
+    if script == "-m":
+        script = f"{words.pop(0).replace('.', '/')}/__main__.py"
     assert (ROOT / script).exists()
-    shrink = [] if "--help" in words or "compare" in script else TINY + (["--jobs=1"] if "sweep" in script else [])
+    shrink = SMALL.get(script, TINY_ROOMS if "--experiment=nyuv2" in words else TINY) + (
+        ["--jobs=1"] if "sweep" in script else []
+    )
+    shrink = [] if "--help" in words or "compare" in script else shrink
     shrink = [word for word in shrink if word.split("=")[0] not in {given.split("=")[0] for given in words}]
     main = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
     capfd.readouterr()
@@ -76,7 +88,7 @@ def test_commands(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(estimate, "BUDGET", 0.01)
     monkeypatch.setattr(diagnosis, "_ROUNDS", 1)
     scripts = [command for command in COMMANDS if command.startswith("python ") and "--backend=" not in command]
-    assert len(scripts) == 7
+    assert len(scripts) == 10
     printed = [run(command, capfd) for command in scripts]
     assert (tmp_path / "runs/digits").is_dir()
     assert (tmp_path / "runs/short/mlflow.db").exists()
