@@ -76,7 +76,8 @@ def log_model(tracker: Tracker, run: Run) -> None:
     data: Any = run.data.validation
     inputs = data[list(range(min(2, len(data))))][0]
     if not isinstance(inputs, torch.Tensor):
-        run.console.print("MLflow serves arrays, not graphs: mlflow.pytorch.load_model gives this network back, nothing else.")
+        notice = "MLflow serves arrays, not graphs: mlflow.pytorch.load_model gives this network back, nothing else."
+        run.console.print(notice, soft_wrap=True)
     with tempfile.TemporaryDirectory() as folder:
         save_network(run.model, inputs, Path(folder) / "model")
         tracker.log_model(Path(folder) / "model")
