@@ -5,7 +5,7 @@ from scipy.stats import rankdata
 
 import balance
 from balance.metrics import delta_m, mean_rank
-from experiments import celeba, cityscapes, nyuv2, published, trainer
+from experiments import celeba, cityscapes, nyuv2, published, settings
 
 TABLES = {name: published.load(name) for name in published.names()}
 ROWS = [
@@ -150,7 +150,7 @@ def test_metrics_and_settings_are_those_of_the_experiment(name):
     experiment = in_code(table.experiment)
     assert list(table.baselines) == list(experiment.metrics())
     assert table.higher_is_better == experiment.HIGHER_IS_BETTER
-    schema = {"data": experiment.DataConfig, "model": experiment.ModelConfig, "train": trainer.TrainConfig}
+    schema = {"data": experiment.DataConfig, "model": experiment.ModelConfig, "train": settings.TrainConfig}
     assert table.as_published
     for key in (*table.elsewhere, *table.as_published):
         part, _, entry = key.partition(".")

@@ -92,8 +92,8 @@ def test_commands(tmp_path, monkeypatch, capfd):
     printed = [run(command, capfd) for command in scripts]
     assert (tmp_path / "runs/digits").is_dir()
     assert (tmp_path / "runs/short/mlflow.db").exists()
-    assert "What to compare, and why" in printed[3]
-    assert "16 runs finished, 0 failed" in printed[4]
+    assert "What to compare, and why" in printed[6]
+    assert "16 runs finished, 0 failed" in printed[7]
     assert (tmp_path / "runs/digits/comparison/report.html").exists()
 
 
