@@ -38,9 +38,7 @@ class TrainConfig:
 
     epochs: int = 20
     batch_size: int = 64
-    eval_batch_size: int = (
-        1000  # for validation and test; decides no result but with protocol=paper, which averages over batches
-    )
+    eval_batch_size: int = 1000  # decides a result with protocol=paper alone, which averages metrics over batches
     num_workers: int = 0  # processes that read data; pays where `cost/waiting` is large
     lr: float = 1e-3
     balancer_lr: float = 0.025
