@@ -143,10 +143,8 @@ def test_labels_out_of_range_are_named(official, value):
     label = np.load(file)
     label[3, 4] = value
     np.save(file, label)
-    test = nyuv2.load(files(official)).test
-    test[[0, 2]]
     with pytest.raises(ValueError, match=rf"val/label/1.npy: labels must be 0..12, or -1 = unknown, but {float(value)}"):
-        test[[0, 1]]
+        nyuv2.load(files(official))
 
 
 @pytest.mark.parametrize(

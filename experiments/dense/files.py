@@ -44,7 +44,7 @@ START = 512  # bytes, more than the header of such an array has
 
 
 class Files(Dataset[Batch]):
-    """Samples of one split. All headers are checked at once, the arrays are read when they are asked for.
+    """Samples of one split. All headers and all labels are checked at once, the arrays are read when they are asked for.
 
     An item, for a list of indices, is ``(image, label, depth[, normal])``: float32 (B, 3, H, W); int64 (B, H, W), -1 = unknown;
     float32 (B, 1, H, W), 0 = unknown; float32 (B, 3, H, W), 0 = unknown. Nothing is scaled or normalised.
@@ -56,7 +56,7 @@ class Files(Dataset[Batch]):
         size: (H, W) that the files must have; by default, what the first image has.
 
     Raises:
-        ValueError: If a file is missing, cannot be read or has the wrong shape.
+        ValueError: If a file is missing, cannot be read, or has the wrong shape or a label that is no class.
     """
 
     def __init__(
@@ -69,6 +69,8 @@ class Files(Dataset[Batch]):
         for part in layout.channels:
             for number in self.numbers:
                 self.checked(part, number, read_bytes(self.file(part, number), START))
+        for number in self.numbers:  # a wrong label should not end a run that has come as far as its test
+            self.check_labels(number)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -101,19 +103,16 @@ class Files(Dataset[Batch]):
         for row, number in zip(stacked, numbers, strict=True):
             row[:] = self.array(part, number).reshape(row.shape)
         tensor = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
-        return self.labels(tensor[:, 0], numbers) if part == self.layout.labels else tensor
+        return tensor[:, 0].long() if part == self.layout.labels else tensor
 
-    def labels(self, stored: Tensor, numbers: Sequence[int]) -> Tensor:
-        """Labels as int64, after a look at their range."""
+    def check_labels(self, number: int) -> None:
+        """Labels that are no classes are an error."""
         last = self.layout.num_classes - 1
-        wrong = ~((stored >= -1) & (stored <= last))  # NaN as well
-        if wrong.any():
-            row = int(wrong.flatten(1).any(1).nonzero()[0])
-            file = self.file(self.layout.labels, numbers[row])
-            raise ValueError(
-                f"{file}: labels must be 0..{last}, or -1 = unknown, but {stored[row][wrong[row]][0].item()} is there."
-            )
-        return stored.long()
+        stored = self.array(self.layout.labels, number)
+        wrong = stored[~((stored >= -1) & (stored <= last))]  # NaN as well
+        if wrong.size:
+            file = self.file(self.layout.labels, number)
+            raise ValueError(f"{file}: labels must be 0..{last}, or -1 = unknown, but {float(wrong[0])} is there.")
 
 
 def count(folder: Path, layout: Layout) -> int:
