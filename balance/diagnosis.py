@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 Batch = TypeVar("Batch")
 Outcome = TypeVar("Outcome")
 
-_ROUNDS = 12  # in which each method is timed
+_ROUNDS, _SECONDS = 12, 20  # in which each method is timed, and after which no further one begins
 _REPEATS, _BUDGET = 3, 0.1  # timed steps in a round, and seconds after which no further one begins
 _WIDTH, _NAME, _PAIRS = 100, 20, 15  # of the report: columns, letters of a task, pairs of tasks
 
@@ -305,13 +306,14 @@ class _Problem:
         plain = Balancer(self.tasks)
         baselines: list[Cost] = []
         rounds: list[list[Cost | str]] = []
+        begin = time.perf_counter()
         for _ in range(_ROUNDS):
             baselines.append(self.cost(plain))
             rounds.append(
                 [self._attempt(partial(self.cost, stage)) if isinstance(stage, Balancer) else stage for stage in stages]
             )
-            if baselines[0].seconds >= _BUDGET:
-                break  # such a long step is timed well enough
+            if baselines[0].seconds >= _BUDGET or time.perf_counter() - begin >= _SECONDS:
+                break  # such a long step, or such a long round of them, is timed well enough
         baseline = _least(baselines)
         return baseline, [_price(outcomes, baseline) for outcomes in zip(*rounds, strict=True)]
 

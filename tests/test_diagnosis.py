@@ -219,6 +219,14 @@ def test_slow_steps_are_measured_in_one_round(monkeypatch):
     assert found.loss_prices["uw"].time == 4.5
 
 
+def test_a_long_round_is_the_last(monkeypatch):
+    monkeypatch.setattr(diagnosis, "_ROUNDS", 2)
+    monkeypatch.setattr(diagnosis, "_SECONDS", 0)
+    monkeypatch.setattr(diagnosis, "measure", Meter(0.02, 0.09, 0.01, 0.01))
+    found = diagnose(Quadratics(a=[1.0], b=[2.0]), loss_methods=("uw",))
+    assert found.loss_prices["uw"].time == pytest.approx(4.5)
+
+
 def test_losses_that_are_not_positive():
     model = Linear(2)
     batches = [{"a": (1.0, torch.tensor([1.0, 0]).double()), "b": (0.1, torch.tensor([0, 99.0]).double())}] * 2
