@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not config.track:
             raise ValueError("Baselines are read from the recorded runs, but track=false.")
         store = Store(config.experiment, config.output_dir, create=True)
-        options.output.touch()  # a file that cannot be written costs no run
+        try_writing(options.output)  # a file that cannot be written costs no run
     except (ValueError, TypeError, OSError, ImportError) as error:
         parser.error(str(error))
     finished = store.finished()
@@ -56,6 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = f"python experiments/baselines.py --experiment={config.experiment} --seeds={options.seeds}"
     options.output.write_text(text(runs, config.experiment, " ".join([command, *options.overrides])), encoding="utf-8")
     return 0
+
+
+def try_writing(file: Path) -> None:
+    """Leaves nothing behind: the runs look for the experiment's own file, and an empty one would be damaged.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    new = not file.exists()
+    file.touch()
+    if new:
+        file.unlink()
 
 
 def text(runs: Sequence[Run], experiment: str, command: str) -> str:

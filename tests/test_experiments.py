@@ -615,6 +615,24 @@ def test_sweep_baselines_and_table_of_another_experiment(tmp_path, monkeypatch, 
     assert set(reference.read_file(tmp_path / "baselines.yaml")[0].metrics) == {"f1/above_bound", "f2/above_bound"}
 
 
+def test_the_first_baselines_of_an_experiment(tmp_path, monkeypatch):
+    """Its runs look for the file that they are made for."""
+    shutil.copytree(experiment.FOLDER / "configs", tmp_path / "configs")
+    (tmp_path / "toy").mkdir()
+    monkeypatch.setattr(experiment, "FOLDER", tmp_path)
+    words = ["--experiment=toy", f"--output_dir={tmp_path}/runs", "data.steps=3", "train.epochs=1", "log_model=false"]
+    file = tmp_path / "toy" / "baselines.yaml"
+    assert baselines.main([*words, "--seeds=1", "--jobs=1", f"--output={file}"]) == 0
+    assert set(reference.shipped("toy")[0].metrics) == {"f1/above_bound", "f2/above_bound"}
+
+
+def test_baselines_that_cannot_be_written_cost_no_run(tmp_path, capsys):
+    words = ["--experiment=toy", f"--output_dir={tmp_path}/runs", f"--output={tmp_path}/missing/baselines.yaml"]
+    with pytest.raises(SystemExit, match="2"):
+        baselines.main(words)
+    assert "missing/baselines.yaml" in capsys.readouterr().err
+
+
 def test_a_sweep_without_baselines(tmp_path, capfd):
     words = ["--experiment=regression100", f"--output_dir={tmp_path}", "train.epochs=1", "--no_baselines", "--dry_run"]
     assert sweep.main(words) == 0
