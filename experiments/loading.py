@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class Batches(BatchSampler):
-    """Lists of indices. Were the last one to have a single index, it joins the one before: batch normalisation needs two."""
+    """Lists of indices. Were the last one to have a single index, it joins the one before: batch normalisation needs two.
+
+    As that makes other batches than those of the published codes, their protocol has the plain sampler in its place.
+    """
 
     def __iter__(self) -> Iterator[list[int]]:
         lists = super().__iter__()
@@ -37,21 +40,22 @@ class Batches(BatchSampler):
         return super().__len__() - (size > self.batch_size > 1 and size % self.batch_size == 1)
 
 
-def training(data: Dataset[Batch], seed: int, train: DictConfig) -> DataLoader[Batch]:
+def training(data: Dataset[Batch], config: DictConfig) -> DataLoader[Batch]:
     """Training data in batches, shuffled anew for each epoch.
 
     Args:
         data: Its items are batches when it is indexed with a list.
-        seed: Of the order.
-        train: The group ``train`` of a configuration.
+        config: Of the run. Its seed is that of the order.
 
     Raises:
         ValueError: If there are to be workers for data that draws from a generator of its own, of which each would have a copy.
     """
+    train = config.train
     if train.num_workers and hasattr(data, "generator"):
         raise ValueError(f"train.num_workers must be 0 for this data, which draws as it is read, but got {train.num_workers}.")
-    order = RandomSampler(data, generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
-    return _loader(data, Batches(order, train.batch_size, drop_last=False), train.num_workers)
+    order = RandomSampler(data, generator=torch.Generator().manual_seed(config.seed))  # type: ignore[arg-type]
+    sampler = BatchSampler if config.protocol == "paper" else Batches
+    return _loader(data, sampler(order, train.batch_size, drop_last=False), train.num_workers)
 
 
 def in_order(data: Dataset[Batch], train: DictConfig) -> DataLoader[Batch]:

@@ -33,7 +33,7 @@ class TrainConfig:
 
     Both rates follow ``schedule``: they stay as they are; fall to zero along half a cosine; are multiplied by ``factor`` every
     ``step_epochs`` epochs; or so whenever the score by which epochs are chosen has not been better for more than ``patience``
-    epochs, down to ``min_lr``. Before, they rise linearly from zero over ``warmup_steps`` steps.
+    epochs, down to ``min_lr``. Before, they rise linearly over ``warmup_steps`` steps.
     """
 
     epochs: int = 20
@@ -49,7 +49,7 @@ class TrainConfig:
     factor: float = 0.5
     patience: int = 5
     min_lr: float = 0.0
-    max_norm: float | None = None  # clip the gradient of the model to this length, after the stage
+    max_norm: float | None = None  # clip the gradient of the model, after the stage; protocol=paper: of its trunk
     report_last: int | None = None  # final metrics: mean over the tests of so many last epochs; None: the best epoch's test
 
 
@@ -108,7 +108,8 @@ def configure(options: argparse.Namespace) -> DictConfig:
 def of_file(name: str, experiment: Experiment, choice: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the experiment's file says for what was chosen, and the options of methods that suit the experiment, by method.
 
-    Its block ``on_disk`` holds where the data set itself is read, its block ``paper`` with ``protocol=paper``.
+    Its block ``on_disk`` holds where the data set itself is read. With ``protocol=paper`` that holds too, and the block
+    ``paper``, which may have ``methods`` of its own, with settings of the run that go with one of them.
 
     Raises:
         ValueError: If the experiment knows no such protocol, or the choice contradicts itself.
@@ -122,14 +123,17 @@ def of_file(name: str, experiment: Experiment, choice: Mapping[str, str]) -> tup
     if on_disk is not None and source is None and choice.get("data.path") not in (None, "null", ""):
         source = on_disk
         layers.append({"data": {"source": on_disk}})
-    if on_disk is not None and source == on_disk:
+    as_published = choice.get("protocol") == "paper"
+    if on_disk is not None and (source == on_disk or as_published):
         layers.append(blocks["on_disk"] or {})
     if "data.protocol" in choice and choice["data.protocol"] != choice.get("protocol", RunConfig.protocol):
         raise ValueError(f"data.protocol follows protocol: give protocol={choice['data.protocol']} alone.")
-    if choice.get("protocol") == "paper":
+    if as_published:
         if blocks["paper"] is None:
-            raise ValueError(f"'{name}' is of no paper: it knows protocol=sound alone.")
+            raise ValueError(f"'{name}' has no protocol=paper, but protocol=sound alone.")
+        of_methods = blocks["paper"].pop("methods", {})
         layers += [blocks["paper"], {"data": {"protocol": "paper"}} if "protocol" in of_data else {}]
+        layers += [of_methods.get(choice.get(kind, ""), {}) for kind in ("loss_method", "gradient_method")]
     merged = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.create, layers)))
     assert isinstance(merged, dict)
     return {str(key): value for key, value in merged.items()}, blocks["methods"] or {}
@@ -148,7 +152,8 @@ def check(values: Mapping[str, Any]) -> None:
         if (key == "log_every" or entry in AT_LEAST_ONE) and value < 1:
             raise ValueError(f"{key} must be at least 1, but got {value}.")
         if entry in POSITIVE and not value > 0:
-            raise ValueError(f"{key} must be positive, but got {value}.")
+            remedy = " null turns clipping off." if entry == "max_norm" else ""
+            raise ValueError(f"{key} must be positive, but got {value}.{remedy}")
         if entry in NOT_NEGATIVE and not value >= 0:
             raise ValueError(f"{key} must not be negative, but got {value}.")
     if not 0 < values["train.factor"] < 1:

@@ -120,7 +120,7 @@ def build(config: DictConfig, console: Console | None = None) -> Run:
         raise ValueError(f"device={config.device} is not to be had: {str(error).splitlines()[0]}") from None
     torch.manual_seed(config.seed)
     data = experiment.load(config.data)
-    batches = training(data.train, config.seed, config.train)
+    batches = training(data.train, config)
     model = experiments.build_network(experiment, config).to(config.device)
     measured(dict(model.trunk.named_parameters()), config.balancer.measure)
     return Run(config, experiment, data, batches, model, balancer, Path(config.output_dir), console or Console())
@@ -246,7 +246,8 @@ def train_step(run: Run, optimizer: torch.optim.Optimizer, batch: Batch) -> Repo
     measure = measured(shared, run.config.balancer.measure)
     report = run.balancer.backward(losses, shared=shared.values(), features=features, measure=measure)
     if run.config.train.max_norm is not None:
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.train.max_norm)
+        clipped = run.model.trunk if run.config.protocol == "paper" else run.model
+        torch.nn.utils.clip_grad_norm_(clipped.parameters(), run.config.train.max_norm)
     optimizer.step()
     if run.balancer.needs_observation:
         with torch.no_grad(), buffers_kept(run.model, keep=run.config.protocol == "sound"):

@@ -137,7 +137,7 @@ def test_damaged_files_are_named(official, damage):
     assert str(official / expected) in str(error.value)
 
 
-@pytest.mark.parametrize("value", [13, -2, 255, np.nan])
+@pytest.mark.parametrize("value", [13, -2, 255, 0.5, -0.5, np.nan])
 def test_labels_out_of_range_are_named(official, value):
     file = official / "val/label/1.npy"
     label = np.load(file)

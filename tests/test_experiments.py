@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 
 from balance import Report
-from experiments import baselines, compare, display, estimate, experiment, selection, sweep, trainer
+from experiments import baselines, compare, display, estimate, experiment, published, selection, sweep, trainer
 from experiments.dense.augmentation import Augmented
 from experiments.loading import Batches, Waiting
 from experiments.results import reference
@@ -28,7 +28,7 @@ from tests.test_celeba import write_celeba
 from tests.test_multimnist import write_mnist
 
 BOTH = ["--loss_method=famo", "--gradient_method=cagrad"]
-DENSE = ["data.num_train=4", "data.num_validation=2", "data.num_test=2", "data.height=32", "data.width=48"]
+DENSE = ["data.num_train=4", "data.num_validation=2", "data.num_test=2", "data.height=32", "data.width=48", "data.augment=true"]
 TINY = {  # two steps, or a little more, in an epoch
     "digits": ["data.train_pairs=128", "data.validation_pairs=50", "data.test_pairs=50"],
     "toy": ["data.steps=2"],
@@ -95,9 +95,9 @@ def folders(tmp_path_factory):
 
 
 ON_DISK = {
-    "nyuv2": ["train.batch_size=2"],
-    "cityscapes": ["train.batch_size=2"],
-    "celeba": ["train.batch_size=8"],
+    "nyuv2": ["train.batch_size=2", "model.name=small"],
+    "cityscapes": ["train.batch_size=2", "model.name=small"],
+    "celeba": ["train.batch_size=8", "model.name=small"],
     "multimnist": ["train.batch_size=25"],
     "quantum_chemistry": ["data.validation_molecules=1", "data.test_molecules=1", "train.batch_size=2", "model.dim=4"],
 }
@@ -178,7 +178,8 @@ OFFICIAL = {  # words, parameters, losses of outputs and batch as arrays of floa
         ["model.name=official"],
         5_197_160,
         lambda outputs, batch: {
-            task: np.mean(np.log1p(np.exp(answer)) - answer * batch[1][:, k]) for k, (task, answer) in enumerate(outputs.items())
+            task: np.mean(np.log1p(np.exp(answer)) - answer * batch[1][:, k])
+            for k, (task, answer) in enumerate(outputs.items())
         },
     ),
     "quantum_chemistry": (
@@ -289,6 +290,63 @@ def test_protocol_paper_selects_the_official_settings(name):
     assert configure(f"--experiment={name}", "protocol=paper", *where, "train.epochs=10").train.epochs == 10
 
 
+@pytest.mark.parametrize("name", PAPER_MODELS)
+def test_the_data_set_gets_the_published_network(name):
+    sound, paper = (configure(f"--experiment={name}", "data.path=somewhere", f"protocol={p}") for p in ("sound", "paper"))
+    assert sound.model == paper.model
+    assert sound.train.batch_size == paper.train.batch_size
+    if name != "multimnist":
+        same = ("epochs", "lr", "schedule", "step_epochs", "factor", "patience", "min_lr")
+        assert [sound.train[key] for key in same] == [paper.train[key] for key in same]
+        assert (sound.train.max_norm, paper.train.max_norm) == (1.0, None)
+        assert sound.train.report_last is None
+
+
+@pytest.mark.parametrize("name", ["nyuv2", "cityscapes", "celeba", "quantum_chemistry"])
+def test_the_official_code_clips_after_some_methods(name):
+    for method, length in {"pcgrad": 1.0, "cagrad": 1.0, "graddrop": 1.0, "nashmtl": None, "none": None}.items():
+        config = configure(f"--experiment={name}", "protocol=paper", "data.path=x", f"--gradient_method={method}")
+        assert config.train.max_norm == length
+    sound = configure(f"--experiment={name}", "data.path=x", "--gradient_method=pcgrad")
+    assert sound.train.max_norm == 1.0
+
+
+@pytest.mark.parametrize("protocol", ["sound", "paper"])
+def test_what_is_clipped(protocol, tiny):
+    words = [
+        "--gradient_method=pcgrad",
+        f"protocol={protocol}",
+        "train.report_last=null",
+        "train.max_norm=1e-3",
+        "model.name=small",
+    ]
+    run = prepare(*tiny("nyuv2", *words))
+    trainer.train_step(run, trainer.build_optimizer(run), next(iter(run.batches)))
+    trunk, heads = (
+        torch.linalg.vector_norm(torch.cat([value.grad.flatten() for value in part.parameters()]))
+        for part in (run.model.trunk, run.model.heads)
+    )
+    if protocol == "paper":
+        assert trunk.item() == pytest.approx(1e-3, rel=1e-3)
+        assert heads.item() > 1e-2
+    else:
+        assert torch.hypot(trunk, heads).item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["nyuv2", "cityscapes", "celeba", "quantum_chemistry", "quantum_chemistry_retuned"])
+def test_settings_of_the_papers_are_those_of_their_tables(name):
+    table = published.load(name)
+    retuned = ["train.batch_size=60", "train.patience=10"] if name.endswith("retuned") else []
+    words = [f"--experiment={table.experiment}", "protocol=paper", "data.path=x", *retuned]
+    common = common_of(configure(*words))
+    assert table.differences(dict(common)) == {}
+    assert set(table.as_published) <= dict(common).keys()
+    found = reference.for_run(table.experiment, common)
+    assert found.metrics == {key: table.factors[key] * value for key, value in table.baselines.items()}
+    for override in ("train.schedule=cosine", "train.report_last=3"):
+        assert override.partition("=")[0] in table.differences(dict(common_of(configure(*words, override))))
+
+
 def test_the_paper_compares_with_published_numbers_and_no_other_run_does():
     paper = configure("--experiment=nyuv2", "protocol=paper", "data.path=x")
     known = reference.for_run("nyuv2", common_of(paper))
@@ -380,6 +438,12 @@ def test_a_single_last_sample_joins_the_batch_before():
     assert lists(6, 3) == [3, 3]
     assert lists(1, 3) == [1]
     assert lists(3, 1) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("protocol", "sizes"), [("sound", [4]), ("paper", [3, 1])])
+def test_batches_of_the_papers_are_not_joined(protocol, sizes, tiny):
+    words = [f"protocol={protocol}", "train.batch_size=3", "model.name=small", "train.report_last=null"]
+    assert [len(batch[0]) for batch in prepare(*tiny("nyuv2", *words)).batches] == sizes
 
 
 def test_waiting_is_measured():
@@ -692,7 +756,7 @@ def test_a_folder_that_is_not_there(name, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["protocol=paper"], "'digits' is of no paper"),
+        (["protocol=paper"], "'digits' has no protocol=paper"),
         (["protocol=papers"], "does not fit 'protocol'"),
         (["--experiment=nyuv2", "data.protocol=paper"], "give protocol=paper alone"),
         (["--experiment=nyuv2", *DENSE, "model.name=mtann"], "Did you mean 'mtan'?"),
@@ -702,6 +766,7 @@ def test_a_folder_that_is_not_there(name, capsys, tmp_path):
         (["--experiment=multimnist", "data.source=mnist"], "go together"),
         (["data.path=somewhere"], "Unknown key 'data.path'"),
         (["train.num_workers=1"], "train.num_workers must be 0 for this data"),
+        (["train.max_norm=0"], "train.max_norm must be positive, but got 0.0. null turns clipping off."),
         (["train.num_workers=-1"], "train.num_workers must not be negative"),
         (["train.eval_batch_size=0"], "train.eval_batch_size must be at least 1"),
         (["train.factor=1"], "train.factor must be between 0 and 1"),

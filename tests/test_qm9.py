@@ -1,3 +1,5 @@
+import math
+import re
 import sys
 
 import numpy as np
@@ -6,7 +8,7 @@ import torch
 
 pytest.importorskip("torch_geometric")
 
-from experiments.quantum_chemistry import DataConfig, load
+from experiments.quantum_chemistry import DataConfig, load, qm9
 from experiments.quantum_chemistry.data import UNITS
 from tests.qm9_files import CSV_HEADER, pieces, write_qm9
 
@@ -34,7 +36,7 @@ def test_qm9_is_read_from_its_raw_files(tmp_path, monkeypatch):
     pytest.importorskip("rdkit")
     no_download(monkeypatch)
     values = expected_targets(write_qm9(tmp_path, count=6, excluded=(3,)))
-    splits = load(DataConfig(path=str(tmp_path), **SMALL))
+    splits = load(DataConfig("qm9", str(tmp_path), **SMALL))
     kept = [0, 1, 3, 4, 5]
     assert [len(split) for split in splits] == [3, 1, 1]
     np.testing.assert_allclose(splits.train.graphs.targets, values[kept], rtol=1e-5)
@@ -55,17 +57,17 @@ def test_qm9_is_read_from_its_raw_files(tmp_path, monkeypatch):
 
     for file in (tmp_path / "raw").iterdir():  # what torch_geometric has made is enough
         file.unlink()
-    again = load(DataConfig(path=str(tmp_path), **SMALL))
+    again = load(DataConfig("qm9", str(tmp_path), **SMALL))
     assert torch.equal(again.test[[0]][0].edge_attr, graph.edge_attr)
     (tmp_path / "processed" / "data_v3.pt").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"data_v3\.pt is truncated or damaged"):
-        load(DataConfig(path=str(tmp_path), **SMALL))
+    with pytest.raises(ValueError, match=r"data_v3\.pt is truncated, damaged or"):
+        load(DataConfig("qm9", str(tmp_path), **SMALL))
 
 
 def test_shipped_molecules_get_the_features_that_torch_geometric_gives_qm9(tmp_path):
     pytest.importorskip("rdkit")
     write_qm9(tmp_path, count=40, excluded=())
-    from_sdf = load(DataConfig(path=str(tmp_path), **SMALL)).train.graphs
+    from_sdf = load(DataConfig("qm9", str(tmp_path), **SMALL)).train.graphs
     shipped = load(DataConfig()).train.graphs
     assert torch.equal(from_sdf.nodes, shipped.nodes[: len(from_sdf.nodes)])
     assert torch.equal(from_sdf.bonds, shipped.bonds[: len(from_sdf.bonds)])
@@ -91,11 +93,58 @@ def test_qm9_is_read_from_the_preprocessed_file_with_and_without_rdkit(tmp_path,
     ]
     (tmp_path / "raw").mkdir()
     torch.save(saved, tmp_path / "raw" / "qm9_v3.pt")
-    graphs = load(DataConfig(path=str(tmp_path), **SMALL)).train.graphs
+    graphs = load(DataConfig("qm9", str(tmp_path), **SMALL)).train.graphs
     assert graphs.sizes.tolist() == [2, 3, 4, 5]
     assert torch.equal(graphs.targets.float(), y[:, [0, 1, 2, 3, 5, 6, 12, 13, 14, 15, 11]])
     assert graphs.distances[:2].tolist() == pytest.approx([27**0.5] * 2)
     assert graphs.bonds.tolist() == [2, 2, *([2, 0, 2, 0, 0, 0]), *([2, 0, 0, 2] + [0] * 8), *([2, 0, 0, 0, 2] + [0] * 15)]
+
+
+def molecules_as_saved(**changed):
+    """Two molecules of two atoms, as torch_geometric keeps them."""
+    data = {
+        "x": torch.zeros(4, 11),
+        "pos": torch.arange(12.0).view(4, 3),
+        "edge_index": torch.tensor([[0, 1, 0, 1], [1, 0, 1, 0]]),
+        "edge_attr": torch.eye(4),
+        "y": torch.arange(38.0).view(2, 19),
+    }
+    slices = {name: torch.tensor([0, 2, 4]) for name in ("x", "pos", "edge_index", "edge_attr")} | {"y": torch.arange(3)}
+    return {name: value for name, value in (data | changed).items() if value is not None}, slices
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"nothing of the kind", "Error"),
+        (3, "TypeError"),
+        ({"x": 1}, "KeyError|TypeError"),
+        (molecules_as_saved(pos=None), "KeyError"),
+        (molecules_as_saved(pos=torch.zeros(3, 3)), r"pos must have shape \(4, 3\), but has \(3, 3\)"),
+        (molecules_as_saved(x=torch.zeros(4, 7)), r"x must have shape \(4, 11\)"),
+        (molecules_as_saved(edge_attr=torch.zeros(4, 3)), r"edge_attr must have shape \(4, 4\)"),
+        (molecules_as_saved(y=torch.zeros(2, 12)), r"y must have shape \(2, 19\)"),
+        (molecules_as_saved(y=torch.full((2, 19), math.nan)), "y has a number that is not finite"),
+    ],
+)
+@pytest.mark.parametrize(("name", "remedy"), [("processed/data_v3.pt", "Remove it"), ("raw/qm9_v3.pt", "Copy it again")])
+def test_a_damaged_file_of_torch_geometric_is_named(tmp_path, monkeypatch, content, reason, name, remedy):
+    no_download(monkeypatch)
+    file = tmp_path / name
+    file.parent.mkdir()
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    with pytest.raises(ValueError, match=rf"{name} is truncated, damaged or of something else \(.*\)\. {remedy}") as error:
+        load(DataConfig("qm9", str(tmp_path), **SMALL))
+    assert name.startswith("raw") or re.search(reason, str(error.value))
+
+
+def test_molecules_that_torch_geometric_has_saved(tmp_path):
+    (tmp_path / "processed").mkdir()
+    torch.save(molecules_as_saved(), tmp_path / "processed" / "data_v3.pt")
+    assert qm9.read(tmp_path).sizes.tolist() == [2, 2]
 
 
 def test_raw_files_without_rdkit_are_refused_with_the_remedy(tmp_path, monkeypatch):
@@ -105,7 +154,7 @@ def test_raw_files_without_rdkit_are_refused_with_the_remedy(tmp_path, monkeypat
     with pytest.raises(
         ModuleNotFoundError, match=r"gdb9\.sdf can only be read with RDKit: pip install 'mtl-balance\[molecules\]'"
     ):
-        load(DataConfig(path=str(tmp_path), **SMALL))
+        load(DataConfig("qm9", str(tmp_path), **SMALL))
 
 
 def test_a_target_without_spread_is_refused(tmp_path):
@@ -116,7 +165,7 @@ def test_a_target_without_spread_is_refused(tmp_path):
     flat = [",".join([*row.split(",")[:4], "1.5", *row.split(",")[5:]]) for row in rows]
     table.write_text("\n".join([header, *flat]) + "\n")
     with pytest.raises(ValueError, match="mu cannot be standardised, it is the same for all 3 training molecules"):
-        load(DataConfig(path=str(tmp_path), **SMALL))
+        load(DataConfig("qm9", str(tmp_path), **SMALL))
 
 
 @pytest.mark.parametrize("name", ["gdb9.sdf", "gdb9.sdf.csv", "uncharacterized.txt"])
@@ -125,7 +174,7 @@ def test_a_missing_file_is_named(tmp_path, monkeypatch, name):
     write_qm9(tmp_path)
     (tmp_path / "raw" / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"has no {name}\. Put"):
-        load(DataConfig(path=str(tmp_path), **SMALL))
+        load(DataConfig("qm9", str(tmp_path), **SMALL))
 
 
 def cut(lines):
@@ -160,11 +209,11 @@ def test_a_truncated_file_is_named(tmp_path, monkeypatch, name, damage, message)
     assert damaged != file.read_text()
     file.write_text(damaged)
     with pytest.raises(ValueError, match=message):
-        load(DataConfig(path=str(tmp_path), **SMALL))
+        load(DataConfig("qm9", str(tmp_path), **SMALL))
 
 
 def test_of_all_qm9_the_list_of_excluded_molecules_must_be_complete(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.quantum_chemistry.qm9.MOLECULES", 6)
     write_qm9(tmp_path)
     with pytest.raises(ValueError, match=r"uncharacterized\.txt is truncated: it must list 3054 molecules, but lists 1"):
-        load(DataConfig(path=str(tmp_path), **SMALL))
+        load(DataConfig("qm9", str(tmp_path), **SMALL))

@@ -65,7 +65,7 @@ class Files(Dataset[Batch]):
         self.folder = folder
         self.layout = layout
         self.numbers = list(range(count(folder, layout)) if numbers is None else numbers)
-        self.size = size or image_size(folder, self.numbers[0])
+        self.size, self.given = size or image_size(folder, self.numbers[0]), size is not None
         for part in layout.channels:
             for number in self.numbers:
                 self.checked(part, number, read_bytes(self.file(part, number), START))
@@ -87,7 +87,8 @@ class Files(Dataset[Batch]):
         """The header of a file of which these bytes are the start."""
         channels = self.layout.channels[part]
         shape = self.size if channels is None else (*self.size, channels)
-        return checked(self.file(part, number), content, shape, integers=part == self.layout.labels)
+        why = "" if self.given else f" The size is that of {self.file('image', self.numbers[0])}."
+        return checked(self.file(part, number), content, shape, why, integers=part == self.layout.labels)
 
     def array(self, part: str, number: int) -> NDArray[Any]:
         """One file. Plain reading: for arrays as small as these it is faster than a memory map."""
@@ -109,7 +110,7 @@ class Files(Dataset[Batch]):
         """Labels that are no classes are an error."""
         last = self.layout.num_classes - 1
         stored = self.array(self.layout.labels, number)
-        wrong = stored[~((stored >= -1) & (stored <= last))]  # NaN as well
+        wrong = stored[~((stored >= -1) & (stored <= last) & (stored == np.floor(stored)))]  # NaN as well
         if wrong.size:
             file = self.file(self.layout.labels, number)
             raise ValueError(f"{file}: labels must be 0..{last}, or -1 = unknown, but {float(wrong[0])} is there.")
@@ -193,13 +194,16 @@ def read_bytes(file: Path, most: int = -1) -> bytes:
         raise ValueError(f"{file} cannot be read: {error.strerror}.") from None
 
 
-def checked(file: Path, content: bytes, shape: tuple[int, ...] | None = None, *, integers: bool = False) -> Header:
+def checked(
+    file: Path, content: bytes, shape: tuple[int, ...] | None = None, why: str = "", *, integers: bool = False
+) -> Header:
     """The header of a file, if it is that of an array as it must be.
 
     Args:
         file: In NumPy's format.
         content: The start of the file, at least.
         shape: That the array must have; None for any.
+        why: A sentence for the error: where the shape is from.
         integers: Whether it may have an integer type.
 
     Raises:
@@ -210,7 +214,7 @@ def checked(file: Path, content: bytes, shape: tuple[int, ...] | None = None, *,
     except ValueError as error:
         raise ValueError(f"{file} is not in NumPy's format ({error}). Was it cut off? Copy it again.") from None
     if shape is not None and header.shape != shape:
-        raise ValueError(f"{file} must have shape {shape}, but has {header.shape}.")
+        raise ValueError(f"{file} must have shape {shape}, but has {header.shape}.{why}")
     if header.dtype.kind not in ("fiu" if integers else "f"):
         remedy = "" if integers else " Colours must be scaled to 0..1."
         raise ValueError(f"{file} must have a {'real' if integers else 'floating'} type, but has {header.dtype}.{remedy}")

@@ -87,7 +87,7 @@ def run(configurations: Sequence[str], seeds: int, settings: Settings, folder: P
 
 
 def table_of(results: Sequence[Result]) -> Table:
-    """Test accuracies: mean and range over the seeds."""
+    """Test accuracies: mean ± standard deviation over the seeds."""
     table = Table("configuration", f"left (x 1), right x {IMBALANCE:g}", "balanced", title="test accuracy of left / right (%)")
     found = summary(results)
     for name in dict.fromkeys(result.configuration for result in results):

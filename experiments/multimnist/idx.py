@@ -35,7 +35,7 @@ def read(folder: str | Path, part: str) -> Digits:
         FileNotFoundError: If a file is missing.
         ValueError: If a file is truncated or not what its name says.
     """
-    image_file, label_file = (find(Path(folder), PARTS[part], kind) for kind in ("images-idx3", "labels-idx1"))
+    image_file, label_file = (find(Path(folder).expanduser(), PARTS[part], kind) for kind in ("images-idx3", "labels-idx1"))
     images, labels = read_array(image_file, IMAGES), read_array(label_file, LABELS)
     if len(images) != len(labels):
         raise ValueError(f"{image_file} has {len(images)} images, but {label_file} has {len(labels)} labels. Fetch both again.")

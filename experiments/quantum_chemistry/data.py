@@ -24,8 +24,8 @@ HELD_OUT = {"molecules": 200, "qm9": 10_000}
 class DataConfig:
     """Which molecules; the seed and the sizes of the split.
 
-    Without a ``path``, the molecules that ship with the project are taken; with one, QM9 from that folder. Validation and test
-    molecules are 10 000 each of QM9, 200 each of the others, where nothing else is said.
+    ``source: molecules`` are those that ship with the project; ``source: qm9``, which ``path`` implies on the command line, is
+    QM9 from that folder. Validation and test molecules are 10 000 each of QM9, 200 each of the others, unless said otherwise.
 
     The protocol is about the mean and the standard deviation with which targets are standardised: "sound" takes them from
     the training molecules, "paper" from all, test molecules included, as the code of the benchmark does. That code also
@@ -80,10 +80,11 @@ def source_of(config: DataConfig) -> str:
         raise ValueError(f"data.source must be one of {', '.join(HELD_OUT)}, but got {config.source!r}.")
     if config.protocol not in ("sound", "paper"):
         raise ValueError(f"data.protocol must be sound or paper, but got {config.protocol!r}.")
-    if config.path is not None:
-        return "qm9"
-    if config.source == "qm9":
-        raise ValueError("data.source=qm9 needs data.path=FOLDER, with raw/gdb9.sdf in that folder.")
+    if (config.source == "qm9") != (config.path is not None):
+        raise ValueError(
+            "data.source=qm9 and data.path=FOLDER, with raw/gdb9.sdf in that folder, go together, but got "
+            f"data.source={config.source} and data.path={config.path}."
+        )
     return config.source
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import pickle
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from torch_geometric.io import fs
 from experiments.quantum_chemistry.graphs import Graphs, complete, exclusive_sum
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor
@@ -45,27 +45,33 @@ def read(path: Path) -> Graphs:
     """
     raw, processed = path / "raw", path / "processed" / PROCESSED
     if not processed.is_file() and (raw / PREPROCESSED).is_file() and not all((raw / name).is_file() for name in RAW):
-        data, slices = InMemoryDataset.collate([Data(**molecule) for molecule in saved(raw / PREPROCESSED)])
-        return graphs_of(data.to_dict(), slices)
+        return saved(raw / PREPROCESSED, collated)
     if not processed.is_file():
         check(raw)
         if find_spec("rdkit") is None:
             raise ModuleNotFoundError(f"{raw / RAW[0]} can only be read with RDKit: pip install 'mtl-balance[molecules]'.")
         QM9(str(path))
-    data, slices, *_ = saved(processed)
-    return graphs_of(data, slices)
+    return saved(processed, lambda content: graphs_of(*content[:2]))
 
 
-def saved(file: Path) -> Any:
-    """What torch_geometric has saved.
+def saved(file: Path, made: Callable[[Any], Graphs]) -> Graphs:
+    """What is made of the content of a file that torch_geometric has saved.
 
     Raises:
-        ValueError: If the file is truncated.
+        ValueError: If the file is truncated, or has something else in it.
     """
     try:
-        return fs.torch_load(str(file))
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} is truncated or damaged: {error} Remove it; it is made anew from the other files.") from None
+        return made(fs.torch_load(str(file)))
+    except Exception as error:  # noqa: BLE001 - whatever stops here, the reason is what is in the file
+        remedy = "Copy it again." if file.name == PREPROCESSED else "Remove it; it is made anew from the files in raw."
+        reason = str(error) if isinstance(error, ValueError) else repr(error).partition("(")[0]
+        raise ValueError(f"{file} is truncated, damaged or of something else ({reason}). {remedy}") from None
+
+
+def collated(molecules: Any) -> Graphs:
+    """Of dicts, one for each molecule."""
+    data, slices = InMemoryDataset.collate([Data(**molecule) for molecule in molecules])
+    return graphs_of(data.to_dict(), slices)
 
 
 def check(raw: Path) -> None:
@@ -120,9 +126,20 @@ def check_excluded(file: Path, count: int) -> None:
 
 
 def graphs_of(data: dict[str, Tensor], slices: dict[str, Tensor]) -> Graphs:
-    """Complete graphs of molecules as torch_geometric keeps them: one after the other, atoms counted within each."""
+    """Complete graphs of molecules as torch_geometric keeps them: one after the other, atoms counted within each.
+
+    Raises:
+        ValueError: If the numbers of atoms, bonds, molecules or features do not go together, or a number is not finite.
+    """
     sizes = slices["x"].diff()
+    atoms, bonds, molecules = int(sizes.sum()), int(slices["edge_index"].diff().sum()), len(sizes)
+    shapes = {"x": (atoms, 11), "pos": (atoms, 3), "edge_index": (2, bonds), "edge_attr": (bonds, 4), "y": (molecules, 19)}
+    for name, shape in shapes.items():
+        if data[name].shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, but has {tuple(data[name].shape)}")
+        if not data[name].isfinite().all():
+            raise ValueError(f"{name} has a number that is not finite")
     bonds_each = slices["edge_index"].diff()
-    bonds = data["edge_index"] + exclusive_sum(sizes).repeat_interleave(bonds_each)
+    pairs = data["edge_index"] + exclusive_sum(sizes).repeat_interleave(bonds_each)
     targets = data["y"][:, COLUMNS].double()
-    return complete(sizes, data["x"], data["pos"], bonds, data["edge_attr"].argmax(1), targets)
+    return complete(sizes, data["x"], data["pos"], pairs, data["edge_attr"].argmax(1), targets)
