@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(run: Run, data: Dataset[Batch]) -> dict[str, float]:
-    """Metrics over all samples of a data set."""
+    """Metrics over all samples of a data set; what they remark on those of the test data is printed."""
     metrics = run.experiment.metrics()
     for metric in metrics.values():
         metric.to(run.config.device)
@@ -31,6 +31,10 @@ def evaluate(run: Run, data: Dataset[Batch]) -> dict[str, float]:
             for name, metric in metrics.items():
                 task = name.partition("/")[0]
                 metric.update(outputs[task], targets[task])
+    if data is run.data.test:
+        for name, metric in metrics.items():
+            if hasattr(metric, "remark") and (remark := metric.remark()):
+                run.console.print(f"{name} is {remark}.", soft_wrap=True)
     return {name: metric.compute().item() for name, metric in metrics.items()}
 
 

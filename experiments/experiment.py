@@ -83,7 +83,7 @@ class Experiment(Protocol):
         """The K task losses of a batch, scalars; a task for which nothing in the batch counts may be left out."""
 
     def metrics(self) -> dict[str, Metric]:
-        """Fresh metrics by name."""
+        """Fresh metrics by name. One may have a method ``remark()``: words about its value, or none."""
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
         """What the metrics compare the outputs with, by task."""

@@ -1,7 +1,9 @@
 """Every experiment through the one trainer: on the data that ships with it, and on folders in the official layouts."""
 
+import io
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -409,6 +411,14 @@ def test_a_task_without_a_pixel_is_absent(on_disk, folders, tmp_path):
     report = trainer.train_step(run, trainer.build_optimizer(run), next(iter(run.batches)))
     assert report.tasks == ("segmentation", "normals")
     finite_metrics(trainer.train(run))
+
+
+def test_classes_that_do_not_occur_are_told(tiny):
+    run = prepare(*tiny("nyuv2"))
+    run = run._replace(console=Console(width=200, record=True, file=io.StringIO()))
+    trainer.train(run)
+    (line,) = [line for line in run.console.export_text().splitlines() if "segmentation/miou is" in line]
+    assert re.fullmatch(r"segmentation/miou is a mean over \d+ of 13 classes; the others do not occur\.", line.strip())
 
 
 def test_a_network_that_is_shared_as_a_whole(tiny):

@@ -8,8 +8,7 @@ count. The numbers depend on the batch size of the evaluation: the papers' is 2 
 without a pixel that counts is skipped, where the codes divide by zero.
 
 Both take mean intersection over union and pixel accuracy from the counts of the whole data set, as the codes do. Differs: a
-class that is neither in the labels nor predicted is left out of the mean, where the codes get NaN; `occurring_classes` says how
-many classes are in it.
+class that is neither in the labels nor predicted is left out of the mean, where the codes get NaN; a run says so, and how many.
 
 Angles are arc cosines of a dot product clamped to [-1, 1], since two vectors of length one in float32 can have a larger one,
 and its arc cosine would be NaN. Near one a float32 has steps of 6e-8, so angles below 0.02 degrees are not resolved.
@@ -48,14 +47,19 @@ HIGHER_IS_BETTER = frozenset(
 def segmentation_metrics(num_classes: int) -> dict[str, Metric]:
     """Fresh metrics of (B, C, H, W) scores and (B, H, W) labels, in 0..1; the same in both protocols."""
     return {
-        "segmentation/miou": MulticlassJaccardIndex(num_classes, ignore_index=IGNORED),
+        "segmentation/miou": MeanIoU(num_classes, ignore_index=IGNORED),
         "segmentation/pixel_accuracy": MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORED),
     }
 
 
-def occurring_classes(miou: MulticlassJaccardIndex) -> int:
-    """Number of classes that are in the mean of `segmentation/miou`: in the labels, or predicted."""
-    return int(((miou.confmat.sum(0) + miou.confmat.sum(1)) > 0).sum())
+class MeanIoU(MulticlassJaccardIndex):
+    """Mean intersection over union of the classes that are in the labels, or predicted."""
+
+    def remark(self) -> str:
+        """How many these are; nothing if they are all."""
+        counts = self.confmat.sum(0) + self.confmat.sum(1)
+        occurring = int((counts > 0).sum())
+        return "" if occurring == len(counts) else f"a mean over {occurring} of {len(counts)} classes; the others do not occur"
 
 
 def depth_metrics(protocol: Rules = "sound") -> dict[str, Metric]:
