@@ -345,7 +345,10 @@ def run_one(
 
 
 def _told(job: Job, outcome: Outcome) -> str:
-    result = metrics_line({name: value for name, value in outcome.metrics.items() if "/" in name})
+    """Label and result; of a single-task network, that of its task."""
+    tasks = experiments.find(job.config.experiment).TASKS
+    trained = (tasks[job.config.loss.main_task],) if job.baseline else tasks
+    result = metrics_line({name: value for name, value in outcome.metrics.items() if name.partition("/")[0] in trained})
     return f"{job.label}, seed {job.config.seed}: {outcome.error or result} ({outcome.seconds:.0f} s)"
 
 

@@ -253,6 +253,15 @@ def test_help_has_an_example(capsys):
 # --- baselines --------------------------------------------------------------------------------------------------------
 
 
+def test_a_baseline_is_told_by_its_own_task():
+    jobs = sweep.baseline_jobs(["train.epochs=1"], [0])
+    outcome = sweep.Outcome({"left/accuracy": 0.5, "right/accuracy": 0.1, "sum/mae": 2.0, "delta_m": 3.0}, None, 4.0)
+    assert [sweep._told(job, outcome) for job in jobs[:2]] == [
+        "stl left, seed 0: left/accuracy 0.5000 (4 s)",
+        "stl right, seed 0: right/accuracy 0.1000 (4 s)",
+    ]
+
+
 def test_baselines_are_written_from_the_runs(again, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "train", lambda *_: pytest.fail("a finished run was repeated"))
     file = tmp_path / "baselines.yaml"
