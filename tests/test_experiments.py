@@ -135,7 +135,7 @@ def test_it_trains_on_what_ships_with_the_project(name, tiny, tmp_path):
     before = {key: value.clone() for key, value in run.model.named_parameters()}
     final = trainer.train(run)
     assert finite_metrics(final) == set(run.experiment.metrics())
-    assert ("delta_m" in final) == (name == "digits")  # the only one with single-task numbers
+    assert ("delta_m" in final) == (name in ("digits", "nyuv2"))  # which have single-task numbers of this network
     assert any(not torch.equal(value, before[key]) for key, value in run.model.trunk.named_parameters(prefix="trunk"))
     (folder,) = (tmp_path / "runs" / name).iterdir()
     assert {file.name for file in folder.iterdir()} == {"config.yaml", "final.json", "best.pt", "last.pt"}
@@ -354,10 +354,17 @@ def test_the_paper_compares_with_published_numbers_and_no_other_run_does():
     known = reference.for_run("nyuv2", common_of(paper))
     assert known.metrics["segmentation/miou"] == pytest.approx(0.3830)
     assert known.metrics["normals/mean_angle"] == 25.01
-    for words in (["protocol=paper"], ["data.path=x"], []):
+    for words in (["protocol=paper"], ["data.path=x"]):
         assert reference.for_run("nyuv2", common_of(configure("--experiment=nyuv2", *words))) is None
     celeba = configure("--experiment=celeba", "protocol=paper", "data.path=x")
     assert set(reference.for_run("celeba", common_of(celeba)).metrics) == set(experiment.find("celeba").metrics())
+
+
+@pytest.mark.parametrize("name", ["digits", "multimnist", "nyuv2", "quantum_chemistry"])
+def test_single_task_numbers_that_ship_are_of_the_default_settings(name):
+    own = reference.for_run(name, common_of(configure(f"--experiment={name}")))
+    assert own.origin == "single-task baselines"  # and not: measured with other settings
+    assert set(own.metrics) == set(experiment.find(name).metrics())
 
 
 def test_single_task_numbers_hold_for_their_protocol_alone():
