@@ -33,7 +33,7 @@ def evaluate(run: Run, data: Dataset[Batch]) -> dict[str, float]:
                 metric.update(outputs[task], targets[task])
     if data is run.data.test:
         for name, metric in metrics.items():
-            if hasattr(metric, "remark") and (remark := metric.remark()):
+            if remark := getattr(metric, "remark", str)():
                 run.console.print(f"{name} is {remark}.", soft_wrap=True)
     return {name: metric.compute().item() for name, metric in metrics.items()}
 
