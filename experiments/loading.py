@@ -65,13 +65,8 @@ def in_order(data: Dataset[Batch], train: DictConfig) -> DataLoader[Batch]:
 
 
 def _loader(data: Dataset[Batch], lists: BatchSampler, workers: int) -> DataLoader[Batch]:
-    """Items are indexed with a list at once, not collated sample by sample.
-
-    Workers stay for the epochs to come, as starting them costs more than a short epoch has to spare; but not where the data
-    is told which epoch begins, as they have copies of it.
-    """
-    stay = workers > 0 and not hasattr(data, "set_epoch")
-    return DataLoader(data, sampler=lists, batch_size=None, num_workers=workers, persistent_workers=stay)
+    """Items are indexed with a list at once, not collated sample by sample."""
+    return DataLoader(data, sampler=lists, batch_size=None, num_workers=workers)
 
 
 def begin_epoch(data: Dataset[Batch], epoch: int) -> None:
