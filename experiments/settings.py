@@ -39,7 +39,7 @@ class TrainConfig:
     epochs: int = 20
     batch_size: int = 64
     eval_batch_size: int = 1000  # decides a result with protocol=paper alone, which averages metrics over batches
-    num_workers: int = 0  # processes that read data; pays where `cost/waiting` is large
+    num_workers: int = 0  # processes that read data; pay where files are read and `cost/waiting` is large
     lr: float = 1e-3
     balancer_lr: float = 0.025
     weight_decay: float = 0.0  # of the model: Adam's, which adds it to the gradient
