@@ -1,4 +1,4 @@
-"""Where a loss rule is defined, and how it reads losses: checks name the task and come before any change of state."""
+"""Checks and conversions of the losses that a rule gets: errors name the task, and come before any change of state."""
 
 from __future__ import annotations
 
@@ -11,15 +11,26 @@ if TYPE_CHECKING:
 
     from balance.shapes import Losses, WeightedLosses
 
+# Reasons and remedies of `require_above`
+LOGARITHM = "takes its logarithm"
+DIVISION = "divides by it"
+ADD_CONSTANT = "add a constant that keeps the loss positive."
+GIVE_BOUNDS = 'give lower bounds: loss_options={"min_losses": ...}.'
+
+_REMEDY_OF_ZERO = (
+    "A loss of exactly 0 often means that the task has no labels in this batch. "
+    'Leave the task out of the dict, or set zero="absent". Otherwise '
+)
+
 
 class TaskError(ValueError):
-    """A value of one task lies outside a rule's domain.
+    """A value of one task that lies outside a rule's domain.
 
-    A rule knows tasks by index; the stage catches this error and raises it again with the task's name.
+    A rule identifies tasks by index; the stage catches this error and raises it again with the task's name.
 
     Args:
-        task: Index of the task among the losses that the rule was given.
-        complaint: What is wrong, with ``{task}`` where the task is to be named.
+        task: Index of the task among the losses that the rule got.
+        complaint: Message, with ``{task}`` in place of the name of the task.
     """
 
     def __init__(self, task: int, complaint: str) -> None:
@@ -28,55 +39,65 @@ class TaskError(ValueError):
         super().__init__(self.naming(str(task)))
 
     def naming(self, name: str) -> str:
-        """The message with the task called ``name``."""
+        """Return the message with the task called ``name``."""
         return self.complaint.replace("{task}", f"'{name}'")
 
 
 def values(losses: Losses) -> Tensor:
-    """Values of the losses, for a rule's weights and state: detached, float64, on the host. Shape (K,)."""
+    """Return the values of the losses, for a rule's weights and state: detached, float64, on the host. Shape (K,)."""
     return losses.detach().to("cpu", torch.float64)
 
 
+def widened(losses: Losses) -> Losses:
+    """Return the losses in float32 at least: constants such as 1e-8 are zero in half precision. Shape (K,)."""
+    return losses.to(torch.promote_types(losses.dtype, torch.float32))
+
+
 def weigh(losses: Losses, weights: Tensor) -> WeightedLosses:
-    """Losses times constant weights, in the losses' dtype and on their device. Shape (K,)."""
-    return losses * weights.to(losses)
+    """Multiply losses by constant weights, in the losses' dtype and on their device. Shape (K,)."""
+    wide = widened(losses)  # weights of small losses exceed the range of float16
+    return (wide * weights.to(wide)).to(losses.dtype)
 
 
-def require_above(losses: Tensor, minimum: Tensor | float, method: str, reason: str) -> None:
+def require_above(
+    losses: Tensor, minimum: Tensor | float, method: str, reason: str, remedy: str, *, quantity: str = "Loss"
+) -> None:
     """Check that every loss lies strictly above its minimum.
 
     Args:
         losses: Shape (K,).
         minimum: Scalar, or shape (K,).
-        method: The rule that asks, for the message.
-        reason: Why it asks and what to do, for the message.
+        method: The rule that requires it, for the message.
+        reason: What the rule does with a loss, for the message.
+        remedy: What to do about it, for the message: a sentence that begins with a lower-case verb.
+        quantity: Name of the values, for the message.
 
     Raises:
-        TaskError: For the first task whose loss does not (NaN included).
+        TaskError: For the first task whose loss does not (NaN included). For a loss of exactly 0 the message also names
+            the likely cause.
     """
-    bounds = torch.as_tensor(minimum).expand_as(losses)
+    bounds = torch.as_tensor(minimum, dtype=torch.float64, device="cpu").expand_as(losses)
     for task, (loss, bound) in enumerate(zip(losses.tolist(), bounds.tolist(), strict=True)):
         if not loss > bound:
-            raise TaskError(task, f"Loss of task {{task}} is {loss:.6g}, but '{method}' needs it above {bound:g}: {reason}")
-
-
-LOGARITHM = 'it takes the logarithm. Give lower bounds: loss_options={"min_losses": ...}.'
+            advice = _REMEDY_OF_ZERO + remedy if loss == 0 else remedy[0].upper() + remedy[1:]
+            rule = f"must be above {bound:g}, because '{method}' {reason}"
+            raise TaskError(task, f"{quantity} of task {{task}} is {loss:.6g}, but {rule}. {advice}")
 
 
 def lower_bounds(min_losses: list[float] | None, count: int, present: Tensor | None) -> Tensor:
-    """Lower bounds of the losses that are given, float64. Shape (count,).
+    """Return the lower bounds of the losses of one step, float64. Shape (count,).
 
     Args:
         min_losses: One number for every task, present or not; None for zeros.
-        count: Number of losses given.
+        count: Number of losses in this step.
         present: Indices of their tasks; None for all.
 
     Raises:
         ValueError: If there are not as many numbers as tasks.
     """
     if not min_losses:
-        return torch.zeros(count, dtype=torch.float64)
-    bounds = torch.tensor(min_losses, dtype=torch.float64)
+        return torch.zeros(count, dtype=torch.float64, device="cpu")
+    bounds = torch.tensor(min_losses, dtype=torch.float64, device="cpu")
     if (
         len(bounds) < count
         or (present is None and len(bounds) != count)

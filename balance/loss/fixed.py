@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @loss_balancers.register("ls")
 def ls(losses: Losses) -> WeightedLosses:
-    """Linear scalarisation with equal weights: the losses as they are, so that their plain sum is minimised.
+    """Return the losses as they are: linear scalarisation with equal weights, which minimises their plain sum.
 
     Args:
         losses: Any finite values. Shape (K,).
@@ -51,11 +51,11 @@ class SingleTask:
     def __init__(self, num_tasks: int, main_task: int = 0) -> None:
         if not 0 <= main_task < num_tasks:
             raise ValueError(f"main_task of 'stl' must be in 0..{num_tasks - 1}, but got {main_task}.")
-        self.weights = torch.zeros(num_tasks, dtype=torch.float64)
+        self.weights = torch.zeros(num_tasks, dtype=torch.float64, device="cpu")
         self.weights[main_task] = 1
 
     def __call__(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
-        """Losses times 0 or 1.
+        """Multiply each loss by 0 or 1.
 
         Args:
             losses: Any finite values, of the present tasks. Shape (K,).
@@ -82,7 +82,7 @@ class RandomLossWeighting(nn.Module):
 
     Source:
         Lin et al., "Reasonable Effectiveness of Random Weighting", TMLR 2022, section 3.1. Differs: draws come from a
-        generator of its own, on the host.
+        separate generator, on the host.
     """
 
     def __init__(self, scale: float = 1.0, seed: int = 0) -> None:
@@ -93,7 +93,7 @@ class RandomLossWeighting(nn.Module):
         self.random = SeededGenerator(seed)
 
     def forward(self, losses: Losses) -> WeightedLosses:
-        """Losses times random weights.
+        """Multiply the losses by random weights.
 
         Args:
             losses: Any finite values. Shape (K,).

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from balance.loss.domain import require_above, values, weigh
+from balance.loss.domain import ADD_CONSTANT, DIVISION, LOGARITHM, require_above, values, weigh
 from balance.loss.sac import Agent
 from balance.registry import loss_balancers
 
@@ -16,43 +16,44 @@ if TYPE_CHECKING:
 
     from balance.shapes import Losses, WeightedLosses
 
-LOGARITHM = "it takes the logarithm. Add a constant that keeps the loss positive."
 STEPS_BETWEEN_TRAININGS = 50
 FIRST_TRAINING_EPOCH = 3
 EXPLORATION_EPOCHS = 5
 
 
 class BaseLosses(nn.Module):
-    """Mean losses of one epoch, against which later losses are measured.
+    """Mean losses of one epoch, by which later losses are divided.
 
     Args:
         num_tasks: K.
         epoch: The epoch, counted from 0. A task that is absent throughout it takes its first epoch after that.
+        method: Name of the rule, for messages.
     """
 
     base: Tensor
     epochs: Tensor
 
-    def __init__(self, num_tasks: int, epoch: int) -> None:
+    def __init__(self, num_tasks: int, epoch: int, method: str) -> None:
         super().__init__()
         if epoch < 0:
-            raise ValueError(f"base_epoch must not be negative, but got {epoch}.")
+            raise ValueError(f"base_epoch of '{method}' must not be negative, but got {epoch}. Use 0 for the first epoch.")
         self.epoch = epoch
-        self.register_buffer("base", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
-        self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))  # that have ended
+        self.method = method
+        self.register_buffer("base", torch.full((num_tasks,), torch.nan, dtype=torch.float64, device="cpu"))
+        self.register_buffer("epochs", torch.zeros((), dtype=torch.int64, device="cpu"))  # number of epochs that have ended
 
     def end_epoch(self, mean_losses: Tensor) -> None:
         """Close an epoch; ``mean_losses`` (K,) are NaN for tasks that were never present."""
         if self.epochs >= self.epoch:
-            seen = values(mean_losses).nan_to_num(nan=1.0)  # an absent task has no mean to complain of
-            require_above(seen, 0, "igbv1 and igbv2", "they divide by the mean loss of an epoch.")
+            seen = values(mean_losses).nan_to_num(nan=1.0)  # an absent task has no mean that could be out of range
+            require_above(seen, 0, self.method, DIVISION, ADD_CONSTANT, quantity="Mean loss")
             self.base.copy_(torch.where(self.base.isnan(), mean_losses.to(self.base), self.base))
         self.epochs += 1
 
 
 @loss_balancers.register("igbv1")
 class IGBv1(nn.Module):
-    r"""Improvable gap balancing: larger weights for the logarithms of losses that are large beside those of an early epoch.
+    r"""Improvable gap balancing: larger weights for the logarithms of losses that are large relative to an early epoch.
 
     .. math:: \tilde L_k = w_k \log L_k, \qquad w = K \operatorname{softmax}(L / b)
 
@@ -72,12 +73,14 @@ class IGBv1(nn.Module):
         base is measured by `end_epoch`, over the steps at which a task was present.
     """
 
+    needs_epochs = True
+
     def __init__(self, num_tasks: int, base_epoch: int = 1) -> None:
         super().__init__()
-        self.reference = BaseLosses(num_tasks, base_epoch)
+        self.reference = BaseLosses(num_tasks, base_epoch, "igbv1")
 
     def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
-        """Weighted logarithms of the losses.
+        """Return the weighted logarithms of the losses.
 
         Args:
             losses: Positive values of the present tasks. Shape (K,).
@@ -90,7 +93,7 @@ class IGBv1(nn.Module):
             TaskError: If a loss is not positive.
         """
         L = values(losses)
-        require_above(L, 0, "igbv1", LOGARITHM)
+        require_above(L, 0, "igbv1", LOGARITHM, ADD_CONSTANT)
         base = values(self.reference.base if present is None else self.reference.base[present])
         known = ~base.isnan()
         weights = torch.ones_like(L)
@@ -108,9 +111,9 @@ class IGBv2(nn.Module):
 
     .. math:: \tilde L_k = a_k \log L_k, \qquad a = K \operatorname{softmax}(u), \quad u \sim \mathcal N(\mu(L), \sigma(L))
 
-    The agent sees the losses L and is rewarded with the smallest relative improvement,
-    :math:`\min_k (L_k(t-1) - L_k(t)) / b_k`, with the mean losses b of epoch ``base_epoch``. From then on it remembers what
-    happened; from the fourth epoch it trains itself every 50 steps; until the end of the fifth, weights are random. Weights
+    The agent observes the losses L and is rewarded with the smallest relative improvement,
+    :math:`\min_k (L_k(t-1) - L_k(t)) / b_k`, with the mean losses b of epoch ``base_epoch``. From then on it stores
+    transitions; from the fourth epoch it trains every 50 steps; until the end of the fifth, weights are random. Weights
     are positive, sum to K and are constants. One task has weight 1. All tasks must be present at every step, since the losses
     are the agent's state.
 
@@ -118,9 +121,9 @@ class IGBv2(nn.Module):
         num_tasks: K.
         base_epoch: Epoch whose mean losses are the base, counted from 0.
         sac_lr: Learning rate of the agent.
-        buffer_size: Transitions that the agent remembers.
+        buffer_size: Number of transitions that the agent stores.
         official: Use the log-density of the authors' code.
-        seed: Seed of the agent, whose whole state is saved in the state_dict.
+        seed: Seed of the agent, whose whole state is saved in the state_dict, as one uint8 tensor of fixed size.
 
     Raises:
         ValueError: If an option is out of range.
@@ -128,9 +131,11 @@ class IGBv2(nn.Module):
     Source:
         Dai, Fei & Lu, "Improvable Gap Balancing for Multi-Task Learning", UAI 2023, with networks, schedule and reward of its
         code. Differs: the agent's log-density is that of u, where the code corrects for a tanh although it squashes with a
-        softmax; rewards are not multiplied by the ratio of initial and current learning rate; training before anything is
-        remembered is no error.
+        softmax; rewards are not multiplied by the ratio of initial and current learning rate; training on an empty buffer
+        is no error.
     """
+
+    needs_epochs = True
 
     previous: Tensor
     action: Tensor
@@ -150,14 +155,14 @@ class IGBv2(nn.Module):
             raise ValueError(f"sac_lr of 'igbv2' must be positive, but got {sac_lr}.")
         if buffer_size < 1:
             raise ValueError(f"buffer_size of 'igbv2' must be at least 1, but got {buffer_size}.")
-        self.reference = BaseLosses(num_tasks, base_epoch)
+        self.reference = BaseLosses(num_tasks, base_epoch, "igbv2")
         self.agent = Agent(num_tasks, sac_lr, buffer_size, seed, official=official)
         for name in ("previous", "action"):  # NaN before the first step
-            self.register_buffer(name, torch.full((num_tasks,), torch.nan, dtype=torch.float64))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+            self.register_buffer(name, torch.full((num_tasks,), torch.nan, dtype=torch.float64, device="cpu"))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     def forward(self, losses: Losses) -> WeightedLosses:
-        """Weighted logarithms of the losses; the agent remembers, learns and acts.
+        """Return the weighted logarithms of the losses: the agent stores a transition, trains and acts.
 
         Args:
             losses: Positive values. Shape (K,).
@@ -168,15 +173,14 @@ class IGBv2(nn.Module):
         Raises:
             TaskError: If a loss is not positive.
         """
-        L = values(losses)
-        require_above(L, 0, "igbv2", LOGARITHM)
+        L = values(losses).view_as(self.previous)  # a wrong number of losses fails here, before the agent changes
+        require_above(L, 0, "igbv2", LOGARITHM, ADD_CONSTANT)
         base, before = values(self.reference.base), values(self.previous)
         if base.isfinite().all() and before.isfinite().all():
             self.agent.remember(before, values(self.action), reward(before, L, base), L)
         epoch = int(self.reference.epochs)
         if epoch >= FIRST_TRAINING_EPOCH and int(self.steps) % STEPS_BETWEEN_TRAININGS == 0:
-            with torch.enable_grad():
-                self.agent.train()
+            self.agent.train()
         action = self.agent.explore() if epoch < EXPLORATION_EPOCHS else self.agent.act(L)
         self.previous.copy_(L)
         self.action.copy_(action)
@@ -187,15 +191,18 @@ class IGBv2(nn.Module):
         """Close an epoch. ``mean_losses``: shape (K,)."""
         self.reference.end_epoch(mean_losses)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The agent, for state_dict."""
-        return self.agent.state_dict()
+    def get_extra_state(self) -> Tensor:
+        """Return the state of the agent, for state_dict. Shape (n,), uint8."""
+        return self.agent.state()
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on with the agent of a checkpoint."""
-        self.agent.load_state_dict(state)
+    def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
+        """Restore the agent of a checkpoint; earlier versions saved a dict."""
+        if isinstance(state, dict):
+            self.agent.restore_dict(state)
+        else:
+            self.agent.restore(state)
 
 
 def reward(before: Tensor, after: Tensor, base: Tensor) -> float:
-    """The smallest improvement of any task, relative to its base loss. Shapes (K,)."""
+    """Return the smallest improvement of any task, relative to its base loss. Shapes (K,)."""
     return float(((before - after) / base).min())

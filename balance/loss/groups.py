@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from balance.loss.domain import require_above, values, weigh
+from balance.loss.domain import ADD_CONSTANT, DIVISION, require_above, values, weigh
 from balance.registry import check_type, loss_balancers
 from balance.solvers import k_means_1d
 
@@ -66,10 +66,10 @@ class GO4Align(nn.Module):
         self.num_groups = num_groups
         self.step_size = step_size
         self.grouping = grouping
-        self.register_buffer("cumulative_losses", torch.zeros(num_tasks, dtype=torch.float64))
+        self.register_buffer("cumulative_losses", torch.zeros(num_tasks, dtype=torch.float64, device="cpu"))
 
     def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
-        """Losses times the mean indicator of their group; adds the losses to the history.
+        """Multiply the losses by the mean indicator of their group, and add the losses to the history.
 
         Args:
             losses: Positive values of the present tasks. Shape (K,).
@@ -82,38 +82,41 @@ class GO4Align(nn.Module):
             TaskError: If a loss is not positive.
         """
         L = values(losses)
-        require_above(L, 0, "go4align", "it divides by the loss. Add a constant that keeps the loss positive.")
+        require_above(L, 0, "go4align", DIVISION, ADD_CONSTANT)
         tasks = torch.arange(len(self.cumulative_losses), device="cpu") if present is None else present
-        self.cumulative_losses[tasks] += L.to(self.cumulative_losses)
-        q = (-self.step_size * values(self.cumulative_losses[tasks])).softmax(dim=0)
+        cumulative = values(self.cumulative_losses[tasks]) + L
+        q = (-self.step_size * cumulative).softmax(dim=0)
         indicators = q * (L.sum() / L)
         groups = _GROUPINGS[self.grouping](indicators.numpy(), self.num_groups)
-        return weigh(losses, group_means(indicators, torch.from_numpy(groups)))
+        weighted = weigh(losses, group_means(indicators, torch.from_numpy(groups)))
+        # Last, because a grouping whose library is missing, or whose solver fails, raises
+        self.cumulative_losses[tasks] = cumulative.to(self.cumulative_losses)
+        return weighted
 
 
 def group_means(indicators: Tensor, groups: Tensor) -> Tensor:
-    """Every number's group mean. Shapes (K,), (K,) -> (K,)."""
+    """Return the group mean of every number. Shapes (K,), (K,) -> (K,)."""
     sums = torch.zeros_like(indicators).index_add_(0, groups, indicators)
     return (sums / groups.bincount(minlength=len(indicators)).clamp(min=1))[groups]
 
 
 def spectral(points: Array, num_groups: int) -> Indices:
-    """Groups by spectral clustering of numbers, with the affinity exp(-(x - y)² / variance). Shape (K,)."""
+    """Group numbers by spectral clustering, with the affinity exp(-(x - y)² / variance). Shape (K,)."""
     from sklearn.cluster import SpectralClustering  # noqa: PLC0415 - an option, not a dependency
 
     if len(np.unique(points)) <= num_groups or num_groups == 1:
         return k_means_1d(points, num_groups)
     distances = (points[:, None] - points) / points.std()
-    affinity = np.exp(-(distances**2)) + 1e-9  # never quite disconnected
+    affinity = np.exp(-(distances**2)) + 1e-9  # Zero affinities would disconnect the graph
     clustering = SpectralClustering(num_groups, affinity="precomputed", assign_labels="cluster_qr", random_state=0)
     labels: Indices = clustering.fit_predict(affinity).astype(np.intp)
     return labels
 
 
 def semidefinite(points: Array, num_groups: int) -> Indices:
-    """Groups by the semi-definite relaxation of k-means (Peng & Wei, SIAM J. Optim. 2007). Shape (K,).
+    """Group numbers by the semi-definite relaxation of k-means (Peng & Wei, SIAM J. Optim. 2007). Shape (K,).
 
-    The relaxation is tight where groups are well apart; elsewhere there can be fewer groups than asked for.
+    The relaxation is tight where groups are well apart; elsewhere it can return fewer groups than ``num_groups``.
     """
     import cvxpy as cp  # noqa: PLC0415 - an option, not a dependency
     from scipy.sparse.csgraph import connected_components  # noqa: PLC0415

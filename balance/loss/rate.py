@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from balance.loss.domain import TaskError, require_above, values, weigh
+from balance.loss.domain import ADD_CONSTANT, DIVISION, GIVE_BOUNDS, LOGARITHM, require_above, values, weigh, widened
 from balance.registry import check_type, loss_balancers
 
 if TYPE_CHECKING:
@@ -55,12 +55,13 @@ class DynamicWeightAverage(nn.Module):
             raise ValueError(f"window of 'dwa' must be at least 1, but got {window}.")
         self.temperature = temperature
         self.mode = mode
+        self.needs_epochs = mode == "epoch"
         rows = 2 if mode == "epoch" else 2 * window
         # oldest row first; NaN where a task has no such row yet
-        self.register_buffer("history", torch.full((rows, num_tasks), torch.nan, dtype=torch.float64))
+        self.register_buffer("history", torch.full((rows, num_tasks), torch.nan, dtype=torch.float64, device="cpu"))
 
     def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
-        """Losses times weights; in window mode also remembers the losses.
+        """Multiply the losses by the weights; in window mode, also store the losses.
 
         Args:
             losses: Finite values of the present tasks. Shape (K,).
@@ -78,8 +79,9 @@ class DynamicWeightAverage(nn.Module):
             history = torch.cat([history[1:], values(losses).to(history)[None]])
         old, new = values(history).chunk(2)
         weights = len(tasks) * (_ratio(new.mean(dim=0), old.mean(dim=0)) / self.temperature).softmax(dim=0)
+        weighted = weigh(losses, weights)
         self.history[:, tasks] = history
-        return weigh(losses, weights)
+        return weighted
 
     def end_epoch(self, mean_losses: Tensor) -> None:
         """Close an epoch.
@@ -93,9 +95,9 @@ class DynamicWeightAverage(nn.Module):
 
 
 def _ratio(new: Tensor, old: Tensor) -> Tensor:
+    """Return new / old, 1 where a mean does not exist yet. Shapes (K,), (K,) -> (K,)."""
     known = old.isfinite() & new.isfinite()
-    for task in (known & (old <= 0)).nonzero().flatten().tolist():
-        raise TaskError(task, f"Mean loss of task {{task}} was {old[task]:.6g}, but 'dwa' divides by it: keep losses positive.")
+    require_above(torch.where(known, old, 1.0), 0, "dwa", DIVISION, ADD_CONSTANT, quantity="Mean loss")
     return torch.where(known, new / old, 1.0)
 
 
@@ -155,14 +157,15 @@ class FAMO(nn.Module):
         self.gamma = gamma
         self.lr = lr
         self.needs_observation = not next_batch
-        zeros = torch.zeros(num_tasks, dtype=torch.float64)
+        zeros = torch.zeros(num_tasks, dtype=torch.float64, device="cpu")
         for name in ("logits", "mean", "mean_square", "steps"):  # Adam by task, since tasks can miss steps
             self.register_buffer(name, zeros.clone())
-        self.register_buffer("previous_losses", zeros + torch.nan)  # NaN where nothing waits to be observed
-        self.register_buffer("min_losses", zeros + torch.tensor(min_losses or 0.0, dtype=torch.float64), persistent=False)
+        self.register_buffer("previous_losses", zeros + torch.nan)  # NaN where no loss remains to be observed
+        bounds = torch.tensor(min_losses or 0.0, dtype=torch.float64, device="cpu")
+        self.register_buffer("min_losses", zeros + bounds, persistent=False)
 
     def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
-        """Weighted logarithms of the losses; remembers the losses for `observe`.
+        """Return the weighted logarithms of the losses, and store the losses for `observe`.
 
         Args:
             losses: Values not below ``min_losses``, of the present tasks. Shape (K,).
@@ -177,16 +180,19 @@ class FAMO(nn.Module):
         tasks = self._indices(present)
         L = values(losses)
         distance = self._distance(L, tasks)
+        previous = torch.full_like(self.previous_losses, torch.nan)
+        previous[tasks] = L.to(previous)
         if not self.needs_observation:
             again = ~values(self.previous_losses[tasks]).isnan()
             self._learn(tasks[again], L[again])
-        self.previous_losses.fill_(torch.nan)
-        self.previous_losses[tasks] = L.to(self.previous_losses)
+        self.previous_losses.copy_(previous)
         z = values(self.logits[tasks]).softmax(dim=0)
-        return weigh((losses - self.min_losses[tasks].to(losses) + 1e-8).log(), z / (z / distance).sum())
+        wide = widened(losses)  # 1e-8 is zero in half precision
+        logarithms = (wide - self.min_losses[tasks].to(wide) + 1e-8).log()
+        return weigh(logarithms, z / (z / distance).sum()).to(losses.dtype)
 
     def observe(self, losses: Losses, present: Tensor | None = None) -> None:
-        """Adam step on the logits of the present tasks.
+        """Take an Adam step on the logits of the present tasks.
 
         Args:
             losses: Losses of the same batch after the optimizer's step, of the present tasks. Shape (K,).
@@ -204,7 +210,7 @@ class FAMO(nn.Module):
         self.previous_losses.fill_(torch.nan)
 
     def _learn(self, tasks: Tensor, after: Tensor) -> None:
-        """One Adam step, of tasks whose loss was remembered and now is ``after``."""
+        """Take one Adam step for tasks whose losses changed from ``previous_losses`` to ``after``."""
         delta = self._distance(values(self.previous_losses[tasks]), tasks).log() - self._distance(after, tasks).log()
         z = values(self.logits[tasks]).softmax(dim=0)
         gradient = (z * (delta - (z * delta).sum())).to(self.logits) + self.gamma * self.logits[tasks]
@@ -220,6 +226,5 @@ class FAMO(nn.Module):
 
     def _distance(self, losses: Tensor, tasks: Tensor) -> Tensor:
         bounds = values(self.min_losses[tasks])
-        remedy = 'it takes the logarithm. Give lower bounds: loss_options={"min_losses": ...}.'
-        require_above(losses, bounds - 1e-8, "famo", remedy)
+        require_above(losses, bounds - 1e-8, "famo", LOGARITHM, GIVE_BOUNDS)
         return losses - bounds + 1e-8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from balance.loss.domain import LOGARITHM, lower_bounds, require_above, values
+from balance.loss.domain import GIVE_BOUNDS, LOGARITHM, lower_bounds, require_above, values, widened
 from balance.registry import loss_balancers
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @loss_balancers.register("scaleinvls")
 def scaleinvls(losses: Losses, *, min_losses: list[float] | None = None, present: Tensor | None = None) -> WeightedLosses:
-    r"""Scale-invariant linear scalarisation: the logarithm of every loss.
+    r"""Take the logarithm of every loss: scale-invariant linear scalarisation.
 
     .. math:: \tilde L_k = \log (L_k - b_k), \qquad \nabla \tilde L_k = \nabla L_k / (L_k - b_k)
 
@@ -39,5 +39,8 @@ def scaleinvls(losses: Losses, *, min_losses: list[float] | None = None, present
         Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, section 5 (baseline SI).
     """
     bounds = lower_bounds(min_losses, len(losses), present)
-    require_above(values(losses), bounds, "scaleinvls", LOGARITHM)
-    return (losses - bounds.to(losses)).log() if min_losses else losses.log()
+    require_above(values(losses), bounds, "scaleinvls", LOGARITHM, GIVE_BOUNDS)
+    if not min_losses:
+        return losses.log()
+    wide = widened(losses)
+    return (wide - bounds.to(wide)).log().to(losses.dtype)

@@ -36,11 +36,13 @@ class UncertaintyWeighting(nn.Module):
 
     def __init__(self, num_tasks: int, init: float = 0.0) -> None:
         super().__init__()
-        # one scalar each, so that no optimizer touches that of an absent task
-        self.log_variances = nn.ParameterList(torch.tensor(float(init)) for _ in range(num_tasks))
+        # One scalar for each task, so that no optimizer changes the log-variance of an absent task.
+        # The default dtype, as of every other parameter, but never a default device such as "meta", which stores no values.
+        dtype = torch.get_default_dtype()
+        self.log_variances = nn.ParameterList(torch.tensor(float(init), dtype=dtype, device="cpu") for _ in range(num_tasks))
 
     def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
-        """Losses over their learned variances, plus the log-variances.
+        """Divide the losses by their learned variances and add the log-variances.
 
         Args:
             losses: Finite values of the present tasks. Shape (K,).
