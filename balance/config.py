@@ -33,7 +33,7 @@ class StageConfig:
     engine: EngineChoice = "auto"
     memory: Memory = "jacobian"
     measure: list[str] | None = None  # patterns of names of shared parameters, on which alone conflict is measured
-    every: int = 1  # steps for which the gradient balancer's weights are used
+    every: int = 1  # steps for which the gradient balancer's weights are used; see `balance.compose.every`
     smoothing: float = 0.0  # share of the average so far in a moving average of its weights
     groups: list[list[str]] | None = None  # tasks by group, for a gradient balancer between groups
 
@@ -140,7 +140,7 @@ def build_balancer(config: DictConfig, tasks: Sequence[str]) -> Balancer:
     composed = {key: stage.pop(key) for key in ("groups", "smoothing", "every")}
     gradient, gradient_options = config.gradient_method, options["gradient"]
     if composed != {"groups": None, "smoothing": 0.0, "every": 1}:
-        gradient = _composed(gradient, gradient_options, tuple(tasks), 2 * config.seed + 1, **composed)
+        gradient = _composed(gradient, gradient_options, tuple(tasks), **composed)
         gradient_options = {}
     return Balancer(
         tuple(tasks),
@@ -182,15 +182,17 @@ def _composed(
     name: str | None,
     options: dict[str, Any],
     tasks: tuple[str, ...],
-    seed: int,
     groups: list[list[str]] | None,
     smoothing: float,
     every: int,
 ) -> Any:
     if name is None:
         raise ValueError("balancer.groups, balancer.smoothing and balancer.every need a gradient method, but there is none.")
-    if "seed" in gradient_balancers.options(name):
-        options = options | {"seed": seed}
+    if every != 1 and options.get("update_every", 1) != 1:
+        raise ValueError(
+            f"balancer.every must be the only option that reuses weights, but got balancer.every={every} and "
+            f"gradient.update_every={options['update_every']}. Leave out gradient.update_every, which does the same."
+        )
     if groups is None:
         rule: Any = compose_rules.every(1, name, len(tasks), **options)
     else:

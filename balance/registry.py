@@ -11,12 +11,15 @@ from importlib.metadata import EntryPoint, entry_points
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from balance.shapes import Heads, Sees
+    from torch import Tensor
+
+    from balance.shapes import Heads, Sees, Weights
 
 Rule = TypeVar("Rule", bound="Callable[..., Any]")
 
@@ -25,7 +28,7 @@ _FROM_STAGE = ("num_tasks", "present", "losses")  # given by the stage at every 
 
 @dataclass(frozen=True)
 class Method:
-    """A registered rule: what builds it, and what the stage must know about it."""
+    """A registered rule: the callable that builds or is the rule, and its traits."""
 
     rule: Callable[..., Any]
     sees: Sees
@@ -37,7 +40,7 @@ class Registry:
     """Rules by name.
 
     Args:
-        kind: What is registered, for messages: ``"loss balancer"``.
+        kind: Name of the registered rules in messages, such as ``"loss balancer"``.
         group: Entry-point group through which other packages add rules.
     """
 
@@ -49,7 +52,7 @@ class Registry:
     def register(
         self, name: str, *, sees: Sees = "gramian", heads: Heads = "unweighted", ignores_weights: bool = False
     ) -> Callable[[Rule], Rule]:
-        """Decorator that registers a function or a class, and returns it unchanged.
+        """Return a decorator that registers a function or a class, and returns it unchanged.
 
         Args:
             name: The paper's name in lower case, words joined by underscores.
@@ -80,11 +83,14 @@ class Registry:
         return decorate
 
     def names(self) -> tuple[str, ...]:
-        """Known names, sorted; those of entry points are listed without being imported."""
+        """Return the known names, sorted; entry points are listed without being imported."""
         return tuple(sorted({*self._methods, *self._entry_points()}))
 
     def __contains__(self, name: object) -> bool:
         return name in self._methods or name in self._entry_points()
+
+    def __repr__(self) -> str:
+        return f"Registry({self.kind!r}: {', '.join(self.names()) or 'empty'})"
 
     def build(self, name: str, **options: Any) -> Callable[..., Any]:
         """Build the rule called ``name``.
@@ -117,12 +123,16 @@ class Registry:
                     f"The {self.kind} '{name}' has state: build it with num_tasks=K, an int >= 1, but got {num_tasks!r}."
                 )
             options["num_tasks"] = num_tasks
-        if inspect.isclass(rule):
-            return cast("Callable[..., Any]", rule(**options))
-        return functools.partial(rule, **options) if options else rule
+        if not inspect.isclass(rule):
+            return functools.partial(rule, **options) if options else rule
+        built = rule(**options)
+        if isinstance(built, nn.Module):
+            options.pop("num_tasks", None)
+            vars(built)["registered_as"] = describe(name, options)
+        return cast("Callable[..., Any]", built)
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
-        """Options that a user may give to the rule called ``name``, annotations resolved to types."""
+        """Return the options that a user may give to the rule called ``name``, annotations resolved to types."""
         rule = self.method(name).rule
         parameters = list(_parameters(rule).values())
         if not inspect.isclass(rule):
@@ -134,15 +144,15 @@ class Registry:
         }
 
     def sees(self, name: str) -> Sees:
-        """Whether the gradient balancer maps a ``"gramian"`` to weights or a ``"jacobian"`` to a direction."""
+        """Return the input of a gradient balancer: a ``"gramian"``, mapped to weights, or a ``"jacobian"``, to a direction."""
         return self.method(name).sees
 
     def heads(self, name: str) -> Heads:
-        """How the paper code of the gradient balancer treats task-specific heads."""
+        """Return the treatment of task-specific heads in the paper code of the gradient balancer."""
         return self.method(name).heads
 
     def method(self, name: str) -> Method:
-        """The entry called ``name``; an entry point is imported here, on its first use.
+        """Return the entry called ``name``; an entry point is imported here, on its first use.
 
         Raises:
             ValueError: If nothing has that name.
@@ -161,7 +171,7 @@ class Registry:
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
-    """Message about a name that nobody knows: what was probably meant, and what is known."""
+    """Return the message about an unknown name: the name that was probably meant, and the known names."""
     known = sorted(known)
     near = get_close_matches(str(name), known, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
@@ -183,7 +193,7 @@ def check_type(what: str, value: object, annotation: Any) -> None:
 
 
 def _resolved(annotation: Any, rule: Callable[..., Any]) -> Any:
-    """An annotation as a type, Any where the rule's module imports its names for type checkers only."""
+    """Return an annotation as a type, or Any where the rule's module imports its names for type checkers only."""
     if annotation is inspect.Parameter.empty:
         return Any
     if not isinstance(annotation, str):
@@ -231,12 +241,86 @@ def _spelled(annotation: Any) -> str:
 
 
 def takes(rule: Callable[..., Any], keyword: str) -> bool:
-    """Whether a rule, built or not, has the keyword."""
+    """Return whether a rule, built or not, has the keyword."""
     call = rule.forward if isinstance(rule, nn.Module) else rule
     try:
         return keyword in inspect.signature(call).parameters
     except (TypeError, ValueError):  # some built-in callables have no signature
         return False
+
+
+def present_keyword(rule: Callable[..., Any], present: Tensor | None, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """Return the keyword ``present`` for a call of a rule, or no keyword if all tasks are present or the rule needs none.
+
+    Args:
+        rule: A built rule.
+        present: Indices of the present tasks; None for all.
+        tasks: Names of the present tasks, for the message.
+
+    Raises:
+        ValueError: If tasks are absent, and the rule has state but no keyword ``present``.
+    """
+    if present is None:
+        return {}
+    if takes(rule, "present"):
+        return {"present": present}
+    if isinstance(rule, nn.Module) and any(True for state in (rule.parameters(), rule.buffers()) for _ in state):
+        names = f"tasks {present.tolist()}" if tasks is None else tuple(tasks)
+        raise ValueError(
+            f"{type(rule).__name__} keeps state by task, so that all tasks must be present, but only {names} are present. "
+            "Give its forward a keyword present=None, the indices of the present tasks."
+        )
+    return {}
+
+
+def checked_weights(weights: object, num_tasks: int) -> Weights:
+    """Return what a gradient balancer returned, detached, if it is one finite weight for each task.
+
+    Args:
+        weights: Result of a gradient balancer.
+        num_tasks: Number of tasks that it was applied to.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if not isinstance(weights, torch.Tensor) or weights.shape != (num_tasks,) or not weights.isfinite().all():
+        raise ValueError(f"The gradient balancer must return {num_tasks} finite weights, but got {weights}.")
+    return weights.detach()
+
+
+def require_callable(kind: str, rule: object, options: Mapping[str, Any]) -> None:
+    """Check a rule that is given by something other than a name.
+
+    Raises:
+        ValueError: If there are options.
+        TypeError: If the rule is not a callable.
+    """
+    if not callable(rule):
+        raise TypeError(f"A {kind} must be a registered name or a callable, but got {rule!r}.")
+    if options:
+        raise ValueError(f"Options are for registered names, but got {dict(options)} with {rule!r}. Use functools.partial.")
+
+
+def describe(rule: object, options: Mapping[str, Any] | None = None) -> str:
+    """Return the name and the options of a rule in one line, such as ``cagrad(c=0.9)``.
+
+    Args:
+        rule: A registered name, a callable, or a sequence of names, for which the options are by name.
+        options: Options of a registered rule.
+    """
+    if isinstance(rule, list | tuple):
+        return " + ".join(describe(part, (options or {}).get(part)) for part in rule)
+    if isinstance(rule, functools.partial):
+        return _call(describe(rule.func), rule.args, rule.keywords)
+    if isinstance(rule, nn.Module) and type(rule).__repr__ is nn.Module.__repr__:
+        return str(getattr(rule, "registered_as", type(rule).__name__))
+    name = rule if isinstance(rule, str) else getattr(rule, "__qualname__", None) or repr(rule)
+    return _call(name, (), options or {})
+
+
+def _call(name: str, args: Sequence[Any], keywords: Mapping[str, Any]) -> str:
+    listed = ", ".join([*map(repr, args), *(f"{option}={value!r}" for option, value in keywords.items())])
+    return f"{name}({listed})" if listed else name
 
 
 loss_balancers = Registry("loss balancer", "balance.loss_balancers")

@@ -4,9 +4,13 @@ from hypothesis import given
 from torch import nn
 
 from balance import Balancer, compose, gradient_balancers, loss_balancers
+from balance.gradient import bargaining
+from balance.registry import describe
+from balance.rules import build_chain, build_rule
 from balance.testing import check_gradient_balancer, check_loss_balancer
 from tests.strategies import jacobians
 from tests.test_balancer import TASKS, Network, assert_same, assert_same_state
+from tests.test_config import build
 
 J3 = torch.tensor([[-4.0, 2, -4], [2, 6, 8], [3, -3, -12]], dtype=torch.float64)
 
@@ -46,36 +50,166 @@ def test_reused_weights_give_the_step_that_solved_weights_give(heads, scale, sou
         assert_same(step, steps[0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_reused_step_is_one_backward_pass(monkeypatch):
+def test_a_reused_step_is_one_backward_pass():
     network = Network()
     balancer = Balancer(TASKS, gradient=compose.every(2, "mgda", 3))
     assert balancer.heads == "weighted"
-    balancer.backward(network.losses(), shared=network.shared())
-    passes = []
-
-    def counting(function):
-        def count(*args, **kwargs):
-            inputs = kwargs.get("inputs") or args[1]
-            passes.append(any(p is network.trunk[0].weight for p in inputs))
-            return function(*args, **kwargs)
-
-        return count
-
-    monkeypatch.setattr(torch.autograd, "grad", counting(torch.autograd.grad))
-    monkeypatch.setattr(torch.autograd, "backward", counting(torch.autograd.backward))
-    balancer.backward(network.losses(), shared=network.shared())
-    assert sum(passes) == 1
+    counts = []
+    for _ in range(2):
+        passes, z = [], network.trunk(network.x)
+        z.grad_fn.register_prehook(lambda gradients, passes=passes: passes.append(gradients) or None)
+        balancer.backward(network.losses(z), shared=network.shared())
+        counts.append(len(passes))
+    assert counts[0] >= 3
+    assert counts[1] == 1
 
 
-def test_a_task_without_weights_is_solved_at_once():
-    rule = recorded([[1.0, 2.0], [3.0, 4.0, 5.0], [6.0, 7.0, 8.0]])
+def test_weights_are_reused_for_exactly_the_tasks_that_they_were_solved_for():
+    """An absent task makes the step that of the smaller problem, so weights of different solves never meet in one step."""
+    rule = compose.every(3, recorded([[1.0, 2.0], [3.0, 4.0, 5.0], [6.0, 7.0], [8.0], [9.0, 10.0]]), 3)
+    weights = []
+    for tasks in ([0, 1], [0, 1], None, None, [0, 2], [0], [0, 2]):
+        present = None if tasks is None else torch.tensor(tasks)
+        reused = rule.reuse(present)
+        solved = rule(torch.eye(len(tasks or (0, 1, 2))), present=present) if reused is None else reused
+        weights.append(solved.tolist())
+    assert weights == [[1, 2], [1, 2], [3, 4, 5], [3, 4, 5], [6, 7], [8], [9, 10]]
+    assert rule.weights.isnan().tolist() == [False, True, False]
+    assert rule.reuse(torch.tensor([0, 1, 2])) is None
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_a_step_with_absent_tasks_is_that_of_the_smaller_problem(n):
     network = Network()
-    balancer = Balancer(TASKS, gradient=compose.every(5, rule, 3))
-    found = []
-    for present in (("a", "b"), ("a", "b"), TASKS, ("a", "c")):
-        losses = {t: v for t, v in network.losses().items() if t in present}
-        found.append(balancer.backward(losses, shared=network.shared()).gradient_weights.tolist())
-    assert found == [[1, 2], [1, 2], [3, 4, 5], [3, 5]]
+    balancer = Balancer(TASKS, gradient=compose.every(n, "mgda", 3))
+    for present in (TASKS, ("a",), ("a", "b"), ("b", "c"), ("a", "c"), ("a", "b")):
+        losses = {task: loss for task, loss in network.losses().items() if task in present}
+        report = balancer.backward(losses, shared=network.shared())
+        small = Balancer(present, gradient="mgda")
+        losses = {task: loss for task, loss in network.losses().items() if task in present}
+        expected = small.backward(losses, shared=network.shared())
+        torch.testing.assert_close(report.gradient_weights, expected.gradient_weights)
+
+
+def test_all_tasks_by_index_are_all_tasks():
+    rule = compose.every(2, recorded([[1.0, 2.0]]), 2)
+    rule(torch.eye(2))
+    assert rule.reuse(torch.tensor([0, 1])).tolist() == [1, 2]
+    assert rule.reuse() is None
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(()), torch.ones(3), torch.tensor([1.0, torch.nan]), [1.0, 2.0]], ids=str)
+def test_wrong_weights_of_a_rule_change_no_state(wrong):
+    for make in (
+        lambda rule: compose.every(2, rule, 2),
+        lambda rule: compose.smoothed(rule, 0.5, 2),
+        lambda rule: compose.grouped(rule, [[0], [1]], 2),
+    ):
+        results = [torch.ones(2), wrong]
+        rule = make(lambda gramian: results.pop(0))  # noqa: B023 - called at once
+        rule(torch.eye(2))
+        before = {name: value.clone() for name, value in rule.state_dict().items()}
+        with pytest.raises(ValueError, match="must return 2 finite weights"):
+            rule(torch.eye(2))
+        assert_same_state(rule.state_dict(), before)
+
+
+def test_a_checkpoint_of_version_0_1_resumes():
+    """There, weights of tasks that were solved for at different steps were stored together."""
+    rule = compose.every(3, "mgda", 3)
+    old = {"weights": torch.tensor([0.2, 0.8, torch.nan], dtype=torch.float64), "steps": torch.tensor(1)}
+    assert list(rule.state_dict()) == list(old)
+    rule.load_state_dict(old)
+    assert rule.reuse(torch.tensor([0, 1])).tolist() == [0.2, 0.8]
+    grouped = compose.grouped("nashmtl", [[0], [1, 2]], 3, update_every=5)
+    old = {key: value for key, value in grouped.state_dict().items() if key.startswith("rule.")}
+    grouped.load_state_dict(old | {"rule.kept.weights": torch.ones(2), "rule.kept.steps": torch.tensor(1)})
+    assert grouped.reuse() is None
+
+
+def solves(monkeypatch):
+    """A list that gets an entry for every bargain."""
+    calls, solve = [], bargaining.bargaining_weights
+    monkeypatch.setattr(bargaining, "bargaining_weights", lambda G: calls.append(len(G)) or solve(G))
+    return calls
+
+
+COMPOSITIONS = {
+    "every": lambda rule, **options: compose.every(1, rule, 3, **options),
+    "smoothed": lambda rule, **options: compose.smoothed(rule, 0.5, 3, **options),
+    "grouped": lambda rule, **options: compose.grouped(rule, [[0], [1], [2]], 3, **options),
+    "nested": lambda rule, **options: compose.every(
+        1, compose.smoothed(compose.grouped(rule, [[0], [1], [2]], 3, **options), 0.5, 3), 3
+    ),
+}
+compositions = pytest.mark.parametrize("make", COMPOSITIONS.values(), ids=COMPOSITIONS)
+
+
+@compositions
+def test_a_rule_within_rules_reuses_its_weights(make, monkeypatch):
+    calls, network = solves(monkeypatch), Network()
+    balancer = Balancer(TASKS, gradient=make("nashmtl", update_every=5))
+    reports = [balancer.backward(network.losses(), shared=network.shared()) for _ in range(10)]
+    assert len(calls) == 2
+    assert [report.gramian is None for report in reports] == ([False] + [True] * 4) * 2
+
+
+@compositions
+def test_reuse_is_counted_once_for_each_step(make):
+    """A composition asks its rule once; asked without a solve in between, it answers n - 1 times."""
+    rule = make("nashmtl", update_every=3)
+    assert rule.reuses
+    for _ in range(2):
+        assert rule.reuse() is None
+        rule(J3 @ J3.T)
+        assert [rule.reuse() is None for _ in range(3)] == [False, False, True]
+    assert make("nashmtl").reuses is False
+    assert make("mgda").reuse() is None
+
+
+def test_smoothed_averages_once_for_each_step():
+    inner = recorded([[1.0, 0.0], [0.0, 1.0]])
+    rule = compose.smoothed(compose.every(2, inner, 2), 0.75, 2)
+    weights = []
+    for _ in range(4):
+        reused = rule.reuse()
+        weights.append((rule(torch.eye(2)) if reused is None else reused).tolist())
+    assert weights == [[1, 0], [1, 0], [0.75, 0.25], [0.5625, 0.4375]]
+    assert inner.calls == 2
+
+
+def test_grouped_gives_reused_weights_to_the_tasks():
+    rule = compose.grouped(compose.every(3, recorded([[1.0, 2.0], [3.0, 4.0], [5.0]]), 2), [[0, 2], [1]], 3)
+    assert rule(torch.eye(3)).tolist() == [1, 2, 1]
+    assert rule.reuse().tolist() == [1, 2, 1]
+    part = torch.tensor([0, 1])  # of the same groups, but the gradient of the first is another
+    assert rule.reuse(part) is None
+    assert rule(torch.eye(2), present=part).tolist() == [3, 4]
+    assert rule.reuse(part).tolist() == [3, 4]
+    assert rule.reuse(torch.tensor([0, 2])) is None
+    assert rule(torch.eye(2), present=torch.tensor([0, 2])).tolist() == [5, 5]
+    assert rule.reuse() is None
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: compose.every(5, "nashmtl", 3, update_every=5),
+        lambda: compose.every(2, gradient_balancers.build("nashmtl", num_tasks=3, update_every=2), 3),
+        lambda: compose.every(2, compose.every(2, "mgda", 3), 3),
+        lambda: compose.every(2, compose.smoothed(compose.every(2, "mgda", 3), 0.5, 3), 3),
+    ],
+)
+def test_weights_are_reused_in_one_place_only(make):
+    with pytest.raises(ValueError, match=r"one place only, but got every\(.*Use compose\.every\(n, rule, num_tasks\) alone"):
+        make()
+
+
+def test_a_command_line_reuses_weights_in_one_place_only():
+    with pytest.raises(ValueError, match=r"balancer\.every=3 and gradient\.update_every=2"):
+        build("ls", "nashmtl", "balancer.every=3", "gradient.update_every=2")
+    assert build("ls", "nashmtl", "balancer.every=3").gradient.n == 3
+    assert build("ls", "nashmtl", "balancer.smoothing=0.5", "gradient.update_every=2").gradient.reuses
 
 
 def test_nash_update_every_is_every():
@@ -175,10 +309,141 @@ def test_rules_made_of_rules_made_of_rules_resume(tmp_path):
     assert_same_state(resumed[1].state_dict(), straight[1].state_dict())
 
 
+# --- the seed of the stage ---------------------------------------------------------------------------------------------
+
+
+def draws(gradient, seed, **options):
+    rule = Balancer(3, gradient=gradient, seed=seed, **options).gradient
+    while not hasattr(rule, "random"):
+        rule = rule.rule
+    return rule.random.permutations(4, 5).tolist()
+
+
+@compositions
+def test_the_seed_of_the_stage_reaches_a_rule_that_is_given_by_name(make):
+    assert draws(make("pcgrad"), 0) == draws("pcgrad", 0)
+    assert draws(make("pcgrad"), 1) == draws("pcgrad", 1) != draws("pcgrad", 0)
+    rule = make("pcgrad")
+    assert draws(rule, 1) == draws(rule, 1)
+
+
+@compositions
+def test_a_seed_that_the_user_chose_stays(make):
+    expected = gradient_balancers.build("pcgrad", seed=7).random.permutations(4, 5).tolist()
+    assert draws(make("pcgrad", seed=7), 0) == expected
+    assert draws(make(gradient_balancers.build("pcgrad", seed=7)), 0) == expected
+
+
+def test_the_seed_of_a_run_reaches_rules_within_rules():
+    rule = build("ls", "pcgrad", "balancer.smoothing=0.5", "balancer.every=2").gradient.rule.rule.rule
+    assert rule.random.permutations(4, 5).tolist() == draws("pcgrad", 5)
+
+
+def test_the_seed_of_the_stage_reaches_rules_that_are_functions(monkeypatch):
+    monkeypatch.setattr(gradient_balancers, "_methods", dict(gradient_balancers._methods))
+
+    @gradient_balancers.register("drawn")
+    def drawn(gramian, *, seed: int = 0):
+        return torch.full((len(gramian),), float(seed))
+
+    plain, wrapped = Balancer(2, gradient="drawn", seed=3).gradient, Balancer(2, gradient=compose.every(1, "drawn", 2), seed=3)
+    assert wrapped.gradient(torch.eye(2)).tolist() == plain(torch.eye(2)).tolist() == [7, 7]
+
+
+# --- rules with state by task ------------------------------------------------------------------------------------------
+
+
+class Memory(nn.Module):
+    """A rule with state by task that takes no indices of the present tasks."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, gramian):
+        self.mean = 0.9 * self.mean[: len(gramian)] + 0.1 * gramian.diagonal()
+        return 1 / self.mean.sqrt()
+
+
+@pytest.mark.parametrize("make", [lambda rule: rule, *COMPOSITIONS.values()], ids=["rule", *COMPOSITIONS])
+def test_a_rule_that_keeps_state_by_task_is_refused_when_a_task_is_absent(make):
+    rule, network = make(Memory()), Network()
+    balancer = Balancer(TASKS, gradient=rule)
+    balancer.backward(network.losses(), shared=network.shared())
+    before = {name: value.clone() for name, value in rule.state_dict().items()}
+    losses = {task: loss for task, loss in network.losses().items() if task != "b"}
+    with pytest.raises(ValueError, match=r"Memory keeps state by task.*Give its forward a keyword present=None"):
+        balancer.backward(losses, shared=network.shared())
+    assert_same_state(rule.state_dict(), before)
+
+
+def test_state_by_group_is_accepted_while_every_group_is_present():
+    class ByGroup(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(2))
+
+        def forward(self, gramian):
+            return torch.ones(2)
+
+    rule = compose.grouped(ByGroup(), [[0, 1], [2]], 3)
+    assert rule(torch.eye(2), present=torch.tensor([0, 2])).tolist() == [1, 1]
+    with pytest.raises(ValueError, match="keeps state by task"):
+        rule(torch.eye(2), present=torch.tensor([0, 1]))
+
+
+def test_a_chain_refuses_absent_tasks_before_any_of_its_rules_changes():
+    chain = Balancer(TASKS, loss=("famo", "igbv2")).loss
+    chain(torch.full((3,), 100.0))
+    before = {name: value.clone() for name, value in chain.state_dict().items()}
+    with pytest.raises(ValueError, match="IGBv2 keeps state by task"):
+        chain(torch.full((2,), 100.0), present=torch.tensor([0, 2]))
+    assert_same_state(chain.state_dict(), before)
+
+
+# --- what a composition says of itself ---------------------------------------------------------------------------------
+
+
+@compositions
+def test_traits_are_those_of_the_rule_within(make):
+    assert (make("nashmtl").heads, make("nashmtl").fixed_length) == ("weighted", True)
+    assert (make("pcgrad").heads, make("pcgrad").fixed_length) == ("unweighted", False)
+    assert (make(torch.diagonal).heads, make(torch.diagonal).fixed_length) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (lambda: compose.every(5, "nashmtl", 3, max_norm=2.0), "every(5, nashmtl(max_norm=2.0))"),
+        (lambda: compose.smoothed("mgda", 0.9, 3), "smoothed(mgda, beta=0.9)"),
+        (lambda: compose.grouped("cagrad", ((0, 1), [2]), 3, c=0.9), "grouped(cagrad(c=0.9), groups=[[0, 1], [2]])"),
+        (lambda: compose.every(2, compose.smoothed(Memory(), 0.5, 3), 3), "every(2, smoothed(Memory, beta=0.5))"),
+        (lambda: compose.every(2, gradient_balancers.build("cagrad", c=0.9), 3), "every(2, cagrad(c=0.9))"),
+        (
+            lambda: compose.every(2, gradient_balancers.build("pcgrad", order="fixed", num_tasks=3), 3),
+            "every(2, pcgrad(order='fixed'))",
+        ),
+        (lambda: Balancer(3, loss=("scaleinvls", "uw")).loss, "chain(scaleinvls, uw)"),
+    ],
+)
+def test_repr(rule, text):
+    assert repr(rule()) == text
+    assert describe(rule()) == text
+
+
+def test_state_has_its_values_on_any_default_device():
+    with torch.device("meta"):
+        rules = [compose.every(2, "nashmtl", 3), compose.smoothed("mgda", 0.5, 3), compose.grouped("mgda", [[0], [1, 2]], 3)]
+    for rule in rules:
+        assert {buffer.device.type for buffer in rule.buffers()} == {"cpu"}
+        assert rule(J3 @ J3.T).device.type == "cpu"
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: compose.every(0, "mgda", 3), "at least 1 step"),
+        (lambda: compose.every(2, torch.diagonal, 3, c=0.4), "Options are for registered names"),
         (lambda: compose.smoothed("mgda", 1.0, 3), "1 excluded"),
         (lambda: compose.grouped("mgda", [[0], [1]], 3), "exactly one group"),
         (lambda: compose.grouped("mgda", [[0, 1, 2], []], 3), "exactly one group"),
@@ -250,6 +515,42 @@ def test_chains_keep_the_claims(names):
         claims,
         examples=20,
     )
+
+
+def test_needs_epochs():
+    assert Balancer(3, loss=("scaleinvls", "dwa")).loss.needs_epochs
+    assert Balancer(3, loss=("igbv1", "rlw")).loss.needs_epochs
+    assert not Balancer(3, loss=("scaleinvls", "dwa"), loss_options={"dwa": {"mode": "window"}}).loss.needs_epochs
+    assert not Balancer(3, loss=("scaleinvls", "uw")).loss.needs_epochs
+
+
+def test_a_chain_of_one_rule_is_that_rule():
+    plain, chain = Balancer(3, loss="famo"), Balancer(3, loss=("famo",), loss_options={"famo": {"gamma": 0.5}})
+    assert type(chain.loss) is type(plain.loss)
+    assert chain.loss.gamma == 0.5
+    plain.loss.logits += 1
+    chain.load_state_dict(plain.state_dict())
+    assert chain.loss.logits.tolist() == [1, 1, 1]
+    plain.load_state_dict(chain.state_dict())
+    assert build_chain(["ls"], None, 3, 0) is build_rule(loss_balancers, "ls", None, 3, 0)
+    with pytest.warns(UserWarning, match="stl switches off"):
+        Balancer(3, loss=("stl",), gradient="mgda", loss_options={"stl": {"main_task": 0}})
+
+
+@pytest.mark.parametrize("name", ["famo", "uw", "igbv2"])
+def test_a_checkpoint_of_a_chain_of_one_rule_of_version_0_1_loads(name):
+    def state(balancer):
+        return {key: value for key, value in balancer.state_dict().items() if key.startswith("loss.")}
+
+    saved, resumed = Balancer(2, loss=(name,), seed=1), Balancer(2, loss=(name,))
+    saved.backward({"0": torch.ones((), requires_grad=True), "1": torch.full((), 3.0, requires_grad=True)})
+    old = {
+        (key if not key.startswith("loss.") else f"loss.stateful.0.{key.removeprefix('loss.')}"): value
+        for key, value in saved.state_dict().items()
+    }
+    assert old.keys() != saved.state_dict().keys()
+    resumed.load_state_dict(old)
+    assert_same_state(state(resumed), state(saved))
 
 
 def test_a_chain_moves_and_counts_as_one_module():

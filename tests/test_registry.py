@@ -1,3 +1,4 @@
+import functools
 import sys
 import textwrap
 
@@ -5,7 +6,7 @@ import pytest
 import torch
 
 import balance
-from balance.registry import Registry
+from balance.registry import Registry, describe
 
 
 @pytest.fixture
@@ -44,6 +45,35 @@ def test_build(registry):
     assert registry.build("half")(torch.tensor([2.0])).item() == 1
     assert registry.build("half", factor=2, num_tasks=1)(torch.tensor([2.0])).item() == 4
     assert registry.build("stateful", num_tasks=3, sizes=[1, 2]).num_tasks == 3
+
+
+def test_repr(registry):
+    assert repr(registry) == "Registry('loss balancer': half, stateful)"
+    assert repr(Registry("gradient balancer", "none")) == "Registry('gradient balancer': empty)"
+
+
+def function(gramian, power=1):
+    return gramian.diagonal() ** power
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "text"),
+    [
+        ("mgda", None, "mgda"),
+        ("cagrad", {"c": 0.9, "solver": "exact"}, "cagrad(c=0.9, solver='exact')"),
+        (("scaleinvls", "rlw"), {"rlw": {"scale": 3.0}}, "scaleinvls + rlw(scale=3.0)"),
+        (function, None, "function"),
+        (functools.partial(function, power=2), None, "function(power=2)"),
+        (functools.partial(function, 2, power=3), None, "function(2, power=3)"),
+        (torch.nn.Identity(), None, "Identity"),
+        (balance.gradient_balancers.build("nashmtl", num_tasks=3, max_norm=2.0), None, "nashmtl(max_norm=2.0)"),
+        (balance.gradient_balancers.build("nashmtl", num_tasks=3), {}, "nashmtl"),
+        (balance.loss_balancers.build("rlw", seed=3), None, "rlw(seed=3)"),
+        (None, None, "None"),
+    ],
+)
+def test_describe(rule, options, text):
+    assert describe(rule, options) == text
 
 
 def test_register_returns_what_it_decorates():
@@ -85,8 +115,6 @@ def test_names_are_lower_case_identifiers(registry, name):
 
 
 def test_rules_of_all_kinds(registry):
-    import functools
-
     def legal(
         losses, *, w: list = (), pair: "tuple[int, str]" = (1, "b"), odd: "int | None.__class__.x" = 3, gone: "torch.NoSuch" = 0
     ):

@@ -25,16 +25,17 @@ Solver = Literal["newton", "cvxpy"]
 class NashMTL(nn.Module):
     r"""The Nash bargaining solution: weights α for which every task gains the same share, :math:`G\alpha = 1/\alpha`.
 
-    The direction conflicts with no task, :math:`\langle g_k, d \rangle = 1/\alpha_k > 0`, and does not change at all, length
-    included, when a gradient is multiplied by a positive constant; so loss weights have no effect. Its length is
-    :math:`\sqrt K`, which ``max_norm`` shortens. A task whose gradient is zero gets weight 0 and the others bargain without
-    it. Near a Pareto-stationary point the weights grow without bound; at one there is no solution, and all weights are 0. One
-    task gets the weight that brings its gradient to length 1.
+    The direction conflicts with no task, :math:`\langle g_k, d \rangle = 1/\alpha_k > 0`. Neither its orientation nor its
+    length changes when a gradient is multiplied by a positive constant, so loss weights have no effect. Its length is
+    :math:`\sqrt K`, which ``max_norm`` shortens. A task whose gradient is zero gets weight 0 and takes no part in the
+    bargain. Near a Pareto-stationary point the weights grow without bound; at such a point there is no solution, and all
+    weights are 0. A single task gets the weight that brings its gradient to length 1.
 
     Args:
         num_tasks: K.
         max_norm: Greatest length of the direction; None for the solution itself.
-        update_every: Steps for which weights are used, at least 1; all but the first of them cost one ordinary backward.
+        update_every: The paper code's name for ``compose.every(n, "nashmtl", num_tasks)``, which does exactly the same:
+            weights are used for n steps, at least 1. The two cannot be combined.
         solver: ``"newton"``, exact; or ``"cvxpy"``, an independent convex program, far slower, for comparison.
 
     Raises:
@@ -57,8 +58,13 @@ class NashMTL(nn.Module):
         self.solver = solver
         self.kept = Every(update_every, self._bargain, num_tasks)
 
+    @property
+    def reuses(self) -> bool:
+        """Whether some steps use the weights of earlier steps."""
+        return self.kept.reuses
+
     def forward(self, gramian: Gramian, present: Tensor | None = None) -> Weights:
-        """Weights of the task gradients.
+        """Return the weights of the task gradients.
 
         Args:
             gramian: Inner products of the gradients of the present tasks. Shape (K, K), positive semi-definite.
@@ -73,7 +79,7 @@ class NashMTL(nn.Module):
         return self.kept(gramian, present)  # type: ignore[no-any-return]
 
     def reuse(self, present: Tensor | None = None) -> Weights | None:
-        """Weights of an earlier step that are to be used again, or None if it is time to solve."""
+        """Return the weights of an earlier step that this step uses again, or None if it is time to solve. Shape (K,)."""
         return self.kept.reuse(present)
 
     def _bargain(self, gramian: Gramian) -> Weights:
