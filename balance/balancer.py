@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from balance.accumulate import accumulate, are_finite, nan_gradients
 from balance.engine import Engine, Estimate
+from balance.gramian import HeadGradients
 from balance.graph import leaves
-from balance.inputs import NanPolicy, Step, read_features, read_losses, read_shared, task_names
-from balance.jacobian import AtLosses, add, backward, change_rows
+from balance.inputs import NanPolicy, Step, ZeroPolicy, check_factor, read_features, read_losses, read_shared, task_names
+from balance.moving import preserving
 from balance.parts import Parts, read_parts
-from balance.registry import check_type, gradient_balancers, loss_balancers, takes
+from balance.passes import AtLosses, one_by_one
+from balance.registry import check_type, gradient_balancers, loss_balancers
 from balance.report import Report
-from balance.rules import apply_rule, build_chain, build_rule, try_out, warn_of_pairing
+from balance.rules import apply_rule, build_chain, build_rule, describe, try_out, warn_of_pairing
 from balance.shapes import EngineChoice, GradientRule, Heads, LossRule, Memory, Scale, Sees, Source
+from balance.snapshot import Snapshot
+from balance.step import BalancedStep, NotFiniteError
+from balance.task_names import check_tasks, encode_tasks
 from balance.weighing import weigh, weighing
 
 if TYPE_CHECKING:
@@ -26,10 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.amp.grad_scaler import GradScaler
 
-    from balance.shapes import Direction, Gramian, Jacobian, Weights
-
-
-_ROUNDING = 1e-13  # of the squared length of a direction, relative to the largest that its terms could add up to
+_SILENT_STEPS = {"observation": 50, "epochs": 200}  # steps after which a missing call is probably forgotten
 
 
 class Balancer(nn.Module):
@@ -51,6 +54,9 @@ class Balancer(nn.Module):
             ``"norm"`` of the summed gradient of the weighted losses, so that the learning rate keeps its meaning.
         seed: Seed of the rules that draw; the two rules draw different numbers.
         nan: What a loss of NaN is: an ``"error"``, or a sign that the task is ``"absent"`` from the step.
+        zero: What a loss of exactly zero is: an ordinary loss of a task that is ``"present"``, or a sign that the task is
+            ``"absent"`` from the step, since it has no labels in this batch. With ``"absent"`` the gradient balancer also leaves
+            out a task whose gradient of all shared parameters is exactly zero.
         engine: How the K backward passes run: one after the other (``"loop"``); all in one batch (``"batched"``), which
             holds K gradients of the activations on its way, wants ``features`` at every step, so that only the trunk is
             in it, and goes back to the loop with a warning where an operation cannot be batched; or ``"auto"``: batched on
@@ -77,6 +83,7 @@ class Balancer(nn.Module):
         tasks: Sequence[str] | int,
         loss: str | Sequence[str] | LossRule = "ls",
         gradient: str | GradientRule | None = None,
+        *,
         loss_options: Mapping[str, Any] | None = None,
         gradient_options: Mapping[str, Any] | None = None,
         source: Source = "parameters",
@@ -84,6 +91,7 @@ class Balancer(nn.Module):
         scale: Scale = "paper",
         seed: int = 0,
         nan: NanPolicy = "error",
+        zero: ZeroPolicy = "present",
         engine: EngineChoice = "auto",
         memory: Memory = "jacobian",
     ) -> None:
@@ -91,12 +99,14 @@ class Balancer(nn.Module):
         check_type("source", source, Source)
         check_type("scale", scale, Scale)
         check_type("nan", nan, NanPolicy)
+        check_type("zero", zero, ZeroPolicy)
         check_type("engine", engine, EngineChoice)
         check_type("memory", memory, Memory)
         if heads is not None:
             check_type("heads", heads, Heads)
         self.tasks = task_names(tasks)
-        self.source, self.scale, self.nan = source, scale, nan
+        self.source, self.scale, self.nan, self.zero = source, scale, nan, zero
+        self._described = describe(loss, loss_options), "None" if gradient is None else describe(gradient, gradient_options)
         if isinstance(loss, Sequence) and not isinstance(loss, str):
             self.loss: Any = build_chain(loss, loss_options, num_tasks=len(self.tasks), seed=2 * seed)
         else:
@@ -104,6 +114,7 @@ class Balancer(nn.Module):
         self.gradient: Any = None
         self.sees: Sees = "gramian"
         self.heads: Heads = heads or getattr(gradient, "heads", None) or "unweighted"
+        self.fixed_length: bool = getattr(gradient, "fixed_length", False)
         if gradient is not None:
             self.gradient = build_rule(
                 gradient_balancers, gradient, gradient_options, num_tasks=len(self.tasks), seed=2 * seed + 1
@@ -115,6 +126,7 @@ class Balancer(nn.Module):
             if self.sees == "gramian" and gradient_options and not isinstance(self.gradient, nn.Module):
                 try_out(self.gradient, len(self.tasks))
             self.heads = heads or gradient_balancers.heads(gradient)
+            self.fixed_length = gradient_balancers.method(gradient).ignores_weights
         if self.sees == "jacobian" and (self.heads == "weighted" or scale == "sum"):
             raise ValueError(
                 f"'{gradient}' sees the Jacobian and has no weights, but got heads={self.heads!r}, scale={scale!r}. "
@@ -124,12 +136,15 @@ class Balancer(nn.Module):
             raise ValueError(f"'{gradient}' sees the Jacobian, which memory='gramian' does not hold. Use memory='jacobian'.")
         self.engine = Engine(engine, memory)
         warn_of_pairing(loss, gradient, len(self.tasks))
-        # Mean losses of the epoch, for rules that think in epochs
-        self.register_buffer("loss_sums", torch.zeros(len(self.tasks), dtype=torch.float64))
-        self.register_buffer("loss_counts", torch.zeros(len(self.tasks), dtype=torch.int64))
-        # What ``scale`` made of the last direction, for steps that use its weights again
-        self.register_buffer("stretch", torch.ones((), dtype=torch.float64))
+        # Sums of the losses of the epoch, for rules that update once per epoch
+        self.register_buffer("loss_sums", torch.zeros(len(self.tasks), dtype=torch.float64, device="cpu"))
+        self.register_buffer("loss_counts", torch.zeros(len(self.tasks), dtype=torch.int64, device="cpu"))
+        # Factor of ``scale`` on the last direction, for steps that use its weights again
+        self.register_buffer("stretch", torch.ones((), dtype=torch.float64, device="cpu"))
         self._skipped = False
+        self._silent_steps = {"observation": 0, "epochs": 0}  # -1: called, or warned of
+        self._warned_of_lonely_parameters = False
+        self._consumable: list[tuple[int, int, int]] = []  # own parameters as the last step left them
 
     @property
     def needs_observation(self) -> bool:
@@ -144,43 +159,61 @@ class Balancer(nn.Module):
         features: Tensor | Sequence[Tensor] | Mapping[str, Any] | None = None,
         measure: Iterable[Tensor] | None = None,
         scaler: GradScaler | None = None,
+        factor: float = 1.0,
     ) -> Report:
         """Balance the losses and add the result to ``.grad`` of every parameter, like ``losses.sum().backward()``.
 
         The graph is freed. Parameters that no task reaches keep ``.grad`` as it is, None included; frozen ones are
-        no error. Without a gradient balancer this is one ordinary backward pass, whose gradients are not checked; with one,
-        do not rely on hooks on ``.grad`` (``register_post_accumulate_grad_hook``): they fire only for what a weighted backward
-        pass brings. Parameters of the balancer itself get the gradient of the plain sum of the weighted losses. Where no
-        shared parameter requires a gradient there is nothing to balance, and all gradient weights are one.
+        no error. Without a gradient balancer this is one ordinary backward pass, whose gradients are not checked. A hook on a
+        tensor inside the graph acts once in the backward pass of each task. A hook on a parameter, or on its ``.grad``, acts
+        once, on the final gradient. Parameters of the balancer itself get the gradient of the plain sum of the weighted losses;
+        once an optimizer has used it, the next step begins anew, also if nobody has set it to zero. Where no shared parameter
+        requires a gradient there is nothing to balance, and all gradient weights are one. If a step fails, ``.grad`` and the
+        state of all rules are as before.
+
+        A gradient balancer walks the graph once for each task. Where that is impossible (reentrant checkpoints, functions that
+        add to ``.grad`` themselves, compiled functions with donated buffers) an error says so, and what works instead. At
+        the first step a graph with custom or compiled functions is walked twice more, to see whether the gradients repeat.
 
         Args:
             losses: One scalar per task: a dict by name, from which tasks that are absent from this step are left out, or
                 a tensor of shape (K,). From a dict, or what ``torch.stack`` made, each task's backward pass visits the
                 graph of its own loss only.
             shared: Parameters that the tasks share. All others that the losses reach are task-specific heads. Needed with
-                ``source="parameters"`` and a gradient balancer.
+                ``source="parameters"`` and a gradient balancer. A task that reaches none of them takes no part in the
+                gradient balancer; its head is trained with weight one, and ``report.unshared`` names it.
             features: The shared representation: one tensor, or several in sequences or dicts, of which a task may use some.
                 With ``source="features"`` conflict is measured on them alone, also where a path from a loss to a shared
                 parameter goes around them. With ``source="parameters"`` a hint: passes that all tasks can share begin there.
             measure: Measure conflict on these of the shared parameters alone (those of the last layers, say: the passes then
                 stop there), and give the weights so found to the gradients of all shared parameters, in one backward pass.
-                An approximation: ``report.gramian`` is that of these parameters.
+                An approximation: ``report.gramian`` is that of these parameters. A rule that fixes the length of its direction
+                (nashmtl), and ``scale="norm"``, get that length for all shared parameters, by one or two further passes.
             scaler: The GradScaler of mixed-precision training; give unscaled losses. The gradients are left scaled, for
                 ``scaler.step``. A step with an infinite or NaN loss or gradient is left for it to skip.
+            factor: Factor on everything that is added to ``.grad``, positive; for accumulation over n micro-batches 1 / n. The
+                rules see the losses without it.
 
         Returns:
-            What was done.
+            The record of the step.
 
         Raises:
             ValueError: If a loss has the wrong shape or name, a loss or gradient is not finite, or the losses do not
                 reach what they should; ``.grad`` is then as before.
             TypeError: If a loss is not a tensor, or ``shared`` is not an iterable of parameters.
-            RuntimeError: If several processes train together.
+            RuntimeError: If several processes train together, or the graph cannot be walked once for each task.
         """
+        return self._step(losses, shared, features, measure, scaler, factor)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # to trace the stage takes long and fails
+    @torch.enable_grad()  # as loss.backward(), which works inside no_grad() too
+    def _step(self, losses: Any, shared: Any, features: Any, measure: Any, scaler: GradScaler | None, factor: float) -> Report:
         _refuse_several_processes()
+        check_factor(factor)
         if scaler is not None and not scaler.is_enabled():
             scaler = None
-        step = read_losses(losses, self.tasks, self.nan)
+        step = read_losses(losses, self.tasks, self.nan, self.zero)
+        parts = self._parts(step, shared, features, measure)
         bad = step.not_finite()
         self._skipped = bool(bad)
         if bad and scaler is not None:
@@ -189,16 +222,30 @@ class Balancer(nn.Module):
             raise ValueError(f"Losses must be finite, but got {bad}. Look at the data and the learning rate.")
         if not step.losses.requires_grad:
             raise ValueError("No loss requires a gradient. Compute the losses with gradients enabled and do not detach them.")
-        with torch.autocast(step.losses.device.type, enabled=False):  # the direction is no place for half precision
-            if self.gradient is None:
-                report = self._plain(step, scaler)
-            else:
-                report = self._balanced(step, self._parts(step, shared, features, measure), scaler)
-        if not self._skipped:
+        before = Snapshot(self.loss, self.gradient), self.stretch.clone(), self._drop_consumed()
+        try:
+            with torch.autocast(step.losses.device.type, enabled=False):  # the direction is no place for half precision
+                report = self._taken(step, parts, scaler, factor)
+        except BaseException as error:
+            self._put_back(*before)
+            if scaler is None or not isinstance(error, NotFiniteError):
+                raise
+            return self._skip(step, scaler)
+        if self._skipped:  # the scaler will skip what an ordinary backward pass has left
+            before[0].restore()
+        else:
             tasks = slice(None) if step.present is None else step.present
             self.loss_sums[tasks] += step.host.to(self.loss_sums)
             self.loss_counts[tasks] += 1
+            self._warn_of_silence()
+        self._remember_own()
         return report
+
+    def _taken(self, step: Step, parts: Parts | None, scaler: GradScaler | None, factor: float) -> Report:
+        if parts is None:
+            return self._plain(step, scaler, factor)
+        one, scale = _seed(step, scaler)
+        return BalancedStep(self, step, parts, one, scale, factor).run()
 
     @torch.no_grad()
     def observe(self, losses: Mapping[str, Tensor] | Tensor) -> None:
@@ -212,13 +259,15 @@ class Balancer(nn.Module):
         """
         if not self.needs_observation or self._skipped:
             return
-        step = read_losses(losses, self.tasks, self.nan)
+        step = read_losses(losses, self.tasks, self.nan, self.zero)
         if bad := step.not_finite():
             raise ValueError(f"Losses must be finite, but got {bad}. Look at the data and the learning rate.")
         apply_rule(self.loss.observe, step, step.losses)
+        self._silent_steps["observation"] = -1
 
     def end_epoch(self) -> None:
-        """Close an epoch: rules that think in epochs get its mean losses, NaN for a task that was never present."""
+        """Close an epoch: rules that update once per epoch get its mean losses, NaN for a task that was never present."""
+        self._silent_steps["epochs"] = -1
         if hasattr(self.loss, "end_epoch"):
             self.loss.end_epoch(self.loss_sums / self.loss_counts)
         self.loss_sums.zero_()
@@ -246,35 +295,79 @@ class Balancer(nn.Module):
             inputs = trunk if measure is None else read_shared(measure, "measure")
         return self.engine.estimate(inputs, trunk, len(self.tasks), blocks=self.source == "parameters")
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The tasks, so that a checkpoint is not loaded into a stage for others."""
-        return {"tasks": self.tasks}
+    def get_extra_state(self) -> Tensor:
+        """Return the names of the tasks, so that a checkpoint is not loaded into a stage for others. Shape (n,), uint8."""
+        return encode_tasks(self.tasks)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
         """Check the tasks of a checkpoint.
 
         Raises:
             ValueError: If they differ from this stage's.
         """
-        if tuple(state["tasks"]) != self.tasks:
-            raise ValueError(f"The checkpoint is of tasks {tuple(state['tasks'])}, but this Balancer is for {self.tasks}.")
+        check_tasks(state, self.tasks, "Balancer")
 
-    def _plain(self, step: Step, scaler: GradScaler | None) -> Report:
+    def __repr__(self) -> str:
+        loss, gradient = self._described
+        choices = {"source": "parameters", "scale": "paper", "nan": "error", "zero": "present"}
+        chosen = [f"{name}={getattr(self, name)!r}" for name, default in choices.items() if getattr(self, name) != default]
+        ways = {"engine": (self.engine.choice, "auto"), "memory": (self.engine.memory, "jacobian")}
+        chosen += [f"{name}={value!r}" for name, (value, default) in ways.items() if value != default]
+        return f"Balancer({', '.join([repr(self.tasks), f'loss={loss}', f'gradient={gradient}', *chosen])})"
+
+    def warn_of_lonely_parameters(self, step: Step, parts: Parts, reaches: Sequence[Sequence[bool]]) -> None:
+        """Warn once of shared parameters that one task alone reaches: they are probably a head."""
+        if self._warned_of_lonely_parameters or self.source != "parameters" or sum(map(any, zip(*reaches, strict=True))) < 2:
+            return
+        lonely = [i for i, tasks in enumerate(reaches) if sum(tasks) == 1]
+        if lonely:
+            self._warned_of_lonely_parameters = True
+            first = lonely[0]
+            task, shape = step.tasks[list(reaches[first]).index(True)], tuple(parts.inputs[first].shape)
+            warnings.warn(
+                f"shared must hold parameters that several tasks reach, but a parameter of shape {shape} is reached by "
+                f"task '{task}' only ({len(lonely)} such in all). If it belongs to a head, leave it out of shared.",
+                stacklevel=6,
+            )
+
+    def _plain(self, step: Step, scaler: GradScaler | None, factor: float) -> Report:
+        if step.is_half:
+            return self._plain_in_half_precision(step, scaler, factor)
         step.losses.retain_grad()  # the weights of the losses come with the backward pass
         weighted = weigh(self.loss, step, step.losses)
-        total = weighted.sum()
+        total = weighted.sum() if factor == 1.0 else factor * weighted.sum()
         (total if scaler is None else scaler.scale(total)).backward()  # type: ignore[no-untyped-call]
         loss_weights = step.losses.grad
         if loss_weights is None:
             raise ValueError("The loss balancer must return losses that depend on the given ones, but they do not.")
-        if scaler is not None:
-            loss_weights = loss_weights / scaler.get_scale()
-            if self.needs_observation:  # it must not learn from a step that the scaler will skip
-                self._skipped = not all(p.grad is None or p.grad.isfinite().all() for p in leaves([step.losses]))
+        loss_weights = loss_weights / (factor * (1.0 if scaler is None else scaler.get_scale()))
+        if scaler is not None and (self.needs_observation or isinstance(self.loss, nn.Module)):
+            gradients = [leaf.grad for leaf in leaves([step.losses]) if leaf.grad is not None]
+            self._skipped = not are_finite(gradients)  # no rule must learn from a step that the scaler will skip
         weighted = weighted.detach()
         return Report(step.tasks, step.losses.detach(), weighted, loss_weights, torch.ones_like(weighted))
 
-    def _parts(self, step: Step, shared: Any, features: Any, measure: Any) -> Parts:
+    def _plain_in_half_precision(self, step: Step, scaler: GradScaler | None, factor: float) -> Report:
+        """Take the step with one backward pass for each task: the weight of a small loss overflows as a seed of a pass."""
+        weighed = weighing(self.loss, step)
+        one, scale = _seed(step, scaler)
+        trained = [leaf for leaf in leaves(step.roots) if leaf.requires_grad]
+        found = HeadGradients([])
+        for gradients in one_by_one(AtLosses(step.roots, one), trained, keep=False):
+            found.append(trained, gradients)
+        pairs = [*found.weighted((factor * weighed.jacobian.sum(dim=0)).tolist()), *weighed.own_pairs(factor * scale)]
+        self._skipped = scaler is not None and not are_finite([gradient for _, gradient in pairs])
+        accumulate(pairs)
+        return weighed.report(step, torch.ones(len(step.tasks), dtype=torch.float64, device="cpu"), None)
+
+    def _parts(self, step: Step, shared: Any, features: Any, measure: Any) -> Parts | None:
+        if self.gradient is None:  # arguments that are given are checked, so that a gradient balancer is no surprise later
+            for name, given in (("shared", shared), ("measure", measure)):
+                if given is not None:
+                    read_shared(given, name)
+            if features is not None:
+                read_features(features)
+            return None
         parts = read_parts(self.source, step.roots, shared, features, measure, self.parameters())
         if self.sees == "jacobian" and measure is not None:
             raise ValueError("measure is for rules that give weights, but this one sees the Jacobian and gives a direction.")
@@ -285,105 +378,69 @@ class Balancer(nn.Module):
             )
         return parts
 
-    def _balanced(self, step: Step, parts: Parts, scaler: GradScaler | None) -> Report:
-        one = torch.ones_like(step.losses[0].detach())
-        one, factor = (one, 1.0) if scaler is None else (scaler.scale(one), scaler.get_scale())
-        start = AtLosses(step.roots, one)
-        kept = self.gradient.reuse(step.present) if hasattr(self.gradient, "reuse") else None
-        if kept is not None:
-            return self._reused(step, start, parts, kept, factor)
-
-        found = self.engine.measure(start, parts, whole=self.sees == "jacobian")
-        if parts.inputs and not any(found.reached):
-            raise ValueError(f"No loss reaches any of the {len(parts.inputs)} tensors in {self.source}.")
-        numbers = torch.cat([found.gramian, found.heads.sums(found.gramian.device)[None]]).cpu()  # the one copy to the host
-        G = numbers[:-1] / factor**2
-        finite = (G.diagonal() + numbers[-1]).isfinite().tolist()
-        bad = [task for task, is_finite in zip(step.tasks, finite, strict=True) if not is_finite]
-        self._skipped = bool(bad)
-        if bad and scaler is None:
-            raise ValueError(f"Gradients must be finite, but those of {', '.join(bad)} are not. Look at the learning rate.")
-        if bad and scaler is not None:
-            return self._skip(step, scaler)
-
-        weighed = weighing(self.loss, step)
-        E = weighed.jacobian  # (K, K): gradients of the weighted losses = E @ gradients of the losses
-        G = E @ G @ E.T  # (K, K)
-        if found.jacobian is None or not parts.inputs:
-            weights = self._weights(step, G) if parts.inputs else torch.ones_like(G[0])  # (K,)
-            row_weights = weights @ E  # (K,), of the gradients of the losses
-            found.accumulate(row_weights.tolist())
-        else:
-            weights, row_weights = None, E.sum(dim=0)
-            change_rows(found.jacobian, E / factor)
-            found.accumulate_direction(factor * self._direction(step, G, found.jacobian))  # (P,)
-        found.heads.accumulate((row_weights if self.heads == "weighted" else E.sum(dim=0)).tolist())
-        add(weighed.own, weighed.own_gradients, factor)
-        return weighed.report(step, weights, G)
-
-    def _reused(self, step: Step, start: AtLosses, parts: Parts, weights: Weights, factor: float) -> Report:
-        """A step with weights that are known beforehand: one ordinary backward pass, and one through unweighted heads."""
-        weighed = weighing(self.loss, step)
-        total = float(weights.sum())
-        weights = weights.cpu() * (len(weights) / total if self.scale == "sum" and total > 0 else self.stretch.cpu())
-        row_weights = (weights @ weighed.jacobian).tolist()
-        if self.heads == "weighted":
-            backward(start, row_weights, [*parts.trunk, *parts.heads])
-        else:
-            backward(start, weighed.jacobian.sum(dim=0).tolist(), parts.heads, keep=True)
-            backward(start, row_weights, parts.trunk)
-        add(weighed.own, weighed.own_gradients, factor)
-        return weighed.report(step, weights, None)
-
     def _skip(self, step: Step, scaler: GradScaler) -> Report:
         """Leave NaN gradients, so that the scaler skips the step; no rule sees it."""
-        scaler.scale(step.losses.detach())  # it must know that it is in use
-        for leaf in (*leaves(step.roots), *(parameter for parameter in self.parameters() if parameter.requires_grad)):
-            add([leaf], [torch.full_like(leaf, math.nan)])
+        self._skipped = True
+        scaler.scale(step.losses.detach())  # initialises the scaler, which scaler.step requires
+        accumulate(nan_gradients([*leaves(step.roots), *(p for p in self.parameters() if p.requires_grad)]))
+        self._consumable = [(id(p), id(p.grad), -1) for p in self.parameters()]  # never to be added to
         losses = step.losses.detach()
-        nothing = torch.full_like(losses, math.nan)
+        nothing = torch.full_like(losses, torch.nan)
         return Report(step.tasks, losses, nothing, nothing, nothing)
 
-    def _weights(self, step: Step, G: Gramian) -> Weights:
-        """Weights of the gradients of the weighted losses. Shape (K,)."""
-        weights = apply_rule(self.gradient, step, G, **self._keywords(step))
-        if not isinstance(weights, torch.Tensor) or weights.shape != G.shape[:1] or not weights.isfinite().all():
-            raise ValueError(f"The gradient balancer must return {len(G)} finite weights, but got {weights}.")
-        weights = weights.detach().to(G)
-        if self.scale == "sum":
-            total = float(weights.sum())
-            return weights * (len(G) / total if total > 0 else 1.0)
-        rounding = float(weights.abs() @ G.diagonal().clamp(min=0).sqrt()) ** 2 * _ROUNDING
-        self.stretch.fill_(self._stretch(G, float(weights @ G @ weights), rounding))
-        return weights * self.stretch.cpu()
+    def _drop_consumed(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Drop gradients of own parameters that an optimizer has used, or that belong to a skipped step.
 
-    def _direction(self, step: Step, G: Gramian, J: Jacobian) -> Direction:
-        """The direction of a rule that sees the Jacobian. Shape (P,)."""
-        direction = apply_rule(self.gradient, step, J, **self._keywords(step))
-        if not isinstance(direction, torch.Tensor) or direction.shape != J.shape[1:] or not direction.isfinite().all():
-            raise ValueError(f"The gradient balancer must return a finite direction ({J.shape[1]},), but got {direction}.")
-        direction = direction.detach()
-        square = float(torch.linalg.vector_norm(direction, dtype=torch.float64)) ** 2
-        return direction * self._stretch(G, square, 0.0)
+        Not every training loop sets them to zero: it may know the model's parameters only.
 
-    def _keywords(self, step: Step) -> dict[str, Tensor]:
-        return {"losses": step.host} if takes(self.gradient, "losses") else {}
+        Returns:
+            The parameters and their ``.grad`` before.
+        """
+        before: list[tuple[Tensor, Tensor | None]] = [(parameter, parameter.grad) for parameter in self.parameters()]
+        left = {(parameter, gradient): version for parameter, gradient, version in self._consumable}
+        for parameter, gradient in before:
+            version = left.get((id(parameter), id(gradient)))
+            if gradient is not None and version is not None and version != parameter._version:
+                parameter.grad = None
+        return before
 
-    def _stretch(self, G: Gramian, square: float, rounding: float) -> float:
-        """Factor that brings a direction of the given squared length to that of the summed gradient, if that is asked for."""
-        if self.scale != "norm" or square <= rounding:  # a direction that is zero but for rounding stays so
-            return 1.0
-        return math.sqrt(max(float(G.sum()), 0.0) / square)
+    def _remember_own(self) -> None:
+        self._consumable = [(id(p), id(p.grad), -1 if self._skipped else p._version) for p in self.parameters()]
+
+    def _put_back(self, rules: Snapshot, stretch: Tensor, own: list[tuple[Tensor, Tensor | None]]) -> None:
+        rules.restore()
+        self.stretch.copy_(stretch)
+        for parameter, gradient in own:
+            parameter.grad = gradient
+
+    def _warn_of_silence(self) -> None:
+        """Warn once of a call that a loss balancer needs and that never comes."""
+        calls = {
+            "observation": (self.needs_observation, "observe(losses) after each optimizer step"),
+            "epochs": (getattr(self.loss, "needs_epochs", False), "end_epoch() after each epoch"),
+        }
+        for kind, (needed, call) in calls.items():
+            if not needed or self._silent_steps[kind] < 0:
+                continue
+            self._silent_steps[kind] += 1
+            if self._silent_steps[kind] == _SILENT_STEPS[kind]:
+                self._silent_steps[kind] = -1
+                warnings.warn(
+                    f"The loss balancer {self._described[0]} needs balancer.{call}, but {_SILENT_STEPS[kind]} steps have "
+                    "passed without: its weights stay as they are. Ignore this if the call is still to come.",
+                    stacklevel=4,
+                )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Balancer:  # noqa: FBT001, FBT002
-        """Move or cast, as ``.to()`` and ``.half()`` ask; the rules' float64 state moves but is never cast."""
-
-        def keep_precision(tensor: Tensor) -> Tensor:
-            changed = fn(tensor)
-            return tensor.to(changed.device) if tensor.dtype == torch.float64 else changed
-
-        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        """Move or cast, as ``.to()`` and ``.half()`` ask; the rules' state keeps its values and dtypes."""
+        super()._apply(preserving(self, fn), recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _seed(step: Step, scaler: GradScaler | None) -> tuple[Tensor, float]:
+    """Return the gradient with which backward passes begin, as a tensor and as a number."""
+    one = torch.ones_like(step.losses[0].detach())
+    return (one, 1.0) if scaler is None else (scaler.scale(one), scaler.get_scale())
 
 
 def _refuse_several_processes() -> None:

@@ -1,43 +1,35 @@
-"""How the task gradients of one step are had: in which passes, in which form, and what of them is held."""
+"""Compute the per-task gradients of one step: which backward passes run, and what is kept in memory."""
 
 from __future__ import annotations
 
 import functools
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
-from balance.graph import Layer, Root, activations, depths, layers
-from balance.jacobian import (
-    AtFeatures,
-    AtLosses,
-    HeadGradients,
-    InnerProducts,
-    Rows,
-    Start,
-    accumulate,
-    all_at_once,
-    backward,
-    flat,
-    one_by_one,
-    pieces,
-)
+from balance.accumulate import without_hooks
+from balance.functions import Functions, explained
+from balance.gramian import HeadGradients, InnerProducts, Rows, SparseRows, flat, pieces, sparse_rows, unflat
+from balance.graph import Layer, Root, activations, depths, layers, unpacks
+from balance.passes import AtFeatures, AtLosses, Start, all_at_once, one_by_one, weighted_sum
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
+    from balance.accumulate import LeafGradient
     from balance.parts import Parts
     from balance.shapes import Direction, EngineChoice, Gramian, Jacobian, Memory
 
 Form = Literal["rows", "matrix", "gramian"]
 
-_SHARE = 0.4  # of the Jacobian: what is held of it at most with memory="gramian", unless one parameter alone is larger
-_SMALL = 0.1  # of the shared parameters: features that are fewer may be held for every task
-# What it costs to move a number about, a multiplication in double precision, and one in a QR decomposition, relative to one
+_SHARE = 0.4  # of the Jacobian: what is kept of it at most with memory="gramian", unless one parameter alone is larger
+_SMALL = 0.1  # of the shared parameters: features that are fewer may be kept for every task
+# Cost of moving a number, of a multiplication in double precision, and of one in a QR decomposition, relative to one
 # multiplication in a product of matrices; measured on a CPU, rounded
 _MOVED, _DOUBLE, _DECOMPOSED = 20, 4, 2.5
 
@@ -59,12 +51,13 @@ class Estimate(NamedTuple):
 
 
 class _Site(NamedTuple):
-    """A tensor whose gradients are wanted, and the layer through which they are had, if through one."""
+    """A tensor to differentiate with respect to, and the layer or the places that yield its gradient, if any."""
 
     place: int  # among the inputs
     tensor: Tensor
     layer: Layer | None = None
     given: Tensor | None = None  # to the layer
+    sparse: SparseRows | None = None  # where all gradients are sparse
 
     @property
     def target(self) -> Root:
@@ -72,94 +65,134 @@ class _Site(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Numbers that are held for one task."""
+        """Numbers that are kept for one task."""
         return self.tensor.numel() if self.layer is None else self.layer.samples * self.layer.outputs
 
     def read(self) -> _Site:
-        """The same with what the layer was given, which the graph will not hold for ever."""
+        """Return the site with the layer's input, which the graph will not hold for ever."""
         return self if self.layer is None else self._replace(given=self.layer.inputs())
 
     def coordinates(self, rows: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """The tensor's gradients in coordinates that keep inner products, flat."""
+        """Return the tensor's gradients in coordinates that keep inner products, flat."""
         if self.layer is None or self.given is None:
             return rows
         R = self.layer.triangle(self.given)
-        return [None if row is None else self.layer.coordinates(R, self._unflat(row)).reshape(-1) for row in rows]
+        return [None if row is None else self.layer.coordinates(R, row.view(self.layer.shape)).reshape(-1) for row in rows]
 
     def gradient(self, row: Tensor) -> Tensor:
-        """The tensor's gradient."""
+        """Return the tensor's gradient."""
+        if self.sparse is not None:
+            return self.sparse.gradient(row)
         if self.layer is None or self.given is None:
-            return row
-        return self.layer.weight_gradient(self.given, self._unflat(row))
-
-    def _unflat(self, row: Tensor) -> Tensor:
-        assert self.layer is not None
-        return row.view(self.layer.shape)
+            return unflat(row, self.tensor)
+        return self.layer.weight_gradient(self.given, row.view(self.layer.shape))
 
 
 @dataclass
 class TaskGradients:
-    """Gradients of K losses, measured, and able to become a direction."""
+    """Gradients of K losses, and their weighted sums.
 
-    start: Start  # where a further pass begins
+    Attributes:
+        start: Where a further pass begins.
+        parts: Leaves of the graph.
+        gramian: Inner products, float64. Shape (K, K).
+        reaches: For each of ``parts.inputs`` and each task, whether the task reaches it.
+        heads: Gradients of the task-specific parameters.
+        rows: The gradients, if they are stored by tensor.
+        sites: The tensors of the rows.
+        jacobian: The gradients as one matrix, where a rule sees it. Shape (K, P).
+    """
+
+    start: Start
     parts: Parts
-    gramian: Gramian  # (K, K), float64
-    reached: list[bool]  # for each of ``parts.inputs``, whether any task reaches it
-    heads: HeadGradients = field(default_factory=HeadGradients)
-    rows: Rows | None = None  # where they are stored
-    sites: Sequence[_Site] = ()  # what they are gradients of
-    jacobian: Jacobian | None = None  # (K, P), where a rule must see it
+    gramian: Gramian
+    reaches: list[list[bool]]
+    heads: HeadGradients = field(default_factory=lambda: HeadGradients([]))
+    rows: Rows | None = None
+    sites: Sequence[_Site] = ()
+    jacobian: Jacobian | None = None
+    sparse: dict[int, int] = field(default_factory=dict)  # number of sparse dimensions, by place, where all rows are sparse
 
-    def accumulate(self, weights: Sequence[float]) -> None:
-        """Add the weighted sum of the tasks' gradients to ``.grad`` of the trunk, once. ``weights``: (K,)."""
-        if self.rows is None or self.parts.source == "features":
-            backward(self.start, weights, self.parts.trunk)
-            return
-        held = zip(self.sites, self.rows.pieces, self.rows.combined(weights), strict=True)
-        for site, own, total in held:
+    @property
+    def reached(self) -> list[bool]:
+        """For each of ``parts.inputs``, whether any task reaches it."""
+        return [any(tasks) for tasks in self.reaches]
+
+    @property
+    def reaching(self) -> list[bool]:
+        """For each task, whether it reaches any of ``parts.inputs``."""
+        return [any(tasks) for tasks in zip(*self.reaches, strict=True)]
+
+    @property
+    def needs_pass(self) -> bool:
+        """Whether a weighted sum costs a further backward pass."""
+        return self.rows is None or self.parts.source == "features"
+
+    def weighted(self, weights: Sequence[float]) -> list[LeafGradient]:
+        """Return the weighted sum of the tasks' gradients of the trunk, once: what is stored is dropped."""
+        if self.rows is None or self.needs_pass:
+            return _paired(self.parts.trunk, weighted_sum(self.start, weights, self.parts.trunk))
+        found = []
+        for site, own, total in zip(self.sites, self.rows.pieces, self.rows.combined(weights), strict=True):
             own.clear()
             if total is not None:
-                accumulate(site.tensor, site.gradient(total), fresh=True)
+                found.append((site.tensor, site.gradient(total)))
+        return found
 
-    def accumulate_direction(self, direction: Direction) -> None:
-        """Add a direction, of the parameters or of the features, to ``.grad`` of the trunk, once. Shape (P,)."""
-        parts = self.parts
-        found = pieces(direction, parts.inputs, self.reached)
-        if parts.source == "parameters":
-            for parameter, piece in zip(parts.inputs, found, strict=True):
-                if piece is not None:
-                    accumulate(parameter, piece)
-            return
-        rows = Rows(1, [[None if piece is None else piece.reshape(-1)] for piece in found])
-        backward(AtFeatures(parts.inputs, rows), [1.0], parts.trunk)
+    def cut(self, direction: Direction) -> list[Tensor | None]:
+        """Cut a direction into pieces for ``parts.inputs``, sparse where all gradients were. Shape (P,)."""
+        found = pieces(direction, self.parts.inputs, self.reached)
+        for place, dimensions in self.sparse.items():
+            piece = found[place]
+            found[place] = None if piece is None else piece.to_sparse(dimensions)
+        return found
+
+    def follow(self, pieces: Sequence[Tensor | None]) -> None:
+        """Replace the tasks' gradients of the features by one direction."""
+        self.rows = Rows(1, [[None if piece is None else flat(piece)] for piece in pieces])
+        self.start = AtFeatures(self.parts.inputs, self.rows)
 
 
 class Engine:
-    """How a balancer has its task gradients; see `Balancer` for the choices."""
+    """Computation of the task gradients of a balancer; see `Balancer` for the choices."""
 
     def __init__(self, choice: EngineChoice, memory: Memory) -> None:
         self.choice, self.memory = choice, memory
-        self._batches: bool | None = None  # whether the operations can be batched; None: not tried yet
+        self.functions = Functions()
+        self._refused = False  # whether an operation could not be batched
+        self._batched: set[frozenset[type]] = set()  # kinds of nodes of graphs that have been batched
+
+    def __reduce__(self) -> tuple[type[Engine], tuple[EngineChoice, Memory]]:
+        return Engine, (self.choice, self.memory)  # a copy learns anew what its graphs allow
 
     def measure(self, start: AtLosses, parts: Parts, *, whole: bool) -> TaskGradients:
-        """Gradients of all tasks.
+        """Compute the gradients of all tasks.
 
         Args:
             start: Passes that begin at the losses.
             parts: Leaves of the graph.
-            whole: The Jacobian is wanted as one matrix (K, P).
+            whole: The Jacobian is needed as one matrix (K, P).
+
+        Raises:
+            RuntimeError: If the graph cannot be walked once for each task; ``.grad`` is then as before.
         """
+        walked = parts.above.functions if parts.source == "features" else [*parts.above.functions, *parts.below.functions]
+        leaves, targets = [*parts.trunk, *parts.heads], [*parts.inputs, *parts.heads]
+        with ExitStack() as stack:
+            stack.enter_context(without_hooks([*parts.trunk, *parts.heads]))
+            if walked:
+                stack.enter_context(self.functions.guarded(walked, start, targets, leaves))
+            return self._measured(start, parts, whole=whole)
+
+    def _measured(self, start: AtLosses, parts: Parts, *, whole: bool) -> TaskGradients:
         plain = [_Site(i, tensor) for i, tensor in enumerate(parts.inputs)]
         if parts.source == "features":
             found = self._collect(start, parts, [plain], parts.heads, "matrix" if whole else "rows", again=True)
             if found.rows is not None and parts.features:
                 found.start = AtFeatures(parts.features, found.rows)
             return found
-        if whole:
-            form: Form = "matrix"
-        else:  # gradients of a part do not make a direction for the whole
-            form = "gramian" if self.memory == "gramian" or len(parts.inputs) < len(parts.trunk) else "rows"
-        blocks = [plain] if whole else self._blocks(parts, _sites(parts, start.num_tasks))
+        form = "matrix" if whole else self._form(parts)
+        blocks = [plain] if whole else self._blocks(parts, _sites(parts, start.num_tasks), form)
         batched = self._is_batched(parts, start.device)
         if not parts.features or not (batched or (form == "gramian" and _is_small(parts))):
             return self._collect(start, parts, blocks, parts.heads, form, batched=batched)
@@ -174,8 +207,14 @@ class Engine:
             upper.rows.pieces.clear()
         return found
 
+    def _form(self, parts: Parts) -> Form:
+        if len(parts.inputs) < len(parts.trunk):
+            return "gramian"  # gradients of a part do not make a direction for the whole
+        # Every further pass would compute checkpointed activations once more, and keep what it does not use
+        return "gramian" if self.memory == "gramian" and not unpacks(parts.below) else "rows"
+
     def estimate(self, inputs: Sequence[Tensor], trunk: Sequence[Tensor], num_tasks: int, *, blocks: bool) -> Estimate:
-        """Memory for gradients with respect to ``inputs``, which can be taken in blocks or not; see `Estimate`."""
+        """Return the memory for gradients with respect to ``inputs``, in ``blocks`` of the tensors or not; see `Estimate`."""
         stored = num_tasks * _bytes(inputs)
         largest = max((p.numel() * p.element_size() for p in inputs), default=0)
         least = min(num_tasks * max(int(_SHARE * _bytes(trunk)), largest), stored) if blocks else stored
@@ -196,7 +235,7 @@ class Engine:
         K, inputs = start.num_tasks, parts.inputs
         device = inputs[0].device if inputs else start.device
         apart = again and parts.disjoint and bool(parts.features)
-        found = TaskGradients(start, parts, torch.empty(0), [False] * len(inputs))
+        found = TaskGradients(start, parts, torch.empty(0), [[False] * K for _ in inputs])
         if form == "matrix":
             found.jacobian = _matrix(inputs, K, device)
         length = sum(site.length for block in blocks for site in block)
@@ -205,16 +244,19 @@ class Engine:
             sites = [site.read() for site in block]
             keep = again or form == "gramian" or number < len(blocks) - 1
             targets = [*(site.target for site in sites), *(heads if number == 0 else ())]
-            passes = self._passes(start, targets, keep=keep, apart=apart, batched=batched)
+            passes = self._passes(start, parts, targets, keep=keep, apart=apart, batched=batched)
             rows = Rows(K, [[] for _ in sites])
             for k, gradients in enumerate(passes):
                 places = _places(found.jacobian, k, sites)
-                for i, own in enumerate(rows.pieces):
-                    own.append(_row(gradients[i], places[i], K if batched else 1))
+                for site, own, gradient, place in zip(sites, rows.pieces, gradients, places, strict=False):
+                    own.append(_row(gradient, place, K if batched else 1))
+                    if gradient is not None and gradient.is_sparse:
+                        found.sparse[site.place] = gradient.sparse_dim()
                 if number == 0:
                     found.heads.append(heads, gradients[len(sites) :])
-            for site, own, there in zip(sites, rows.pieces, rows.reached, strict=True):
-                found.reached[site.place] = there
+            sites = _with_sparse_rows(sites, rows)
+            for site, own in zip(sites, rows.pieces, strict=True):
+                found.reaches[site.place] = [row is not None for row in own]
                 products.add(site.coordinates(own))
                 if form == "gramian":
                     own.clear()
@@ -224,24 +266,26 @@ class Engine:
         return found
 
     def _passes(
-        self, start: Start, targets: Sequence[Root], *, keep: bool, apart: bool, batched: bool
+        self, start: Start, parts: Parts, targets: Sequence[Root], *, keep: bool, apart: bool, batched: bool
     ) -> Iterable[Sequence[Tensor | None]]:
-        if batched and self._batches is not False:
+        if batched and not self._refused:
+            kinds = frozenset(map(type, (*parts.above.users, *parts.below.users)))
             try:
-                found = all_at_once(start, targets, keep=keep or self._batches is None)
+                # A graph of unknown operations is kept, so that the loop can follow where one cannot be batched
+                found = all_at_once(start, targets, keep=keep or kinds not in self._batched)
             except RuntimeError as error:
-                if self._batches:  # the graph may be gone
+                if kinds in self._batched and not keep:  # parts of the graph may be gone
                     raise
-                self._batches = False
+                self._refused = True
                 warnings.warn(
                     f"The backward passes of the tasks cannot be batched and run one after the other: {error}".splitlines()[0]
                     + " Use engine='loop'.",
-                    stacklevel=6,
+                    stacklevel=7,
                 )
             else:
-                self._batches = True
+                self._batched.add(kinds)
                 return found
-        return one_by_one(start, targets, keep=keep, apart=apart)
+        return explained(one_by_one(start, targets, keep=keep, apart=apart))
 
     def _is_batched(self, parts: Parts, device: torch.device) -> bool:
         """Whether all tasks go through the trunk in one pass: as the user says, or on an accelerator if they all fit."""
@@ -251,9 +295,9 @@ class Engine:
             return False
         return activations(parts.below) <= sum(p.numel() for p in parts.trunk)
 
-    def _blocks(self, parts: Parts, sites: Sequence[_Site]) -> list[list[_Site]]:
-        """Tensors that are measured in the same passes, the latest of the forward pass first."""
-        if self.memory != "gramian":
+    def _blocks(self, parts: Parts, sites: Sequence[_Site], form: Form) -> list[list[_Site]]:
+        """Return tensors that are measured in the same passes, the latest of the forward pass first."""
+        if self.memory != "gramian" or form != "gramian":
             return [list(sites)]
         limit = _SHARE * sum(p.numel() for p in parts.trunk)
         depth = depths(parts.below, parts.inputs)
@@ -265,15 +309,35 @@ class Engine:
         return blocks
 
 
+def _paired(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[LeafGradient]:
+    return [(leaf, gradient) for leaf, gradient in zip(leaves, gradients, strict=True) if gradient is not None]
+
+
+def _with_sparse_rows(sites: Sequence[_Site], rows: Rows) -> list[_Site]:
+    """Replace sparse gradients by dense numbers at common places, in the rows and in the sites."""
+    found = []
+    for i, site in enumerate(sites):
+        sparse = sparse_rows(rows.pieces[i])
+        if sparse is not None:
+            rows.pieces[i] = list(sparse.rows)
+            site = site._replace(sparse=sparse._replace(rows=[]))  # noqa: PLW2901
+        elif any(row is not None and row.is_sparse for row in rows.pieces[i]):
+            rows.pieces[i] = [None if row is None else flat(row) for row in rows.pieces[i]]
+        found.append(site)
+    return found
+
+
 def _places(jacobian: Jacobian | None, k: int, block: Sequence[_Site]) -> Sequence[Tensor | None]:
-    """Where the gradients of task k go, if they go into one matrix."""
+    """Return where the gradients of task k go, if they go into one matrix."""
     return [None] * len(block) if jacobian is None else torch.split(jacobian[k], [site.tensor.numel() for site in block])
 
 
 def _row(gradient: Tensor | None, place: Tensor | None, sharers: int) -> Tensor | None:
-    """One task's gradient of one tensor, as it is held."""
+    """Return one task's gradient of one tensor as it is stored: flat, or sparse for now."""
     if gradient is None:
         return None
+    if gradient.is_sparse and place is None:
+        return gradient
     row = flat(gradient, sharers)
     return row if place is None else place.copy_(row)
 
@@ -284,11 +348,8 @@ def _matrix(inputs: Sequence[Tensor], num_tasks: int, device: torch.device) -> J
 
 
 def _sites(parts: Parts, num_tasks: int) -> list[_Site]:
-    known = layers(parts.below, parts.inputs)
-    return [
-        _Site(i, tensor, known[i] if i in known and _pays(known[i], num_tasks) else None)
-        for i, tensor in enumerate(parts.inputs)
-    ]
+    known = layers(parts.below, parts.inputs, lambda layer: _pays(layer, num_tasks))
+    return [_Site(i, tensor, known.get(i)) for i, tensor in enumerate(parts.inputs)]
 
 
 def _is_small(parts: Parts) -> bool:
@@ -300,12 +361,12 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _direct_cost(layer: Layer, num_tasks: int) -> float:
-    """Multiplications for the weight's gradients and their inner products."""
+    """Return the multiplications for the weight's gradients and their inner products."""
     return num_tasks * layer.weight.numel() * (layer.samples + _MOVED + _DOUBLE * num_tasks)
 
 
 def _short_cost(layer: Layer, num_tasks: int) -> float:
-    """The same through the gradients of the layer's outputs, with the product that makes the direction of them."""
+    """Return the same through the gradients of the layer's outputs, with the product that makes the direction of them."""
     N, P = layer.samples, layer.weight.numel()
     return _DECOMPOSED * N * N * layer.width + num_tasks * N * layer.outputs * (N + _MOVED + _DOUBLE * num_tasks) + N * P
 

@@ -1,9 +1,11 @@
-"""Autograd's graph, read but not run: which leaves are below, and which parameters belong to layers whose inputs are known."""
+"""Traversal of autograd's graph: the leaves below some roots, and the layers whose inputs are known. Nothing is run here."""
 
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,13 +18,19 @@ if TYPE_CHECKING:
 
 Root = Tensor | GradientEdge  # where a backward pass can begin
 
+# A node is recognised by its type alone: a custom Function may store anything under any attribute of its node
+_Leaf: Any = type(get_gradient_edge(torch.zeros((), device="cpu", requires_grad=True)).node)
+_Function: Any = torch._C._FunctionBase
+
 
 class Trace(NamedTuple):
-    """What is below some roots, down to where the walk was told to stop."""
+    """The graph below some roots, down to the tensors at which the walk stops."""
 
     leaves: list[Tensor]  # tensors that receive a gradient, in the order of the walk
     users: dict[Any, list[tuple[Any, int]]]  # by node: the nodes that take its output, and as which of their inputs
     disjoint: bool  # no two roots have a node in common, but for leaves
+    functions: list[Any]  # nodes that Python code defines
+    entrances: list[Any]  # nodes that use a tensor at which the walk stops
 
 
 class Layer(NamedTuple):
@@ -34,7 +42,7 @@ class Layer(NamedTuple):
     """
 
     weight: Tensor
-    edge: GradientEdge  # where the gradient of the layer's output arrives
+    edge: GradientEdge  # the place at which the gradient of the layer's output arrives
     shape: tuple[int, ...]  # of that
     transposed: bool  # the weight was used as its transpose, as linear layers do
 
@@ -54,8 +62,8 @@ class Layer(NamedTuple):
         return self.weight.numel() // self.outputs
 
     def inputs(self) -> Tensor:
-        """What the layer was given, while the graph holds it."""
-        found: Tensor = getattr(self.edge.node, _INPUTS[self.edge.node.name()]).detach()
+        """Return the layer's input, which the graph must still hold."""
+        found: Tensor = getattr(self.edge.node, _INPUTS[_kind(self.edge.node)]).detach()
         return found if found.layout == torch.strided else found.to_dense()
 
     def triangle(self, inputs: Tensor) -> Tensor:
@@ -86,39 +94,56 @@ class Layer(NamedTuple):
 
 
 def edge(root: Root) -> GradientEdge:
-    """Where the gradient of a tensor arrives."""
+    """Return the place at which the gradient of a tensor arrives."""
     return get_gradient_edge(root) if isinstance(root, Tensor) else root
+
+
+def is_leaf(node: Any) -> bool:
+    """Whether a node accumulates the gradient of a leaf tensor."""
+    return type(node) is _Leaf
 
 
 def trace(roots: Iterable[Root | None], stop: Iterable[Tensor] = ()) -> Trace:
     """Walk the graph below some roots; ``stop`` are tensors below which it does not go."""
+    release_graphs()
     ends = {(end.node, end.output_nr) for end in map(edge, stop)}
-    leaves: dict[int, Tensor] = {}
-    users: dict[Any, list[tuple[Any, int]]] = {}
+    found = Trace([], {}, disjoint=True, functions=[], entrances=[])
     owners: dict[Any, int] = {}
-    disjoint = True
+    starts = []
     for number, root in enumerate(roots):
         if root is None or (isinstance(root, Tensor) and not root.requires_grad):
             continue
         start = edge(root)
-        stack: list[tuple[Any, int, Any, int]] = [(start.node, start.output_nr, None, 0)]
-        while stack:
-            node, output, user, place = stack.pop()
-            if ends and (node, output) in ends:
+        starts.append(start.node)
+        if _walk(start, number, ends, owners, found):
+            found = found._replace(disjoint=False)
+    _hold_if_deep(found.users, starts)
+    return found
+
+
+def _walk(start: GradientEdge, number: int, ends: set[Any], owners: dict[Any, int], found: Trace) -> bool:
+    """Walk below one root; return whether a node, other than a leaf, belongs to an earlier root too."""
+    meets = False
+    stack: list[tuple[Any, int, Any, int]] = [(start.node, start.output_nr, None, 0)]
+    while stack:
+        node, output, user, place = stack.pop()
+        if ends and (node, output) in ends:
+            found.entrances.append(user)
+            continue
+        owner = owners.get(node)
+        if owner is None:
+            owners[node] = number
+            found.users[node] = [(user, place)]
+            if type(node) is _Leaf:
+                found.leaves.append(node.variable)
                 continue
-            owner = owners.get(node)
-            if owner is None:
-                owners[node] = number
-                users[node] = [(user, place)]
-                below = node.next_functions
-                if below:
-                    stack += [(after, nr, node, i) for i, (after, nr) in enumerate(below) if after is not None]
-                elif hasattr(node, "variable"):
-                    leaves[id(node.variable)] = node.variable
-                continue
-            users[node].append((user, place))
-            disjoint = disjoint and (owner == number or hasattr(node, "variable"))
-    return Trace(list(leaves.values()), users, disjoint)
+            if isinstance(node, _Function):
+                found.functions.append(node)
+            stack += [(below, nr, node, i) for i, (below, nr) in enumerate(node.next_functions) if below is not None]
+            continue
+        found.users[node].append((user, place))
+        meets = meets or (owner != number and type(node) is not _Leaf)
+    return meets
 
 
 def leaves(roots: Iterable[Root | None]) -> list[Tensor]:
@@ -126,13 +151,30 @@ def leaves(roots: Iterable[Root | None]) -> list[Tensor]:
     return trace(roots).leaves
 
 
+def reaching(found: Trace, roots: Sequence[Root | None], tensors: Iterable[Tensor]) -> list[bool]:
+    """Whether each root has a path to one of the leaf tensors, or to a tensor at which the walk stopped."""
+    wanted = {id(tensor) for tensor in tensors}
+    stack = [node for node in found.users if type(node) is _Leaf and id(node.variable) in wanted]
+    stack += found.entrances
+    above = set()
+    direct = None in stack  # a root is itself a tensor at which the walk stopped
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in above:
+            above.add(node)
+            stack += [user for user, _ in found.users[node]]
+    return [
+        root is not None and (edge(root).node in above or (direct and edge(root).node not in found.users)) for root in roots
+    ]
+
+
 def unstacked(losses: Tensor) -> list[Root | None] | None:
-    """Where the gradients of scalars arrive that were put together by ``torch.stack``; None if that cannot be told.
+    """Return where the gradients of scalars arrive that ``torch.stack`` put together; None if that cannot be told.
 
     Backward passes that begin there do not visit the graphs of the other scalars.
     """
     node = losses.grad_fn
-    if node is None or node.name() != "StackBackward0" or losses._backward_hooks or losses.retains_grad:
+    if node is None or _kind(node) != "StackBackward0" or losses._backward_hooks or losses.retains_grad or _has_hooks(node):
         return None
     below = node.next_functions
     if len(below) != len(losses) or losses.ndim != 1:
@@ -142,61 +184,175 @@ def unstacked(losses: Tensor) -> list[Root | None] | None:
     return [None if after is None else GradientEdge(after, nr) for after, nr in below]
 
 
-def layers(found: Trace, parameters: Sequence[Tensor]) -> dict[int, Layer]:
-    """The layers of those parameters whose gradients can be had from a layer's inputs, by place in ``parameters``."""
-    wanted = {id(parameter): i for i, parameter in enumerate(parameters) if not parameter._backward_hooks}
+def layers(found: Trace, parameters: Sequence[Tensor], pays: Any = lambda _: True) -> dict[int, Layer]:
+    """Return the layers through which the gradients of parameters can be computed, by place in ``parameters``.
+
+    A layer is taken only where its weight's gradient is provably the product of its input and the gradient that arrives:
+    no hook on the nodes in between, and no hook that unpacks what the graph has saved (checkpointing, offloading).
+
+    Args:
+        found: The graph that holds the parameters.
+        parameters: Leaf tensors.
+        pays: Called with a layer; whether to take it.
+    """
+    wanted = {id(parameter): i for i, parameter in enumerate(parameters)}
     places = {}
     for node, users in found.users.items():
-        if hasattr(node, "variable") and id(node.variable) in wanted and len(users) == 1:
-            layer = _layer(node.variable, *users[0], found)
+        if type(node) is _Leaf and id(node.variable) in wanted and len(users) == 1:
+            layer = _layer(node.variable, *users[0], found, pays)
             if layer is not None:
                 places[wanted[id(node.variable)]] = layer
     return places
 
 
 def depths(found: Trace, parameters: Sequence[Tensor]) -> list[int]:
-    """How late in the forward pass each parameter was used for the last time; -1 if it was not."""
+    """Return how late in the forward pass each parameter was used for the last time; -1 if it was not."""
     latest = {
-        id(node.variable): max((user._sequence_nr() for user, _ in users if user is not None), default=-1)
+        id(node.variable): max((_sequence_number(user) for user, _ in users if user is not None), default=-1)
         for node, users in found.users.items()
-        if hasattr(node, "variable")
+        if type(node) is _Leaf
     }
     return [latest.get(id(parameter), -1) for parameter in parameters]
 
 
-# Name of a node, and which of its inputs is the weight
+def unpacks(found: Trace) -> bool:
+    """Whether hooks unpack saved tensors in this graph, as checkpointing and offloading do: every pass pays for them."""
+    return any(
+        _is_packed(saved)
+        for node in found.users
+        if type(node) is not _Leaf
+        for name in _saved_names(type(node))
+        for saved in _as_tuple(getattr(node, name))
+    )
+
+
+# Kind of a node, and which of its inputs is the weight
 _WEIGHTS = {("AddmmBackward0", 2), ("MmBackward0", 1), ("ConvolutionBackward0", 1)}
 _INPUTS = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self", "ConvolutionBackward0": "_saved_input"}
 
 
-def _layer(weight: Tensor, node: Any, place: int, found: Trace) -> Layer | None:
-    transposed = node is not None and node.name() == "TBackward0" and len(found.users[node]) == 1
-    if transposed:
-        node, place = found.users[node][0]
-    if node is None or (node.name(), place) not in _WEIGHTS or not _is_product(node):
+_SAVED: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()  # names of what a kind of node saves
+
+
+def _kind(node: Any) -> str:
+    """Return the kind of one of torch's own nodes; an empty text for nodes that Python code defines."""
+    return "" if isinstance(node, _Function) else type(node).__name__
+
+
+def _layer(weight: Tensor, node: Any, place: int, found: Trace, pays: Any) -> Layer | None:
+    turned = node if node is not None and _kind(node) == "TBackward0" and len(found.users[node]) == 1 else None
+    if turned is not None:
+        node, place = found.users[turned][0]
+    if node is None or (_kind(node), place) not in _WEIGHTS or not _is_product(node):
         return None
     shape = tuple(node._input_metadata[0].shape)
     if len(shape) not in (2, 4) or 0 in shape:
         return None
-    return Layer(weight, GradientEdge(node, 0), shape, transposed)
+    layer = Layer(weight, GradientEdge(node, 0), shape, turned is not None)
+    if not pays(layer) or _is_packed(getattr(node, "_raw" + _INPUTS[_kind(node)])) or _has_hooks(node):
+        return None
+    return layer if turned is None or _is_plain_transpose(turned, node) else None
+
+
+def _is_plain_transpose(turned: Any, product: Any) -> bool:
+    """Whether no hook acts on a transposed weight: the product must have saved the very tensor, so that its hooks show."""
+    if _has_hooks(turned) or _is_packed(product._raw_saved_mat2):
+        return False
+    tensor = product._saved_mat2
+    return tensor is not None and tensor.grad_fn is turned and not tensor._backward_hooks and not tensor.retains_grad
+
+
+def _has_hooks(node: Any) -> bool:
+    """Whether Python code has registered hooks on a node: all of them share the dict that a further handle refers to."""
+    for register in (node.register_prehook, node.register_hook):
+        handle = register(_no_change)
+        hooks = handle.hooks_dict_ref()
+        handle.remove()
+        if hooks:
+            return True
+    return False
+
+
+def _no_change(*_: Any) -> None:
+    """Leave a gradient as it is."""
+
+
+def _is_packed(saved: Any) -> bool:
+    # Without the attribute (an older torch) nobody can tell, so the answer must be the safe one
+    return saved is not None and getattr(saved, "unpack_hook", _no_change) is not None
+
+
+def _saved_names(kind: type) -> tuple[str, ...]:
+    names = _SAVED.get(kind)
+    if names is None:
+        names = _SAVED[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+    return names
+
+
+def _as_tuple(saved: Any) -> tuple[Any, ...]:
+    return tuple(saved) if isinstance(saved, list | tuple) else (saved,)
+
+
+def _sequence_number(node: Any) -> int:
+    number: int = _Function._sequence_nr(node) if isinstance(node, _Function) else node._sequence_nr()
+    return number
 
 
 def activations(found: Trace) -> int:
-    """About how many numbers the operations of a graph make."""
-    nodes = [node for node in found.users if not hasattr(node, "variable") and node.name() != "TBackward0"]
+    """Return about how many numbers the operations of a graph make."""
+    nodes = [node for node in found.users if type(node) is not _Leaf and _kind(node) != "TBackward0"]
     return sum(math.prod(made.shape) for node in nodes for made in node._input_metadata)
 
 
 def _is_product(node: Any) -> bool:
-    """Whether the gradient of the weight is nothing but inputs times output gradients."""
-    if node.name() == "AddmmBackward0":
+    """Whether the gradient of the weight is exactly inputs times output gradients."""
+    if _kind(node) == "AddmmBackward0":
         return bool(node._saved_alpha == 1)
-    return node.name() != "ConvolutionBackward0" or (node._saved_groups == 1 and not node._saved_transposed)
+    return _kind(node) != "ConvolutionBackward0" or (node._saved_groups == 1 and not node._saved_transposed)
 
 
 def _is_alike(node: Any, output: int, losses: Tensor) -> bool:
     """Whether a gradient that arrives there is a scalar like an entry of the losses."""
-    if hasattr(node, "variable"):
+    if type(node) is _Leaf:
         return False
     there = node._input_metadata[output]
     return tuple(there.shape) == () and there.dtype == losses.dtype and there.device == losses.device
+
+
+# A graph that Python has walked is freed node by node in a recursion of torch, which overflows the stack if the graph is
+# deep. So the nodes of a deep graph are kept until nothing else refers to it, and then freed from the roots downwards.
+_DEEP = 2000  # nodes
+_abandoned: list[list[Any]] = []
+
+
+class _Nodes:
+    """Nodes of a deep graph, held by its roots."""
+
+    def __init__(self, nodes: list[Any]) -> None:
+        self.nodes = nodes
+
+    def __del__(self) -> None:
+        _abandoned.append(self.nodes)
+
+
+def _hold_if_deep(nodes: Iterable[Any], roots: Sequence[Any]) -> None:
+    below = [node for node in nodes if type(node) is not _Leaf]
+    if len(below) > _DEEP:
+        starts = set(roots)
+        held = _Nodes(sorted((node for node in below if node not in starts), key=_sequence_number))
+        for root in starts:
+            root.metadata.setdefault("balance", []).append(held)
+
+
+def release_graphs() -> None:
+    """Free the nodes of deep graphs to which nothing else refers any more."""
+    pending = list(_abandoned)
+    _abandoned.clear()
+    for nodes in pending:
+        kept = []
+        while nodes:
+            node = nodes.pop()
+            if sys.getrefcount(node) > 2:  # this name, the call's argument, and somebody else
+                kept.append(node)
+        if kept:
+            _abandoned.append(kept[::-1])

@@ -1,4 +1,4 @@
-"""The parts of a network, told apart by its graph: shared parameters, heads, and the features where they meet."""
+"""Partition of a network by its graph: shared parameters, heads, and the features where they meet."""
 
 from __future__ import annotations
 
@@ -23,8 +23,13 @@ class Parts(NamedTuple):
     trunk: list[Tensor]  # parameters that get the direction
     heads: list[Tensor]  # the others
     features: list[Tensor]  # where heads and trunk meet; empty where they do not meet in given features alone
+    above: Trace  # of the graph above the features; of all of it where there are none
     below: Trace  # of the graph that holds the trunk
-    disjoint: bool  # the graphs above the features have nothing in common
+
+    @property
+    def disjoint(self) -> bool:
+        """Whether the graphs above the features have nothing in common."""
+        return self.above.disjoint
 
 
 def read_parts(
@@ -35,7 +40,7 @@ def read_parts(
     measure: Iterable[Tensor] | None,
     own: Iterable[Tensor],
 ) -> Parts:
-    """Tell the leaves of the graph apart.
+    """Partition the leaves of the graph.
 
     Args:
         source: Where conflict is measured.
@@ -54,7 +59,7 @@ def read_parts(
             raise ValueError('measure is for source="parameters": with source="features" conflict is measured on the features.')
         inputs = tensors = read_features(features)
         above, below = trace(roots, stop=inputs), trace(inputs)
-        trunk = _distinct([*below.leaves, *([] if shared is None else read_shared(shared))])
+        trunk = _distinct([*_trainable(below.leaves), *([] if shared is None else read_shared(shared))])
     else:
         trunk = read_shared(shared)
         inputs = trunk if measure is None else _read_measure(measure, trunk)
@@ -69,8 +74,8 @@ def read_parts(
         tensors = []
         if source == "parameters":
             above = below = trace(roots)
-    heads = [leaf for leaf in above.leaves if id(leaf) not in of_trunk]
-    return Parts(source, inputs, trunk, heads, tensors, below, above.disjoint)
+    heads = [leaf for leaf in _trainable(above.leaves) if id(leaf) not in of_trunk]
+    return Parts(source, inputs, trunk, heads, tensors, above, below)
 
 
 def _read_measure(measure: Iterable[Tensor], trunk: Sequence[Tensor]) -> list[Tensor]:
@@ -82,6 +87,11 @@ def _read_measure(measure: Iterable[Tensor], trunk: Sequence[Tensor]) -> list[Te
             f"{sum(id(parameter) in shared for parameter in chosen)} are in shared."
         )
     return chosen
+
+
+def _trainable(leaves: Iterable[Tensor]) -> list[Tensor]:
+    """Leave out leaves that have been frozen since the forward pass."""
+    return [leaf for leaf in leaves if leaf.requires_grad]
 
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -27,6 +27,8 @@ class Report:
             balancer; None where that sees the Jacobian and has no weights. Shape (K,).
         gramian: Inner products of the gradients of the weighted losses, float64; None without a gradient balancer.
             Shape (K, K).
+        unshared: Names of the tasks that reach no shared parameter (or feature). They took no part in the gradient balancer;
+            their heads got the gradients of their weighted losses, with gradient weight one.
     """
 
     tasks: tuple[str, ...]
@@ -35,6 +37,7 @@ class Report:
     loss_weights: Weights
     gradient_weights: Weights | None
     gramian: Gramian | None = None
+    unshared: tuple[str, ...] = ()
 
     @property
     def cosines(self) -> Tensor | None:

@@ -13,30 +13,35 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from balance.inputs import Step, task_names
-from balance.jacobian import InnerProducts
+from balance.feature_gradients import FeatureGradients, Sums, flat_gradient, num_ranks, sum_over_ranks
+from balance.inputs import task_names
+from balance.moving import preserving
+from balance.per_sample import project_samples, shortest_between
 from balance.random import SeededGenerator
-from balance.registry import check_type, gradient_balancers, takes, unknown
+from balance.registry import check_type, checked_weights, describe, gradient_balancers, takes, unknown
 from balance.report import Report
 from balance.rules import apply_rule, build_rule, try_out
+from balance.snapshot import restored_on_error
+from balance.task_names import check_tasks, encode_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch.amp.grad_scaler import GradScaler
 
-    from balance.shapes import GradientRule, Gramian, Jacobian, Sees, Weights
+    from balance.shapes import Direction, GradientRule, Gramian, Jacobian, Sees, Weights
 
 Variant = Literal[0, 1, 2, 3]
 
 _SHORTEST = 1e-30  # root mean square length that a gradient is divided by at least: its inverse is a float32
+_BETA = 0.999
 
 
 class Splitter(nn.Module):
-    r"""A view of the features for every task; where the tasks' gradients meet again, in the backward pass, they are balanced.
+    r"""A module that gives every task a view of the features, and balances the tasks' gradients where the views meet again.
 
     The forward pass is the identity, K times. In the backward pass the gradient :math:`g_k` of the features arrives from
-    every task k, and what goes on into the trunk is
+    every task k, and the trunk gets
 
     .. math:: d = \sum_k \frac{w_k}{\sum_j w_j} \frac{g_k}{\sqrt{v_k}}, \qquad v_k = \frac{m_k}{1 - \beta^{t_k}}, \qquad
               m_k \leftarrow \beta m_k + (1 - \beta) q_k
@@ -46,25 +51,25 @@ class Splitter(nn.Module):
     give the weights to the splitter, not to the losses. Lengths are of order 1 for every sample, whatever the size of the
     batch, so the trunk's learning rate gets another meaning, unless the optimizer ignores the scale, as Adam does.
 
-    Or, with a gradient balancer, :math:`d = \sum_k w_k g_k` with its weights for the Gramian of the :math:`g_k`, in which
-    every sample counts on its own: the step of ``Balancer(source="features", heads="unweighted")``, in one backward pass.
+    With a gradient balancer, :math:`d = \sum_k w_k g_k` with its weights for the Gramian of the :math:`g_k`, in which
+    every sample counts separately: the step of ``Balancer(source="features", heads="unweighted")``, in one backward pass.
 
-    Because nothing but autograd is used, it works anywhere in a network, several times in one, one below the other, with
-    any optimizer and under autocast. Gradients of half precision are merged in float32, Gramians are of float64. The
-    gradients of all tasks are held until the last has arrived. Heads get their ordinary gradients.
+    A splitter uses nothing but autograd. So a network can have several splitters, at any place, also one below the other, with
+    any optimizer and under autocast. Gradients of half precision are merged in float32, Gramians are float64. The gradients of
+    all tasks are kept until the last has arrived. Heads get their ordinary gradients.
 
-    State moves once for each forward pass, in the first backward pass that brings a task's gradient; so with gradient
-    accumulation it moves once for each ``backward()``. A second backward pass over the same graph moves nothing and
+    State changes once for each forward pass, in the first backward pass that brings a task's gradient; so with gradient
+    accumulation it changes once for each ``backward()``. A second backward pass over the same graph changes nothing and
     gives the same gradients again. Gradients taken one task at a time (``torch.autograd.grad`` of each loss) are each balanced
-    alone: with the normalisation and without projections they add up to those of one pass, and the state moves once.
-    A task whose view no loss reaches is absent: a gradient balancer sees the smaller problem, the normalisation keeps
-    dividing by the weights of all tasks, and the task's state stays as it is. So does a moving average where the gradient
-    is exactly zero. Where any gradient is infinite or NaN nothing moves and NaN is passed on, as a GradScaler needs it.
+    alone: with the normalisation and without projections they add up to the gradients of one pass, and the state changes once.
+    A task whose view no loss reaches is absent: a gradient balancer sees the smaller problem, the normalisation still
+    divides by the weights of all tasks, and the task's state does not change. Nor does a moving average where the gradient
+    is exactly zero. Where any gradient is infinite or NaN no state changes, and the trunk gets NaN, which a GradScaler needs.
 
     Under ``torch.distributed`` squared lengths and Gramians are summed over all ranks, in every backward pass, which
-    is exact since different samples are different coordinates: all ranks use the same weights, those of one process with the
-    whole batch. The losses must be means over the local batch, the gradients of the ranks be averaged, as
-    DistributedDataParallel does, and the backward pass of every rank must come by.
+    is exact since different samples are different coordinates: all ranks use the same weights as one process with the
+    whole batch. The losses must be means over the local batch, the gradients of the ranks must be averaged, as
+    DistributedDataParallel does, and every rank must run the backward pass.
 
     Args:
         tasks: Names of the tasks, or their number K (the names are then "0", "1", ...).
@@ -72,14 +77,15 @@ class Splitter(nn.Module):
             a registered gradient balancer; or any callable from a Gramian (K, K) to weights (K,).
         gradient_options: Options of a registered gradient balancer.
         weights: Weight of each task, not negative, by name or in order; ones by default. A gradient balancer sees the
-            gradients times these, as it would those of weighted losses.
-        variant: Without a gradient balancer, sample by sample: 0: nothing more; 1: every task's gradient is projected off
-            those that it conflicts with, in random order, after the normalisation; 3: before it, so that the lengths are those
-            of the projected gradients; 2: two tasks only: the shortest vector between the two normalised gradients.
+            gradients times these weights, as if the losses were weighted.
+        variant: Projections without a gradient balancer, sample by sample. 0: none. 1: every task's gradient is projected off
+            the gradients that it conflicts with, in random order, after the normalisation. 3: the same before the
+            normalisation, so that the lengths are those of the projected gradients. 2, for two tasks only: the shortest
+            vector between the two normalised gradients.
         beta: Memory of the moving averages, in 0..1, 1 excluded.
         seed: Seed of rules and variants that draw; a Balancer with the same seed draws the same.
-        scaler: The GradScaler of mixed-precision training. Needed with it: a rule sees unscaled gradients and those that go
-            on are scaled, where otherwise the normalisation would undo the scale and the scaler would divide by it once more.
+        scaler: The GradScaler of mixed-precision training, which requires it: a rule then sees unscaled gradients and the
+            trunk gets scaled ones. Without it the normalisation would undo the scale, and the scaler would divide by it again.
 
     Raises:
         ValueError: If a name, an option or a choice is unknown, out of range, or without effect.
@@ -89,7 +95,7 @@ class Splitter(nn.Module):
         ``NormalizedMultiTaskSplitter`` of guillaumeBellec/multitask (package torchmultitask), after the balancer of
         Défossez et al., "High Fidelity Neural Audio Compression", 2022. Differs: the averages are replaced, never changed
         in place, so that a graph can be walked twice; they are float64, with no epsilon but 1e-30; samples are flattened
-        for variant 2; features may be of one dimension, K may be 1; random orders come from a generator of its own; gradients
+        for variant 2; features may be of one dimension, K may be 1; random orders come from a separate generator; gradients
         that are not finite leave no trace; exact over ranks; gradient balancers.
     """
 
@@ -101,21 +107,17 @@ class Splitter(nn.Module):
         self,
         tasks: Sequence[str] | int,
         gradient: str | GradientRule | None = "normalized",
+        *,
         gradient_options: Mapping[str, Any] | None = None,
         weights: Mapping[str, float] | Sequence[float] | None = None,
         variant: Variant = 0,
-        beta: float = 0.999,
+        beta: float = _BETA,
         seed: int = 0,
         scaler: GradScaler | None = None,
     ) -> None:
         super().__init__()
-        check_type("variant", variant, Variant)
-        check_type("beta", beta, float)
-        if not 0 <= beta < 1:
-            raise ValueError(f"beta must be in 0..1, 1 excluded, but got {beta}.")
-        if scaler is not None and not hasattr(scaler, "get_scale"):
-            raise TypeError(f"scaler must be a GradScaler, but got {type(scaler).__name__}. Use torch.amp.GradScaler.")
         self.tasks = task_names(tasks)
+        _check_options(variant, beta, scaler, len(self.tasks))
         self.variant, self.beta, self.scaler = variant, beta, scaler
         self.normalizes = isinstance(gradient, str) and gradient == "normalized"
         self.rule: Any = None
@@ -126,39 +128,38 @@ class Splitter(nn.Module):
             raise ValueError(
                 f"gradient_options need a gradient balancer, but got {dict(gradient_options)} and gradient={gradient!r}."
             )
-        if variant == 2 and len(self.tasks) != 2:
-            raise ValueError(f"variant=2 is for two tasks, but got {len(self.tasks)}. Use gradient='mgda' for more.")
+        self._gradient = describe(gradient, gradient_options)
         if variant in (1, 3):
             self.random = SeededGenerator(2 * seed + 1)
-        # Moving averages of the squared lengths, and how often they were updated
-        self.register_buffer("squares", torch.zeros(len(self.tasks), dtype=torch.float64))
-        self.register_buffer("counts", torch.zeros(len(self.tasks), dtype=torch.int64))
+        # Moving averages of the squared lengths, and the numbers of their updates
+        self.register_buffer("squares", torch.zeros(len(self.tasks), dtype=torch.float64, device="cpu"))
+        self.register_buffer("counts", torch.zeros(len(self.tasks), dtype=torch.int64, device="cpu"))
         self.register_buffer("weights", _read_weights(weights, self.tasks), persistent=False)
         self._report: Report | None = None
 
     @property
     def report(self) -> Report | None:
-        """What the last backward pass did; None before the first.
+        """Record of the last backward pass; None before the first.
 
-        The direction is the sum of the gradients times ``loss_weights`` (those of the tasks) times ``gradient_weights``,
-        which is None where there are none for the batch as a whole. ``gramian`` is of the gradients times ``loss_weights``. The
+        The direction is the sum of the gradients times ``loss_weights`` (the weights of the tasks) times ``gradient_weights``,
+        which is None if the batch as a whole has no such weights. ``gramian`` is of the gradients times ``loss_weights``. The
         losses are NaN: a splitter does not see them.
         """
         return self._report
 
     def forward(self, features: Any) -> dict[str, Any]:
-        """Views of the features, one for each task; in evaluation or without gradients the features themselves.
+        """Return a view of the features for each task; in evaluation or without gradients the features themselves.
 
         Args:
-            features: A tensor, or tuples, lists and dicts of tensors, which are balanced as one. Those that require no
-                gradient are handed through. Samples are along the first dimension.
+            features: A tensor, or tuples, lists and dicts of tensors, which are balanced together. Tensors that require no
+                gradient are returned as they are. Samples are along the first dimension.
 
         Returns:
-            By task, what ``features`` is. Views share their memory and must not be changed in place.
+            By task, a structure like ``features``. Views share their memory and must not be changed in place.
 
         Raises:
             TypeError: If something in it is not a tensor of floats.
-            ValueError: If there is no tensor, or samples must be told apart and the tensors have different numbers of them.
+            ValueError: If there is no tensor, or samples must be distinguished and the tensors have different numbers of them.
         """
         tensors = _tensors(features)
         if not tensors:
@@ -173,21 +174,30 @@ class Splitter(nn.Module):
                 "Splitter for each tensor, or a gradient balancer, which needs no samples."
             )
         views = _Split.apply(self, *live)  # type: ignore[no-untyped-call]
-        of_task = [dict(zip(map(id, live), views[k :: len(self.tasks)], strict=True)) for k in range(len(self.tasks))]
-        return {task: _replaced(features, own) for task, own in zip(self.tasks, of_task, strict=True)}
+        by_task = [dict(zip(map(id, live), views[k :: len(self.tasks)], strict=True)) for k in range(len(self.tasks))]
+        return {task: _replaced(features, view) for task, view in zip(self.tasks, by_task, strict=True)}
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The tasks, so that a checkpoint is not loaded into a splitter for others."""
-        return {"tasks": self.tasks}
+    def get_extra_state(self) -> Tensor:
+        """Return the task names, so that a checkpoint is not loaded into a splitter for other tasks. Shape (n,), uint8."""
+        return encode_tasks(self.tasks)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: Any) -> None:
         """Check the tasks of a checkpoint.
 
         Raises:
             ValueError: If they differ from this splitter's.
         """
-        if tuple(state["tasks"]) != self.tasks:
-            raise ValueError(f"The checkpoint is of tasks {tuple(state['tasks'])}, but this Splitter is for {self.tasks}.")
+        check_tasks(state, self.tasks, "Splitter")
+
+    def __repr__(self) -> str:
+        parts = [repr(self.tasks), f"gradient={self._gradient}"]
+        if (self.weights != 1).any():
+            parts.append(f"weights={dict(zip(self.tasks, self.weights.tolist(), strict=True))}")
+        if self.variant:
+            parts.append(f"variant={self.variant}")
+        if self.beta != _BETA:
+            parts.append(f"beta={self.beta}")
+        return f"Splitter({', '.join(parts)})"
 
     def _build(self, gradient: str | GradientRule, options: Mapping[str, Any] | None, seed: int) -> None:
         if self.variant:
@@ -203,7 +213,7 @@ class Splitter(nn.Module):
             return
         if takes(self.rule, "losses"):
             try:
-                self.rule(torch.eye(len(self.tasks), dtype=torch.float64))
+                self.rule(torch.eye(len(self.tasks), dtype=torch.float64, device="cpu"))
             except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"A Splitter sees no losses, but {gradient!r} fails without: {error} Use a Balancer."
@@ -211,44 +221,49 @@ class Splitter(nn.Module):
         elif isinstance(gradient, str) and options:
             try_out(self.rule, len(self.tasks))
 
-    def _merge(self, rows: _Rows, memory: _Memory) -> list[Tensor]:
-        """What goes on to each feature tensor, flat, for the gradients of one backward pass."""
+    def _merge(self, gradients: FeatureGradients, memory: _Memory) -> list[Tensor]:
+        """Balance the gradients of one backward pass; the gradient that each feature tensor gets, flat."""
         factor = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
         if self.rule is not None:
-            return self._by_rule(rows, memory, factor)
+            return self._by_rule(gradients, memory, factor)
         if self.variant:
-            return self._by_sample(rows, memory, factor)
-        sums = _over_ranks(rows.squares(), None, rows, len(self.tasks))
+            return self._by_sample(gradients, memory, factor)
+        sums = sum_over_ranks(gradients.squares(), None, gradients, len(self.tasks))
         scales = self._scales(sums, factor, memory)
-        return rows.combined(scales[rows.at])
+        return gradients.combined(scales[gradients.indices])
 
-    def _by_sample(self, rows: _Rows, memory: _Memory, factor: float) -> list[Tensor]:
-        """The projections of a variant."""
-        pieces = rows.samples()  # (B, k, f) each
+    def _by_sample(self, gradients: FeatureGradients, memory: _Memory, factor: float) -> list[Tensor]:
+        """Apply the projections of a variant."""
+        pieces = gradients.samples()  # (B, k, f) each
         wide = [piece.double() for piece in pieces]
-        C = torch.stack([(piece @ piece.transpose(1, 2)).to(rows.at.device) for piece in wide]).sum(dim=0)  # (B, k, k)
+        C = torch.stack([(piece @ piece.transpose(1, 2)).to(gradients.indices.device) for piece in wide]).sum(
+            dim=0
+        )  # (B, k, k)
         before = None if self.variant == 2 or memory.orders else self.random.get_extra_state()
         A, squares = None, C.diagonal(dim1=1, dim2=2).sum(dim=0)
         if self.variant == 3:
-            A = project_samples(C, self._orders(rows.tasks, memory))  # (B, k, k)
+            A = project_samples(C, self._orders(gradients.tasks, memory))  # (B, k, k)
             squares = ((A @ C) * A).sum(dim=(0, 2))  # of the projected gradients
-        sums = _over_ranks(squares, C.sum(dim=0), rows, len(self.tasks))
-        scales = self._scales(sums, factor, memory)[rows.at]
+        sums = sum_over_ranks(squares, C.sum(dim=0), gradients, len(self.tasks))
+        scales = self._scales(sums, factor, memory)[gradients.indices]
         if not sums.finite:
             if before is not None:  # as if nothing had been drawn
                 self.random.set_extra_state(before)
                 memory.orders = None
-            return rows.combined(scales * math.nan)
+            return gradients.combined(scales * math.nan)
         if A is not None:
             coefficients = scales @ A  # (B, k)
         else:
             C = scales[:, None] * C * scales
-            combined = shortest_between(C) if self.variant == 2 else project_samples(C, self._orders(rows.tasks, memory)).sum(1)
-            coefficients = combined * scales
+            merge = shortest_between if self.variant == 2 else self._projected(gradients.tasks, memory)
+            coefficients = merge(C) * scales
         return [(coefficients.to(piece)[:, None] @ piece).flatten() for piece in pieces]
 
-    def _scales(self, sums: _Sums, factor: float, memory: _Memory) -> Tensor:
-        """Weight of each task over its length; NaN where a gradient is not finite. Shape (K,)."""
+    def _projected(self, tasks: list[int], memory: _Memory) -> Callable[[Tensor], Tensor]:
+        return lambda C: project_samples(C, self._orders(tasks, memory)).sum(dim=1)
+
+    def _scales(self, sums: Sums, factor: float, memory: _Memory) -> Tensor:
+        """Return the weight of each task over its length; NaN where a gradient is not finite. Shape (K,)."""
         weights = (self.weights / self.weights.sum()).to(sums.squares)
         stretch = torch.where(sums.finite, torch.ones_like(weights), math.nan)
         if self.normalizes:
@@ -258,7 +273,7 @@ class Splitter(nn.Module):
         return weights * stretch
 
     def _normalize(self, means: Tensor, finite: Tensor, memory: _Memory) -> Tensor:
-        """Update the moving averages, once for each graph and task; the inverse lengths that they give. Shape (K,)."""
+        """Update the moving averages, once for each graph and task, and return the inverse lengths. Shape (K,)."""
         squares, counts = self.squares.to(means), self.counts.to(means.device)
         counted, divisors = memory.averages or (torch.zeros_like(counts, dtype=torch.bool), torch.zeros_like(squares))
         new = finite & (means > 0) & ~counted
@@ -269,198 +284,114 @@ class Splitter(nn.Module):
         stretch = torch.where(averages > 0, 1 / averages.sqrt().clamp(min=_SHORTEST), 0.0)
         return torch.where(finite, stretch, math.nan)
 
-    def _by_rule(self, rows: _Rows, memory: _Memory, factor: float) -> list[Tensor]:
-        """What the gradient balancer makes of the tasks that are present on any rank."""
-        own = rows.gramian()  # (k, k)
-        sums = _over_ranks(own.diagonal(), own, rows, len(self.tasks))
-        there = sums.tasks
-        if not there or sums.gramian is None:
-            return rows.combined(own.diagonal())
-        E = self.weights.to(own)
-        G = (E[:, None] * sums.gramian * E / factor**2).cpu()  # the one copy to the host
-        weights = G.new_zeros(len(G))  # (K,)
-        present = None if len(there) == len(self.tasks) else torch.tensor(there, device="cpu")
-        step = Step(tuple(self.tasks[k] for k in there), present, [], E[:0], E[:0])
-        if not G.isfinite().all():
-            weights.fill_(math.nan)
-        elif self.sees == "jacobian":
-            if _num_ranks() > 1:
-                raise RuntimeError(
-                    "A gradient balancer that sees the Jacobian balances the gradients of one process, but torch.distributed "
-                    f"runs {_num_ranks()}. Use one that sees the Gramian."
-                )
-            J = rows.jacobian()  # (k, F)
-            with self._repeating(memory):
-                direction = apply_rule(self.rule, step, E[rows.at, None].to(J) * (J / factor))
+    def _by_rule(self, gradients: FeatureGradients, memory: _Memory, factor: float) -> list[Tensor]:
+        """Apply the gradient balancer to the tasks that are present on any rank."""
+        G = gradients.gramian()  # (k, k)
+        sums = sum_over_ranks(G.diagonal(), G, gradients, len(self.tasks))
+        present = sums.tasks
+        if not present or sums.gramian is None:
+            return gradients.combined(G.diagonal())
+        E = self.weights.to(G)
+        G = (E[:, None] * sums.gramian * E / factor**2).cpu()  # (K, K), the one copy to the host
+        finite = bool(G.isfinite().all())
+        if finite and self.sees == "jacobian":
+            J = gradients.jacobian()  # (k, F)
+            direction = self._direction(E[gradients.indices, None].to(J) * (J / factor), present, memory)
+            self._record(present, E, None, G)
+            return list(torch.split(factor * direction.to(J), [len(first) for first, *_ in gradients.flat]))
+        weights = G.new_full((len(G),), 0.0 if finite else math.nan)  # (K,)
+        if finite:
+            weights[present] = self._solved(G[present][:, present], present, memory).to(weights)
+        self._record(present, E, weights, G)
+        return gradients.combined(E[gradients.indices] * weights[gradients.tasks].to(E))
+
+    def _solved(self, G: Gramian, present: list[int], memory: _Memory) -> Weights:
+        """Return the weights of a rule that sees the Gramian of the present tasks. Shape (k, k) -> (k,)."""
+        step = self._step(present)
+        with self._repeating(memory):
+            weights = self.rule.reuse(step.present) if hasattr(self.rule, "reuse") else None
+            if weights is None:
+                weights = apply_rule(self.rule, step, G)
+            return checked_weights(weights, len(present))
+
+    def _direction(self, J: Jacobian, present: list[int], memory: _Memory) -> Direction:
+        """Return the direction of a rule that sees the Jacobian. Shape (k, F) -> (F,)."""
+        if num_ranks() > 1:
+            raise RuntimeError(
+                "A gradient balancer that sees the Jacobian balances the gradients of one process, but torch.distributed "
+                f"runs {num_ranks()}. Use a gradient balancer that sees the Gramian."
+            )
+        with self._repeating(memory):
+            direction = apply_rule(self.rule, self._step(present), J)
             if not isinstance(direction, Tensor) or direction.shape != J.shape[1:] or not direction.isfinite().all():
                 raise ValueError(f"The gradient balancer must return a finite direction ({J.shape[1]},), but got {direction}.")
-            self._record(there, E, None, G)
-            return list(torch.split(factor * direction.detach().to(J), [len(first) for first, *_ in rows.flat]))
-        else:
-            with self._repeating(memory):
-                found = self.rule.reuse(present) if hasattr(self.rule, "reuse") else None
-                if found is None:
-                    found = apply_rule(self.rule, step, G[there][:, there])
-            if not isinstance(found, Tensor) or found.shape != (len(there),) or not found.isfinite().all():
-                raise ValueError(f"The gradient balancer must return {len(there)} finite weights, but got {found}.")
-            weights[there] = found.detach().to(weights)
-        self._record(there, E, weights, G)
-        return rows.combined(E[rows.at] * weights[rows.tasks].to(E))
+        return direction.detach()
+
+    def _step(self, present: list[int]) -> _Present:
+        index = None if len(present) == len(self.tasks) else torch.tensor(present, device="cpu")
+        return _Present(tuple(self.tasks[k] for k in present), index)
 
     @contextmanager
     def _repeating(self, memory: _Memory) -> Iterator[None]:
-        """Let the rule begin where it began in the first pass over this graph; that pass alone moves its state."""
-        now = copy.deepcopy(self.rule.state_dict()) if isinstance(self.rule, nn.Module) else {}
+        """Start the rule from its state before the first pass over this graph; only that pass changes the state, if at all."""
+        state = copy.deepcopy(self.rule.state_dict()) if isinstance(self.rule, nn.Module) else {}
         if memory.rule is None:
-            memory.rule = now
-            yield
+            with restored_on_error(self.rule):
+                yield
+            memory.rule = state
             return
-        if now:
+        if state:
             self.rule.load_state_dict(memory.rule)
         try:
             yield
         finally:
-            if now:
-                self.rule.load_state_dict(now)
+            if state:
+                self.rule.load_state_dict(state)
 
     def _orders(self, tasks: list[int], memory: _Memory) -> Tensor:
-        """Row i: the other tasks in the order in which task i meets them, as indices into ``tasks``. Shape (k, k - 1)."""
+        """Return in row i the other tasks in the order in which task i meets them, indices into ``tasks``. Shape (k, k - 1)."""
         if memory.orders is None:
             memory.orders = self.random.permutations(len(self.tasks), len(self.tasks)).tolist()
         place = {task: i for i, task in enumerate(tasks)}
         orders = [[place[j] for j in memory.orders[i] if j in place and j != i] for i in tasks]
         return torch.tensor(orders, dtype=torch.int64, device="cpu")
 
-    def _record(self, there: list[int], weights: Tensor, stretch: Weights | None, gramian: Gramian | None) -> None:
-        if len(there) < len(self.tasks):
-            weights = weights[there]
-            gramian = None if gramian is None else gramian[there][:, there]
-            stretch = None if stretch is None else stretch[there]
+    def _record(self, present: list[int], weights: Tensor, stretch: Weights | None, gramian: Gramian | None) -> None:
+        if len(present) < len(self.tasks):
+            weights = weights[present]
+            gramian = None if gramian is None else gramian[present][:, present]
+            stretch = None if stretch is None else stretch[present]
         unseen = torch.full_like(weights, math.nan)
-        self._report = Report(tuple(self.tasks[k] for k in there), unseen, unseen, weights.clone(), stretch, gramian)
+        self._report = Report(tuple(self.tasks[k] for k in present), unseen, unseen, weights.clone(), stretch, gramian)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Splitter:  # noqa: FBT001, FBT002
-        """Move or cast, as ``.to()`` and ``.half()`` ask; float64 state moves but is never cast."""
-
-        def keep_precision(tensor: Tensor) -> Tensor:
-            changed = fn(tensor)
-            return tensor.to(changed.device) if tensor.dtype == torch.float64 else changed
-
-        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        """Move or cast, as ``.to()`` and ``.half()`` ask, without a change of state."""
+        super()._apply(preserving(self, fn), recurse)  # type: ignore[no-untyped-call]
         return self
-
-
-def project_samples(gramians: Tensor, orders: Tensor) -> Tensor:
-    """Every task's gradient, projected off those that it conflicts with, sample by sample, as combinations of the gradients.
-
-    Args:
-        gramians: Shape (B, k, k).
-        orders: Row i lists the other tasks in the order in which task i meets them. Shape (k, k - 1).
-
-    Returns:
-        Entry (b, i, j): coefficient of gradient j in what is left of gradient i. Shape (B, k, k).
-    """
-    everyone = torch.arange(gramians.shape[1], device=gramians.device)
-    coefficients, products = _identity(gramians), gramians.clone()
-    squares = gramians.diagonal(dim1=1, dim2=2)
-    for met in orders.to(gramians.device).unbind(dim=1):
-        product = products[:, everyone, met]  # (B, k)
-        conflict = (product < 0) & (squares[:, met] > 0)
-        step = torch.where(conflict, product / torch.where(conflict, squares[:, met], 1.0), 0.0)
-        coefficients[:, everyone, met] -= step
-        products -= step[:, :, None] * gramians[:, met]
-    return coefficients
-
-
-def shortest_between(gramians: Tensor) -> Tensor:
-    """Weights of the shortest vector between two gradients, sample by sample; one alone is left. Shape (B, k, k) -> (B, k)."""
-    if gramians.shape[1] < 2:
-        return torch.ones_like(gramians[:, 0])
-    a, b, ab = gramians[:, 0, 0], gramians[:, 1, 1], gramians[:, 0, 1]
-    distance = a + b - 2 * ab
-    first = torch.where(distance != 0, (b - ab) / distance, 0.0).clamp(0, 1)
-    return torch.stack([first, 1 - first], dim=1)
 
 
 @dataclass
 class _Memory:
-    """What later backward passes over the same graph repeat of the first."""
+    """Results of the first backward pass over a graph, which later passes repeat."""
 
     rule: dict[str, Any] | None = None  # the rule's state before that pass
     orders: list[list[int]] | None = None
     averages: tuple[Tensor, Tensor] | None = None  # (K,) twice: tasks that have been counted, averages they were divided by
 
 
-class _Rows(NamedTuple):
-    """Gradients of the features, of the k tasks that reach them."""
+class _Present(NamedTuple):
+    """The tasks of one backward pass; see `balance.rules.PresentTasks`."""
 
-    flat: list[list[Tensor]]  # [tensor][task], each flat; zero where the task does not reach the tensor
-    tasks: list[int]  # which tasks they are
-    at: Tensor  # the same, where the gradients are
-    batch: int  # number of samples
-
-    def squares(self) -> Tensor:
-        """Squared lengths, float64. Shape (k,)."""
-        total = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.at.device)
-        for own in self.flat:
-            norms = [torch.linalg.vector_norm(row, dtype=torch.float64) for row in own]
-            total += torch.stack(norms).square().to(total) if norms else total
-        return total
-
-    def gramian(self) -> Gramian:
-        """Inner products, float64. Shape (k, k)."""
-        if not self.tasks:
-            return torch.zeros(0, 0, dtype=torch.float64, device=self.at.device)
-        products = InnerProducts(len(self.tasks), sum(len(first) for first, *_ in self.flat), self.at.device)
-        for own in self.flat:
-            products.add(own)
-        return products.total()
-
-    def combined(self, weights: Tensor) -> list[Tensor]:
-        """Weighted sums of the tasks' gradients, one of each tensor, at least float32. ``weights``: (k,)."""
-        found = []
-        for own in self.flat:
-            dtype = torch.promote_types(own[0].dtype, torch.float32) if own else torch.float32
-            factors = weights.to(own[0].device if own else weights.device, dtype).unbind()
-            total = own[0].to(dtype) * factors[0] if own else weights
-            for row, factor in zip(own[1:], factors[1:], strict=True):
-                total.addcmul_(row.to(dtype), factor)
-            found.append(total)
-        return found
-
-    def samples(self) -> list[Tensor]:
-        """Gradients of every sample, of each tensor, at least float32. Shape (B, k, f) each."""
-        found = []
-        for own in self.flat:
-            J = torch.stack(own)
-            J = J.to(torch.promote_types(J.dtype, torch.float32))
-            found.append(J.view(len(own), self.batch, J.shape[1] // max(self.batch, 1)).transpose(0, 1))
-        return found
-
-    def jacobian(self) -> Jacobian:
-        """The gradients as rows, in the widest dtype, at least float32, where the first tensor is. Shape (k, F)."""
-        dtype = torch.float32
-        for own in self.flat:
-            dtype = torch.promote_types(dtype, own[0].dtype)
-        return torch.cat([torch.stack(own).to(self.at.device, dtype) for own in self.flat], dim=1)
-
-
-class _Sums(NamedTuple):
-    """Numbers of all ranks together; zero where a task is absent."""
-
-    squares: Tensor  # (K,)
-    gramian: Gramian | None  # (K, K)
-    finite: Tensor  # whether they all are
-    tasks: list[int]
-    batch: float
+    tasks: tuple[str, ...]
+    present: Tensor | None
 
 
 class _Split(torch.autograd.Function):
-    """Features -> K views of each; the tasks' gradients -> one."""
+    """K views of each feature tensor, whose gradients are balanced into one."""
 
     @staticmethod
     def forward(ctx: Any, splitter: Splitter, *features: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)  # a task that is absent is not a task whose gradient is zero
+        ctx.set_materialize_grads(False)  # an absent task differs from a task whose gradient is zero
         ctx.splitter, ctx.memory = splitter, _Memory()
         ctx.like = [(z.shape, z.dtype, z.device) for z in features]
         ctx.batch = _num_samples(features[0])
@@ -470,67 +401,39 @@ class _Split(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         K = len(ctx.splitter.tasks)
-        of_tensor = [gradients[i * K : (i + 1) * K] for i in range(len(ctx.like))]
-        tasks = [k for k in range(K) if any(own[k] is not None for own in of_tensor)]
-        if not tasks and _num_ranks() == 1:
-            return (None,) * (1 + len(of_tensor))
+        by_tensor = [gradients[i * K : (i + 1) * K] for i in range(len(ctx.like))]
+        tasks = [k for k in range(K) if any(rows[k] is not None for rows in by_tensor)]
+        if not tasks and num_ranks() == 1:
+            return (None,) * (1 + len(by_tensor))
         device = ctx.like[0][2]
-        flat = [[_flat(own[k], *like) for k in tasks] for own, like in zip(of_tensor, ctx.like, strict=True)]
+        flat = [[flat_gradient(rows[k], *like) for k in tasks] for rows, like in zip(by_tensor, ctx.like, strict=True)]
         with torch.autocast(device.type, enabled=False):
-            rows = _Rows(flat, tasks, torch.tensor(tasks, dtype=torch.int64, device=device), ctx.batch)
-            pieces = ctx.splitter._merge(rows, ctx.memory)
+            index = torch.tensor(tasks, dtype=torch.int64, device=device)
+            pieces = ctx.splitter._merge(FeatureGradients(flat, tasks, index, ctx.batch), ctx.memory)
         merged: list[Tensor | None] = [None]
-        for own, piece, (shape, dtype, where) in zip(of_tensor, pieces, ctx.like, strict=True):
-            reached = any(gradient is not None for gradient in own)
+        for rows, piece, (shape, dtype, where) in zip(by_tensor, pieces, ctx.like, strict=True):
+            reached = any(row is not None for row in rows)
             merged.append(piece.reshape(shape).to(where, dtype) if reached else None)
         return tuple(merged)
 
 
-def _flat(gradient: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if gradient is None:
-        return torch.zeros((), dtype=dtype, device=device).expand(shape.numel())
-    return (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
-
-
-def _over_ranks(squares: Tensor, gramian: Gramian | None, rows: _Rows, num_tasks: int) -> _Sums:
-    """Sums over the ranks, of the gradients of the mean of the ranks' losses: 1 / ranks of what arrives on each."""
-    q, G = squares, gramian
-    if len(rows.tasks) < num_tasks:
-        q = squares.new_zeros(num_tasks)
-        q[rows.at] = squares
-        if gramian is not None:
-            G = gramian.new_zeros(num_tasks, num_tasks)
-            G[rows.at[:, None], rows.at] = gramian
-    tasks, batch, ranks = rows.tasks, float(rows.batch), _num_ranks()
-    if ranks > 1:
-        present = q.new_zeros(num_tasks)
-        present[rows.at] = 1
-        parts = [present, q.new_tensor([batch]), q / ranks**2, *([] if G is None else [G.flatten() / ranks**2])]
-        sums = torch.cat(parts)
-        torch.distributed.all_reduce(sums)
-        *counts, batch = sums[: num_tasks + 1].tolist()
-        tasks = [k for k, count in enumerate(counts) if count]
-        q = sums[num_tasks + 1 : 2 * num_tasks + 1]
-        G = None if G is None else sums[2 * num_tasks + 1 :].view(num_tasks, num_tasks)
-    return _Sums(q, G, (q if G is None else G).isfinite().all() & q.isfinite().all(), tasks, batch)
-
-
-def _num_ranks() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return 1
+def _check_options(variant: object, beta: float, scaler: object, num_tasks: int) -> None:
+    check_type("variant", variant, Variant)
+    check_type("beta", beta, float)
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta must be in 0..1, 1 excluded, but got {beta}.")
+    if scaler is not None and not hasattr(scaler, "get_scale"):
+        raise TypeError(f"scaler must be a GradScaler, but got {type(scaler).__name__}. Use torch.amp.GradScaler.")
+    if variant == 2 and num_tasks != 2:
+        raise ValueError(f"variant=2 is for two tasks, but got {num_tasks}. Use gradient='mgda' for more.")
 
 
 def _num_samples(tensor: Tensor) -> int:
     return tensor.shape[0] if tensor.ndim else 1
 
 
-def _identity(gramians: Tensor) -> Tensor:
-    return torch.eye(gramians.shape[1], dtype=gramians.dtype, device=gramians.device).repeat(len(gramians), 1, 1)
-
-
 def _tensors(features: Any) -> list[Tensor]:
-    """The tensors in tuples, lists and dicts."""
+    """Return the tensors in tuples, lists and dicts."""
     if isinstance(features, Tensor):
         if not features.is_floating_point():
             raise TypeError(f"features must be floats, but got {features.dtype}. Hand such a tensor to the heads directly.")
@@ -545,7 +448,7 @@ def _tensors(features: Any) -> list[Tensor]:
 
 
 def _replaced(features: Any, views: Mapping[int, Tensor]) -> Any:
-    """The same structure with views, by the id of the tensors that they replace."""
+    """Return the same structure with views, given by the ids of the tensors that they replace."""
     if isinstance(features, Tensor):
         return views.get(id(features), features)
     if isinstance(features, Mapping):
@@ -556,7 +459,7 @@ def _replaced(features: Any, views: Mapping[int, Tensor]) -> Any:
 
 def _read_weights(weights: Mapping[str, float] | Sequence[float] | None, tasks: tuple[str, ...]) -> Tensor:
     if weights is None:
-        return torch.ones(len(tasks), dtype=torch.float64)
+        return torch.ones(len(tasks), dtype=torch.float64, device="cpu")
     if isinstance(weights, Mapping):
         for task in weights:
             if task not in tasks:
@@ -564,9 +467,9 @@ def _read_weights(weights: Mapping[str, float] | Sequence[float] | None, tasks: 
         if missing := [task for task in tasks if task not in weights]:
             raise ValueError(f"weights must have a number for every task, but has none for {', '.join(missing)}.")
         weights = [weights[task] for task in tasks]
-    found = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
-    if found.shape != (len(tasks),):
+    values = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
+    if values.shape != (len(tasks),):
         raise ValueError(f"weights must have a number for each of {len(tasks)} tasks, but got {weights!r}.")
-    if not (found.isfinite() & (found >= 0)).all() or not found.sum() > 0:
-        raise ValueError(f"weights must be finite, not negative, and not all zero, but got {found.tolist()}.")
-    return found.clone()
+    if not (values.isfinite() & (values >= 0)).all() or not values.sum() > 0:
+        raise ValueError(f"weights must be finite, not negative, and not all zero, but got {values.tolist()}.")
+    return values.clone()

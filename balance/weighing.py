@@ -1,4 +1,4 @@
-"""What a loss balancer makes of the losses of one step, and how that depends on them."""
+"""Apply a loss balancer and differentiate its output with respect to the losses."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from balance.accumulate import without_hooks
+from balance.gramian import loss_jacobian
 from balance.graph import leaves
-from balance.jacobian import loss_jacobian
 from balance.report import Report
 from balance.rules import apply_rule
 
@@ -16,23 +17,34 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from balance.accumulate import LeafGradient
     from balance.inputs import Step
     from balance.shapes import Gramian, Losses, WeightedLosses, Weights
 
 
 class Weighing(NamedTuple):
-    """What the loss balancer made of the losses, detached."""
+    """Weighted losses of one step and their derivatives, detached."""
 
     weighted: WeightedLosses
     jacobian: Tensor  # (K, K), of the weighted losses with respect to the losses
     own: list[Tensor]  # the loss balancer's parameters
     own_gradients: Sequence[Tensor | None]  # of the plain sum of the weighted losses
 
-    def report(self, step: Step, weights: Weights | None, gramian: Gramian | None) -> Report:
-        """The record of a step with these weighted losses."""
+    def own_pairs(self, factor: float = 1.0) -> list[LeafGradient]:
+        """Return the loss balancer's parameters and the gradients of the plain sum of the weighted losses, times a factor."""
+        pairs = zip(self.own, self.own_gradients, strict=True)
+        return [
+            (parameter, gradient if factor == 1.0 else factor * gradient)
+            for parameter, gradient in pairs
+            if gradient is not None
+        ]
+
+    def report(self, step: Step, weights: Weights | None, gramian: Gramian | None, unshared: tuple[str, ...] = ()) -> Report:
+        """Return the record of a step with these weighted losses."""
         losses = step.losses.detach()
-        loss_weights = self.jacobian.sum(dim=0).to(losses)
-        return Report(step.tasks, losses, self.weighted, loss_weights, None if weights is None else weights.to(losses), gramian)
+        loss_weights = self.jacobian.sum(dim=0).to(losses.device, torch.promote_types(losses.dtype, torch.float32))
+        weights = None if weights is None else weights.to(losses)
+        return Report(step.tasks, losses, self.weighted.to(losses), loss_weights, weights, gramian, unshared)
 
 
 def weighing(rule: Callable[..., Any], step: Step) -> Weighing:
@@ -41,10 +53,14 @@ def weighing(rule: Callable[..., Any], step: Step) -> Weighing:
     Raises:
         ValueError: As `weigh`.
     """
-    losses = step.losses.detach().requires_grad_()
+    losses = step.losses.detach()
+    if step.is_half and losses.device.type != "mps":  # the only device without float64
+        losses = losses.double()  # the weight of a small loss overflows in half precision
+    losses.requires_grad_()
     weighted = weigh(rule, step, losses)
-    own = [tensor for tensor in leaves([weighted.sum()]) if tensor is not losses]
-    gradients = torch.autograd.grad(weighted.sum(), own, retain_graph=True, allow_unused=True) if own else ()
+    own = [tensor for tensor in leaves([weighted.sum()]) if tensor is not losses and tensor.requires_grad]
+    with without_hooks(own):  # which act when the gradients are accumulated
+        gradients = torch.autograd.grad(weighted.sum(), own, retain_graph=True, allow_unused=True) if own else ()
     return Weighing(weighted.detach(), loss_jacobian(weighted, losses).cpu(), own, gradients)
 
 

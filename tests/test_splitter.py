@@ -16,7 +16,7 @@ from balance import Balancer, Splitter, gradient_balancers
 from balance.compose import every
 from balance.gradient.min_norm import mgda
 from balance.gradient.projection import project_conflicts
-from balance.splitter import project_samples, shortest_between
+from balance.per_sample import project_samples, shortest_between
 from tests.strategies import SEEDS
 
 TASKS = ("a", "b", "c")
@@ -512,17 +512,139 @@ def test_resuming_is_not_stopping(mode):
 
 
 def test_a_checkpoint_of_other_tasks_is_refused():
-    with pytest.raises(ValueError, match=r"tasks \('a', 'b'\), but this Splitter is for \('b', 'a'\)"):
+    message = r"tasks \('a', 'b'\), but this Splitter is for \('b', 'a'\)"
+    with pytest.raises(ValueError, match=message):
         Splitter(("b", "a")).load_state_dict(Splitter(("a", "b")).state_dict())
+    state = Splitter(("a", "b")).state_dict() | {"_extra_state": {"tasks": ("a", "b")}}  # of version 0.1
+    Splitter(("a", "b")).load_state_dict(state)
+    with pytest.raises(ValueError, match=message):
+        Splitter(("b", "a")).load_state_dict(state)
+
+
+@modes
+def test_a_state_dict_holds_tensors_only(mode, tmp_path):
+    network = Network(Splitter(("a", "Größe", "深さ"), **mode), tasks=("a", "Größe", "深さ"))
+    network.step(data())
+    copied = {name: value.clone() for name, value in network.state_dict().items()}
+    torch.save(copied, tmp_path / "network.pt")
+    loaded = torch.load(tmp_path / "network.pt", weights_only=True)
+    assert_same(loaded, copied, rtol=0, atol=0, equal_nan=True)
+    network.load_state_dict(loaded)
+
+
+def test_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    network = Network(Splitter(TASKS, gradient="pcgrad"))
+    safetensors.save_file(network.state_dict(), tmp_path / "network.safetensors")
+    network.load_state_dict(safetensors.load_file(tmp_path / "network.safetensors"))
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """A rule that moves its state, and then does what it is told."""
+
+    def __init__(self, *results):
+        super().__init__()
+        self.results = list(results)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, gramian):
+        self.calls += 1
+        result = self.results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+
+@pytest.mark.parametrize("failure", [torch.ones(2), torch.full((3,), math.nan), ZeroDivisionError()], ids=str)
+@pytest.mark.parametrize("wrap", [lambda rule: rule, lambda rule: every(1, rule, num_tasks=3)], ids=["rule", "every"])
+def test_a_failed_pass_leaves_the_rule_as_it_was(failure, wrap):
+    """Then the next pass over the same graph is its first."""
+    rule = Counting(torch.ones(3), failure, 2 * torch.ones(3))
+    splitter, J = Splitter(TASKS, gradient=wrap(rule)), gradients(0, 3)
+    merged(splitter, J)
+    state = copy.deepcopy(splitter.state_dict())
+    x = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True)
+    total = sum((view * row).sum() for view, row in zip(splitter(x).values(), J, strict=True))
+    with pytest.raises((ValueError, ZeroDivisionError)):
+        total.backward(retain_graph=True)
+    assert_same_state(splitter, state)
+    total.backward()
+    torch.testing.assert_close(x.grad, 2 * J.sum(dim=0))
+    assert rule.calls == 2
+
+
+def test_weights_that_are_reused_in_a_failed_pass_are_not_used_up():
+    class Reusing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("uses", torch.zeros(()))
+
+        def reuse(self, present=None):
+            self.uses += 1
+            return torch.ones(2)
+
+        def forward(self, gramian):
+            raise AssertionError
+
+    splitter = Splitter(TASKS, gradient=Reusing())
+    with pytest.raises(ValueError, match="must return 3 finite weights"):
+        merged(splitter, gradients(0, 3))
+    assert splitter.rule.uses == 0
 
 
 # --- precision -------------------------------------------------------------------------------------------------------
 
 
-def test_state_stays_float64():
-    splitter = Splitter(TASKS).half()
-    assert splitter.squares.dtype == splitter.weights.dtype == torch.float64
-    assert splitter.counts.dtype == torch.int64
+class Learned(nn.Module):
+    """A rule with a parameter, a float32 buffer and an integer buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor([1.0, 2.0, 3.0], device="cpu"))
+        self.register_buffer("mean", torch.tensor([0.1, 0.2, 0.3], device="cpu"))
+        self.register_buffer("steps", torch.tensor(2, device="cpu"))
+
+    def forward(self, gramian):
+        return self.logits
+
+
+CASTS = {
+    "half": (lambda module: module.half(), torch.float16),
+    "double and float": (lambda module: module.double().float(), torch.float32),
+    "to": (lambda module: module.to(torch.bfloat16), torch.bfloat16),
+    "to_empty": (lambda module: module.to_empty(device="cpu"), torch.float32),
+}
+
+
+@pytest.mark.parametrize(("cast", "dtype"), CASTS.values(), ids=CASTS)
+def test_casts_change_parameters_and_no_state(cast, dtype):
+    splitter = Splitter(TASKS, gradient=Learned(), weights=(1, 2, 3))
+    splitter.rule.logits.grad = torch.ones(3)
+    before = {name: buffer.clone() for name, buffer in splitter.named_buffers()}
+    cast(nn.ModuleList([splitter]))
+    for name, buffer in splitter.named_buffers():
+        assert buffer.dtype == before[name].dtype
+        assert torch.equal(buffer, before[name]), name
+    assert splitter.rule.logits.dtype == splitter.rule.logits.grad.dtype == dtype
+    assert splitter.rule.logits.tolist() == [1, 2, 3]
+    assert splitter.rule.logits.grad.tolist() == [1, 1, 1]
+
+
+@modes
+def test_state_has_its_values_on_any_default_device(mode):
+    with torch.device("meta"):
+        network = nn.ModuleDict({"trunk": nn.Linear(2, 2), "splitter": Splitter(TASKS, **mode)})
+    J = gradients(0, 3)
+    torch.testing.assert_close(merged(network.to_empty(device="cpu")["splitter"], J), merged(Splitter(TASKS, **mode), J))
+
+
+def test_state_moves_with_the_module():
+    splitter = Splitter(TASKS).to("meta")
+    assert {buffer.device.type for buffer in splitter.buffers()} == {"meta"}
+    assert {buffer.dtype for buffer in splitter.to_empty(device="cpu").buffers()} == {torch.float64, torch.int64}
 
 
 @pytest.mark.parametrize("mode", ROTATABLE, ids=name_of)
@@ -648,6 +770,43 @@ def test_any_callable_and_wrapped_rules():
     other = gradients(1, 3)
     weights = splitter.report.gradient_weights
     torch.testing.assert_close(merged(splitter, other), torch.einsum("k,kbf->bf", weights, other))  # kept
+
+
+@pytest.mark.parametrize(
+    ("splitter", "text"),
+    [
+        (lambda: Splitter(("a", "b")), "Splitter(('a', 'b'), gradient=normalized)"),
+        (
+            lambda: Splitter(("a", "b"), gradient="cagrad", gradient_options={"c": 0.9}, weights={"a": 1, "b": 5}),
+            "Splitter(('a', 'b'), gradient=cagrad(c=0.9), weights={'a': 1.0, 'b': 5.0})",
+        ),
+        (
+            lambda: Splitter(("a",), gradient=None, variant=1, beta=0.5),
+            "Splitter(('a',), gradient=None, variant=1, beta=0.5)",
+        ),
+        (
+            lambda: Splitter(("a",), gradient=every(2, "mgda", num_tasks=1)),
+            "Splitter(('a',), gradient=every(2, mgda))",
+        ),
+    ],
+)
+def test_repr(splitter, text):
+    assert repr(splitter()) == text
+    assert f"(0): {text}" in repr(nn.ModuleList([splitter()]))
+
+
+def test_options_are_keywords():
+    with pytest.raises(TypeError, match="positional argument"):
+        Splitter(TASKS, "cagrad", {"c": 0.9})
+
+
+def test_the_seed_reaches_rules_within_rules():
+    J = gradients(0, 3)
+    for seed in (0, 1):
+        rule = every(1, "pcgrad", num_tasks=3)
+        torch.testing.assert_close(
+            merged(Splitter(TASKS, gradient=rule, seed=seed), J), merged(Splitter(TASKS, gradient="pcgrad", seed=seed), J)
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,119 @@
+"""Addition of gradients to ``.grad``, by autograd itself, so that ``.grad`` is what an ordinary backward pass leaves.
+
+Strides, dtype, sparse layout, tensor hooks of leaves, ``register_post_accumulate_grad_hook`` and the hooks of
+DistributedDataParallel all belong to autograd's accumulation node, so nothing else in this library writes ``.grad``.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from torch import Tensor
+
+LeafGradient = tuple["Tensor", "Tensor"]  # a leaf tensor and what is to be added to its ``.grad``
+
+
+class _Deliver(torch.autograd.Function):
+    """A scalar whose backward pass hands given gradients to leaf tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return torch.zeros((), device=tensors[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = tuple(ctx.gradients)
+        ctx.gradients.clear()  # so that accumulation nodes can keep them without a copy
+        return (None, *gradients)
+
+
+def delivery(pairs: Iterable[LeafGradient]) -> Tensor | None:
+    """Return a scalar whose backward pass accumulates the gradients, all in one engine call; None if there are none.
+
+    Args:
+        pairs: Leaf tensors, each once, and gradients of as many numbers. Frozen leaves are left out.
+    """
+    live = [(leaf, gradient) for leaf, gradient in pairs if leaf.requires_grad]
+    if not live:
+        return None
+    gradients = [_as_leaf(gradient, leaf) for leaf, gradient in live]
+    leaves = [leaf for leaf, _ in live]
+    del pairs, live
+    with torch.enable_grad():
+        return cast("Tensor", _Deliver.apply(gradients, *leaves))  # type: ignore[no-untyped-call]
+
+
+def accumulate(pairs: Iterable[LeafGradient]) -> None:
+    """Add gradients to ``.grad`` of their leaves, as ``loss.backward()`` does; as for `delivery`."""
+    total = delivery(pairs)
+    if total is not None:
+        total.backward()  # type: ignore[no-untyped-call]
+
+
+def merged(pairs: Iterable[LeafGradient]) -> list[LeafGradient]:
+    """Add up the gradients of each leaf."""
+    found: dict[int, LeafGradient] = {}
+    for leaf, gradient in pairs:
+        before = found.get(id(leaf))
+        found[id(leaf)] = (leaf, gradient if before is None else before[1] + gradient)
+    return list(found.values())
+
+
+def are_finite(gradients: Sequence[Tensor]) -> bool:
+    """Whether no gradient has an infinite or NaN entry; one copy to the host where all sums are finite."""
+    values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
+    values = [torch.view_as_real(value) if value.is_complex() else value for value in values]
+    sums = [value.sum(dtype=torch.promote_types(value.dtype, torch.float32)) for value in values]
+    if not sums or bool(torch.stack([total.to(sums[0].device, torch.float64) for total in sums]).isfinite().all()):
+        return True
+    return all(bool(value.isfinite().all()) for value in values)  # a sum of finite numbers can overflow
+
+
+def nan_gradients(leaves: Iterable[Tensor]) -> list[LeafGradient]:
+    """Return NaN for every leaf, which makes a GradScaler skip the step."""
+    return [(leaf, torch.full_like(leaf.detach(), math.nan)) for leaf in leaves]
+
+
+@contextmanager
+def put_aside(leaves: Iterable[Tensor]) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+    """Set ``.grad`` of leaves to None for a while, and back in the end."""
+    before = [(leaf, leaf.grad) for leaf in leaves]
+    for leaf, _ in before:
+        leaf.grad = None
+    try:
+        yield before
+    finally:
+        for leaf, gradient in before:
+            leaf.grad = gradient
+
+
+@contextmanager
+def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Switch the hooks of tensors off for a while.
+
+    A gradient that is captured at a leaf has passed the leaf's hooks, and so has one with which a pass begins at a tensor;
+    without this they would act twice, or on every task's gradient instead of the final one.
+    """
+    paused = [(tensor._backward_hooks, dict(tensor._backward_hooks)) for tensor in tensors if tensor._backward_hooks]
+    for hooks, _ in paused:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in paused:
+            new = dict(hooks)
+            hooks.clear()
+            hooks.update(before | new)
+
+
+def _as_leaf(gradient: Tensor, leaf: Tensor) -> Tensor:
+    gradient = gradient.detach().to(device=leaf.device, dtype=leaf.dtype)
+    return gradient if gradient.shape == leaf.shape else gradient.reshape(leaf.shape)

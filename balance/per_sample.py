@@ -1,0 +1,53 @@
+"""Projections of task gradients, sample by sample, computed from one Gramian for each sample."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def project_samples(gramians: Tensor, orders: Tensor) -> Tensor:
+    """Project every task's gradient off the gradients that it conflicts with, as combinations of the gradients.
+
+    Args:
+        gramians: Shape (B, k, k).
+        orders: Row i lists the other tasks in the order in which task i meets them. Shape (k, k - 1).
+
+    Returns:
+        Entry (b, i, j): coefficient of gradient j in the projected gradient i. Shape (B, k, k).
+    """
+    tasks = torch.arange(gramians.shape[1], device=gramians.device)
+    coefficients, products = _identity(gramians), gramians.clone()
+    squares = gramians.diagonal(dim1=1, dim2=2)
+    for met in orders.to(gramians.device).unbind(dim=1):
+        product = products[:, tasks, met]  # (B, k)
+        conflict = (product < 0) & (squares[:, met] > 0)
+        step = torch.where(conflict, product / torch.where(conflict, squares[:, met], 1.0), 0.0)
+        coefficients[:, tasks, met] -= step
+        products -= step[:, :, None] * gramians[:, met]
+    return coefficients
+
+
+def shortest_between(gramians: Tensor) -> Tensor:
+    """Return the weights of the shortest vector between two gradients; a single gradient has weight 1.
+
+    Args:
+        gramians: Shape (B, k, k), k at most 2.
+
+    Returns:
+        Shape (B, k).
+    """
+    if gramians.shape[1] < 2:
+        return torch.ones_like(gramians[:, 0])
+    a, b, ab = gramians[:, 0, 0], gramians[:, 1, 1], gramians[:, 0, 1]
+    distance = a + b - 2 * ab
+    first = torch.where(distance != 0, (b - ab) / distance, 0.0).clamp(0, 1)
+    return torch.stack([first, 1 - first], dim=1)
+
+
+def _identity(gramians: Tensor) -> Tensor:
+    return torch.eye(gramians.shape[1], dtype=gramians.dtype, device=gramians.device).repeat(len(gramians), 1, 1)
