@@ -97,11 +97,13 @@ def put_aside(leaves: Iterable[Tensor]) -> Iterator[list[tuple[Tensor, Tensor | 
 
 @contextmanager
 def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Switch the hooks of tensors off for a while.
+    """Switch the hooks of tensors off for a while, and leave gradients that they retain as they are.
 
     A gradient that is captured at a leaf has passed the leaf's hooks, and so has one with which a pass begins at a tensor;
     without this they would act twice, or on every task's gradient instead of the final one.
     """
+    tensors = list(tensors)
+    retained = [(tensor, tensor.grad) for tensor in tensors if tensor.retains_grad]
     paused = [(tensor._backward_hooks, dict(tensor._backward_hooks)) for tensor in tensors if tensor._backward_hooks]
     for hooks, _ in paused:
         hooks.clear()
@@ -112,6 +114,8 @@ def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
             new = dict(hooks)
             hooks.clear()
             hooks.update(before | new)
+        for tensor, gradient in retained:
+            tensor.grad = gradient
 
 
 def _as_leaf(gradient: Tensor, leaf: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -35,6 +35,15 @@ if TYPE_CHECKING:
 _SILENT_STEPS = {"observation": 50, "epochs": 200}  # steps after which a missing call is probably forgotten
 
 
+class _Left(NamedTuple):
+    """A parameter of the balancer as a step left it."""
+
+    gradient: int  # id of its ``.grad``
+    version: int
+    value: Tensor
+    skipped: bool  # whether the scaler was to skip the step
+
+
 class Balancer(nn.Module):
     """A loss balancer and a gradient balancer, composed, in place of ``losses.sum().backward()``.
 
@@ -55,8 +64,8 @@ class Balancer(nn.Module):
         seed: Seed of the rules that draw; the two rules draw different numbers.
         nan: What a loss of NaN is: an ``"error"``, or a sign that the task is ``"absent"`` from the step.
         zero: What a loss of exactly zero is: an ordinary loss of a task that is ``"present"``, or a sign that the task is
-            ``"absent"`` from the step, since it has no labels in this batch. With ``"absent"`` the gradient balancer also leaves
-            out a task whose gradient of all shared parameters is exactly zero.
+            ``"absent"`` from the step, since it has no labels in this batch. With ``"absent"`` the gradient balancer also
+            leaves out a task whose gradient of all shared parameters is exactly zero.
         engine: How the K backward passes run: one after the other (``"loop"``); all in one batch (``"batched"``), which
             holds K gradients of the activations on its way, wants ``features`` at every step, so that only the trunk is
             in it, and goes back to the loop with a warning where an operation cannot be batched; or ``"auto"``: batched on
@@ -144,7 +153,7 @@ class Balancer(nn.Module):
         self._skipped = False
         self._silent_steps = {"observation": 0, "epochs": 0}  # -1: called, or warned of
         self._warned_of_lonely_parameters = False
-        self._consumable: list[tuple[int, int, int]] = []  # own parameters as the last step left them
+        self._left: dict[int, _Left] = {}  # own parameters as the last step left them, by id
 
     @property
     def needs_observation(self) -> bool:
@@ -383,7 +392,7 @@ class Balancer(nn.Module):
         self._skipped = True
         scaler.scale(step.losses.detach())  # initialises the scaler, which scaler.step requires
         accumulate(nan_gradients([*leaves(step.roots), *(p for p in self.parameters() if p.requires_grad)]))
-        self._consumable = [(id(p), id(p.grad), -1) for p in self.parameters()]  # never to be added to
+        self._remember_own()
         losses = step.losses.detach()
         nothing = torch.full_like(losses, torch.nan)
         return Report(step.tasks, losses, nothing, nothing, nothing)
@@ -397,15 +406,22 @@ class Balancer(nn.Module):
             The parameters and their ``.grad`` before.
         """
         before: list[tuple[Tensor, Tensor | None]] = [(parameter, parameter.grad) for parameter in self.parameters()]
-        left = {(parameter, gradient): version for parameter, gradient, version in self._consumable}
         for parameter, gradient in before:
-            version = left.get((id(parameter), id(gradient)))
-            if gradient is not None and version is not None and version != parameter._version:
+            left = self._left.get(id(parameter))
+            if gradient is None or left is None or left.gradient != id(gradient):
+                continue
+            # Fused optimizers do not count as a new version, so the values decide
+            if left.skipped or left.version != parameter._version or not torch.equal(left.value, parameter):
                 parameter.grad = None
         return before
 
     def _remember_own(self) -> None:
-        self._consumable = [(id(p), id(p.grad), -1 if self._skipped else p._version) for p in self.parameters()]
+        """Remember the own parameters as this step left them, to see later whether an optimizer has used the gradients."""
+        self._left = {
+            id(p): _Left(id(p.grad), p._version, p.detach().clone(), self._skipped)
+            for p in self.parameters()
+            if p.requires_grad
+        }
 
     def _put_back(self, rules: Snapshot, stretch: Tensor, own: list[tuple[Tensor, Tensor | None]]) -> None:
         rules.restore()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from balance.parts import Parts
     from balance.passes import Start
     from balance.report import Report
-    from balance.shapes import Direction, Gramian, Jacobian, Weights
+    from balance.shapes import Direction, Gramian, Jacobian, Source, Weights
 
 _ROUNDING = 1e-13  # of the squared length of a direction, relative to the largest that its terms could add up to
 
@@ -106,7 +106,7 @@ class BalancedStep:
     def _checked_gramian(self, found: TaskGradients) -> Gramian:
         """Return the Gramian of the raw losses, unscaled, after one copy to the host. Shape (K, K)."""
         if self.parts.inputs and not any(found.reached):
-            raise ValueError(f"No loss reaches any of the {len(self.parts.inputs)} tensors in {self.stage.source}.")
+            raise ValueError(_unreached(self.stage.source, len(self.parts.inputs)))
         numbers = torch.cat([found.gramian, found.heads.lengths(found.gramian.device)[None]]).cpu()
         found.gramian, self._head_lengths = numbers[:-1], numbers[-1]
         finite = found.gramian.diagonal().isfinite().tolist()
@@ -266,6 +266,15 @@ class BalancedStep:
                 f"Gradients must be finite, but the weighted sum of the gradients of {', '.join(self.step.tasks)} is not. "
                 "Look at the learning rate, and at operations whose gradients overflow."
             )
+
+
+def _unreached(source: Source, count: int) -> str:
+    if source == "parameters":
+        return f"A loss must reach a shared parameter, but none reaches any of the {count} tensors in shared."
+    return (
+        f"A loss must be computed from the features, but none reaches any of the {count} tensors in features. Give the very "
+        "tensors that the heads use: DistributedDataParallel returns copies with static_graph or find_unused_parameters."
+    )
 
 
 def _concerned(weighed: Weighing, reached: Sequence[bool]) -> Tensor:

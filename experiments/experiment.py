@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import nn
 from balance.registry import unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
     from torch.utils.data import Dataset
@@ -24,6 +26,15 @@ FOLDER = Path(__file__).resolve().parent
 
 # Inputs first, then what the losses need: tensors, or whatever else has a method ``to(device)``, such as a batch of graphs
 Batch = tuple[Any, ...]
+
+
+@contextmanager
+def by_design() -> Iterator[None]:
+    """Silence warnings about what experiments do on purpose: published codes share whole networks, and epochs can be long."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="shared must hold parameters that several tasks reach")
+        warnings.filterwarnings("ignore", message=r"The loss balancer .* needs balancer\.end_epoch\(\)")
+        yield
 
 
 class Splits(NamedTuple):

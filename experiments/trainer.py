@@ -169,7 +169,7 @@ def train(run: Run, parent: str | None = None) -> dict[str, float]:
     step, costs = 0, Costs()
     tests = list[dict[str, float]]()  # of the epochs that train.report_last asks for
     (run.folder / "config.yaml").write_text(OmegaConf.to_yaml(config), encoding="utf-8")
-    with tracker_of(run, parent) as tracker, progress_bar(run.console) as bar:
+    with tracker_of(run, parent) as tracker, progress_bar(run.console) as bar, experiments.by_design():
         tracker.log_text(OmegaConf.to_yaml(config), "config.yaml")
         log_data(tracker, run)
         shown = bar.add_task("", total=steps, losses="", epoch=1, epochs=config.train.epochs)

@@ -687,7 +687,7 @@ def test_mistakes_in_the_losses(losses, error, message):
         (None, TypeError, "but got nothing"),
         (nn.Linear(2, 2), TypeError, r"shared=model\.trunk\.parameters\(\)"),
         (torch.ones(2, requires_grad=True), TypeError, "iterable of parameters"),
-        ([torch.ones(2, requires_grad=True)], ValueError, "No loss reaches any"),
+        ([torch.ones(2, requires_grad=True)], ValueError, "A loss must reach a shared parameter"),
         ([torch.ones(2, requires_grad=True) * 2], TypeError, "give it as features"),
         (["weight"], TypeError, "must hold parameters"),
     ],

@@ -211,6 +211,7 @@ def test_a_vector_without_direction_is_zero_and_has_a_finite_gradient():
     torch.testing.assert_close(vectors.grad[0, :, 0, 1], (torch.ones(3) + torch.tensor([0.6, 0.0, -0.8]) * 0.2) / 5)
 
 
+@pytest.mark.filterwarnings("ignore:shared must hold parameters that several tasks reach")
 @pytest.mark.parametrize("source", ["parameters", "features"])
 @pytest.mark.parametrize("trunk", [SegNet(NARROW, SHALLOW), MTAN(3, NARROW, SHALLOW)], ids=["segnet", "mtan"])
 def test_a_balanced_step_with_the_representation_of_each_network(trunk, source):
@@ -229,6 +230,7 @@ def test_a_balanced_step_with_the_representation_of_each_network(trunk, source):
     assert bool((report.gramian - report.gramian.diag().diag()).any()) != own_maps
 
 
+@pytest.mark.filterwarnings("ignore:shared must hold parameters that several tasks reach")
 def test_features_given_as_a_hint_change_no_gradient():
     """As the trainer passes them along; here they are a tuple."""
     gradients = []

@@ -324,6 +324,7 @@ def test_only_trained_tasks_are_in_the_summary(mnist):
     }
 
 
+@pytest.mark.filterwarnings("ignore:shared must hold parameters that several tasks reach")
 def test_whole_network_pcgrad_is_not_that_of_the_trunk(batch):
     """The heads' gradients count in the lengths."""
     gramians = []
