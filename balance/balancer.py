@@ -222,7 +222,8 @@ class Balancer(nn.Module):
         if scaler is not None and not scaler.is_enabled():
             scaler = None
         step = read_losses(losses, self.tasks, self.nan, self.zero)
-        parts = self._parts(step, shared, features, measure)
+        own = list(self.parameters())
+        parts = self._parts(step, shared, features, measure, own)
         bad = step.not_finite()
         self._skipped = bool(bad)
         if bad and scaler is not None:
@@ -231,7 +232,7 @@ class Balancer(nn.Module):
             raise ValueError(f"Losses must be finite, but got {bad}. Look at the data and the learning rate.")
         if not step.losses.requires_grad:
             raise ValueError("No loss requires a gradient. Compute the losses with gradients enabled and do not detach them.")
-        before = Snapshot(self.loss, self.gradient), self.stretch.clone(), self._drop_consumed()
+        before = Snapshot(self.loss, self.gradient), self.stretch.clone(), self._drop_consumed(own)
         try:
             with torch.autocast(step.losses.device.type, enabled=False):  # the direction is no place for half precision
                 report = self._taken(step, parts, scaler, factor)
@@ -247,7 +248,7 @@ class Balancer(nn.Module):
             self.loss_sums[tasks] += step.host.to(self.loss_sums)
             self.loss_counts[tasks] += 1
             self._warn_of_silence()
-        self._remember_own()
+        self._remember(own)
         return report
 
     def _taken(self, step: Step, parts: Parts | None, scaler: GradScaler | None, factor: float) -> Report:
@@ -369,7 +370,7 @@ class Balancer(nn.Module):
         accumulate(pairs)
         return weighed.report(step, torch.ones(len(step.tasks), dtype=torch.float64, device="cpu"), None)
 
-    def _parts(self, step: Step, shared: Any, features: Any, measure: Any) -> Parts | None:
+    def _parts(self, step: Step, shared: Any, features: Any, measure: Any, own: Sequence[Tensor]) -> Parts | None:
         if self.gradient is None:  # arguments that are given are checked, so that a gradient balancer is no surprise later
             for name, given in (("shared", shared), ("measure", measure)):
                 if given is not None:
@@ -377,7 +378,7 @@ class Balancer(nn.Module):
             if features is not None:
                 read_features(features)
             return None
-        parts = read_parts(self.source, step.roots, shared, features, measure, self.parameters())
+        parts = read_parts(self.source, step.roots, shared, features, measure, own)
         if self.sees == "jacobian" and measure is not None:
             raise ValueError("measure is for rules that give weights, but this one sees the Jacobian and gives a direction.")
         if self.sees == "jacobian" and self.source == "features" and not parts.features:
@@ -391,13 +392,14 @@ class Balancer(nn.Module):
         """Leave NaN gradients, so that the scaler skips the step; no rule sees it."""
         self._skipped = True
         scaler.scale(step.losses.detach())  # initialises the scaler, which scaler.step requires
-        accumulate(nan_gradients([*leaves(step.roots), *(p for p in self.parameters() if p.requires_grad)]))
-        self._remember_own()
+        own = list(self.parameters())
+        accumulate(nan_gradients([*leaves(step.roots), *(p for p in own if p.requires_grad)]))
+        self._remember(own)
         losses = step.losses.detach()
         nothing = torch.full_like(losses, torch.nan)
         return Report(step.tasks, losses, nothing, nothing, nothing)
 
-    def _drop_consumed(self) -> list[tuple[Tensor, Tensor | None]]:
+    def _drop_consumed(self, own: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
         """Drop gradients of own parameters that an optimizer has used, or that belong to a skipped step.
 
         Not every training loop sets them to zero: it may know the model's parameters only.
@@ -405,7 +407,7 @@ class Balancer(nn.Module):
         Returns:
             The parameters and their ``.grad`` before.
         """
-        before: list[tuple[Tensor, Tensor | None]] = [(parameter, parameter.grad) for parameter in self.parameters()]
+        before = [(parameter, parameter.grad) for parameter in own]
         for parameter, gradient in before:
             left = self._left.get(id(parameter))
             if gradient is None or left is None or left.gradient != id(gradient):
@@ -415,13 +417,9 @@ class Balancer(nn.Module):
                 parameter.grad = None
         return before
 
-    def _remember_own(self) -> None:
+    def _remember(self, own: Sequence[Tensor]) -> None:
         """Remember the own parameters as this step left them, to see later whether an optimizer has used the gradients."""
-        self._left = {
-            id(p): _Left(id(p.grad), p._version, p.detach().clone(), self._skipped)
-            for p in self.parameters()
-            if p.requires_grad
-        }
+        self._left = {id(p): _Left(id(p.grad), p._version, p.detach().clone(), self._skipped) for p in own if p.requires_grad}
 
     def _put_back(self, rules: Snapshot, stretch: Tensor, own: list[tuple[Tensor, Tensor | None]]) -> None:
         rules.restore()

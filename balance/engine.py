@@ -13,7 +13,7 @@ import torch
 from balance.accumulate import without_hooks
 from balance.functions import Functions, explained
 from balance.gramian import HeadGradients, InnerProducts, Rows, SparseRows, flat, pieces, sparse_rows, unflat
-from balance.graph import Layer, Root, activations, depths, layers, unpacks
+from balance.graph import Layer, Reach, Root, activations, depths, layers, unpacks
 from balance.passes import AtFeatures, AtLosses, Start, all_at_once, one_by_one, weighted_sum
 
 if TYPE_CHECKING:
@@ -284,7 +284,7 @@ class Engine:
                 )
             else:
                 self._batched.add(kinds)
-                return found
+                return _without_unreached(found, start, parts, targets)
         return explained(one_by_one(start, targets, keep=keep, apart=apart))
 
     def _is_batched(self, parts: Parts, device: torch.device) -> bool:
@@ -307,6 +307,26 @@ class Engine:
                 blocks.append([])
             blocks[-1].append(site)
         return blocks
+
+
+def _without_unreached(
+    gradients: Sequence[Sequence[Tensor | None]], start: Start, parts: Parts, targets: Sequence[Root]
+) -> list[list[Tensor | None]]:
+    """Replace the zeros that a batched pass gives to a task where another task alone reaches a tensor by None."""
+    if isinstance(start, AtLosses):
+        reach = Reach(parts.above, start.roots)
+        reaches = [reach.of(target) for target in targets]
+    else:
+        reach = Reach(parts.below, start.features)
+        through = [reach.of(target) for target in targets]  # by feature
+        reaches = [
+            [
+                any(there and own[k] is not None for there, own in zip(of_target, start.rows.pieces, strict=True))
+                for k in range(start.num_tasks)
+            ]
+            for of_target in through
+        ]
+    return [[g if reaches[i][k] else None for i, g in enumerate(row)] for k, row in enumerate(gradients)]
 
 
 def _paired(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[LeafGradient]:

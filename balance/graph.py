@@ -98,11 +98,6 @@ def edge(root: Root) -> GradientEdge:
     return get_gradient_edge(root) if isinstance(root, Tensor) else root
 
 
-def is_leaf(node: Any) -> bool:
-    """Whether a node accumulates the gradient of a leaf tensor."""
-    return type(node) is _Leaf
-
-
 def trace(roots: Iterable[Root | None], stop: Iterable[Tensor] = ()) -> Trace:
     """Walk the graph below some roots; ``stop`` are tensors below which it does not go."""
     release_graphs()
@@ -151,21 +146,55 @@ def leaves(roots: Iterable[Root | None]) -> list[Tensor]:
     return trace(roots).leaves
 
 
-def reaching(found: Trace, roots: Sequence[Root | None], tensors: Iterable[Tensor]) -> list[bool]:
-    """Whether each root has a path to one of the leaf tensors, or to a tensor at which the walk stopped."""
-    wanted = {id(tensor) for tensor in tensors}
-    stack = [node for node in found.users if type(node) is _Leaf and id(node.variable) in wanted]
-    stack += found.entrances
-    above = set()
-    direct = None in stack  # a root is itself a tensor at which the walk stopped
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in above:
-            above.add(node)
-            stack += [user for user, _ in found.users[node]]
-    return [
-        root is not None and (edge(root).node in above or (direct and edge(root).node not in found.users)) for root in roots
-    ]
+class Reach:
+    """Which roots have a path to a node, read from a graph that was walked below them.
+
+    Args:
+        found: The graph.
+        roots: The roots that the walk began at.
+    """
+
+    def __init__(self, found: Trace, roots: Sequence[Root | None]) -> None:
+        self._found, self._count = found, len(roots)
+        self._own: dict[Any, int] = {}  # by node, the roots that stand there, as bits
+        for k, root in enumerate(roots):
+            if root is not None:
+                node = edge(root).node
+                self._own[node] = self._own.get(node, 0) | 1 << k
+        self._above: dict[Any, int] = {}
+
+    def of(self, target: Root) -> list[bool]:
+        """Return for each root whether it has a path to a tensor or an edge."""
+        return self._listed(self._bits(edge(target).node))
+
+    def of_any(self, tensors: Iterable[Tensor]) -> list[bool]:
+        """Return the same for a path to any of some leaf tensors, or to a tensor at which the walk stopped."""
+        bits = 0
+        for node in (*(edge(tensor).node for tensor in tensors), *self._found.entrances):
+            bits |= self._bits(node)
+        if None in self._found.entrances:  # a root is itself a tensor at which the walk stopped
+            bits |= sum(own for node, own in self._own.items() if node not in self._found.users)
+        return self._listed(bits)
+
+    def _listed(self, bits: int) -> list[bool]:
+        return [bool(bits >> k & 1) for k in range(self._count)]
+
+    def _bits(self, target: Any) -> int:
+        stack = [target]
+        while stack:
+            node = stack[-1]
+            users = [user for user, _ in self._found.users.get(node, ()) if user is not None]
+            missing = [user for user in users if user not in self._above]
+            if missing and node not in self._above:
+                stack += missing
+                continue
+            stack.pop()
+            if node not in self._above:
+                bits = self._own.get(node, 0) if node in self._found.users else 0
+                for user in users:
+                    bits |= self._above[user]
+                self._above[node] = bits
+        return self._above[target]
 
 
 def unstacked(losses: Tensor) -> list[Root | None] | None:
@@ -312,11 +341,11 @@ def _is_product(node: Any) -> bool:
 
 
 def _is_alike(node: Any, output: int, losses: Tensor) -> bool:
-    """Whether a gradient that arrives there is a scalar like an entry of the losses."""
+    """Whether a gradient that arrives there is a scalar like an entry of the losses; the engine casts it if need be."""
     if type(node) is _Leaf:
         return False
     there = node._input_metadata[output]
-    return tuple(there.shape) == () and there.dtype == losses.dtype and there.device == losses.device
+    return tuple(there.shape) == () and there.device == losses.device and there.dtype.is_floating_point
 
 
 # A graph that Python has walked is freed node by node in a recursion of torch, which overflows the stack if the graph is

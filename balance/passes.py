@@ -12,7 +12,7 @@ from torch._vmap_internals import _vmap
 
 from balance.accumulate import without_hooks
 from balance.gramian import Rows, unflat
-from balance.graph import edge, is_leaf
+from balance.graph import edge
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -124,8 +124,8 @@ class _Arrivals:
 
     def __init__(self, inputs: Sequence[Root]) -> None:
         self.found: dict[int, Tensor | None] = {}
-        self._edges = [(place, edge(target)) for place, target in enumerate(inputs)]
-        self._edges = [(place, target) for place, target in self._edges if not is_leaf(target.node)]
+        inner = [(place, target) for place, target in enumerate(inputs) if not (isinstance(target, Tensor) and target.is_leaf)]
+        self._edges = [(place, edge(target)) for place, target in inner]
 
     def listening(self) -> ExitStack:
         """Return a context in which the hooks are registered."""

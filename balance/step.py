@@ -11,7 +11,7 @@ import torch
 from balance.accumulate import accumulate, are_finite, delivery, without_hooks
 from balance.functions import walks_once
 from balance.gramian import change_rows
-from balance.graph import reaching
+from balance.graph import Reach
 from balance.passes import AtFeatures, AtLosses, weighted_sum
 from balance.registry import checked_weights, takes
 from balance.rules import apply_rule
@@ -71,7 +71,7 @@ class BalancedStep:
         if not all(are_finite([gradient]) for _, gradient in weighed.own_pairs()):
             raise NotFiniteError("Gradients of the loss balancer's parameters must be finite, but got infinite or NaN entries.")
         if hasattr(self.stage.gradient, "reuse") and self.parts.inputs:
-            reached = reaching(self.parts.above, self.step.roots, self.parts.inputs)
+            reached = Reach(self.parts.above, self.step.roots).of_any(self.parts.inputs)
             at = _concerned(weighed, reached)
             weights = self.stage.gradient.reuse(self.step.at(at).present) if len(at) else None
             if weights is not None:

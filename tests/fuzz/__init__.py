@@ -1,0 +1,1 @@
+"""Differential fuzzing of `balance.Balancer.backward`: random networks, an explicit oracle, comparison of every gradient."""
