@@ -58,13 +58,9 @@ def accumulate(pairs: Iterable[LeafGradient]) -> None:
         total.backward()  # type: ignore[no-untyped-call]
 
 
-def merged(pairs: Iterable[LeafGradient]) -> list[LeafGradient]:
-    """Add up the gradients of each leaf."""
-    found: dict[int, LeafGradient] = {}
-    for leaf, gradient in pairs:
-        before = found.get(id(leaf))
-        found[id(leaf)] = (leaf, gradient if before is None else before[1] + gradient)
-    return list(found.values())
+def paired(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[LeafGradient]:
+    """Return the leaves that have a gradient, with it."""
+    return [(leaf, gradient) for leaf, gradient in zip(leaves, gradients, strict=True) if gradient is not None]
 
 
 def are_finite(gradients: Sequence[Tensor]) -> bool:

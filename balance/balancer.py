@@ -374,7 +374,7 @@ class Balancer(nn.Module):
         if self.gradient is None:  # arguments that are given are checked, so that a gradient balancer is no surprise later
             for name, given in (("shared", shared), ("measure", measure)):
                 if given is not None:
-                    read_shared(given, name)
+                    read_shared(given, name, measured=False)
             if features is not None:
                 read_features(features)
             return None

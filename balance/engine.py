@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
-from balance.accumulate import without_hooks
+from balance.accumulate import paired, without_hooks
 from balance.functions import Functions, explained
 from balance.gramian import HeadGradients, InnerProducts, Rows, SparseRows, flat, pieces, sparse_rows, unflat
 from balance.graph import Layer, Reach, Root, activations, depths, layers, unpacks
@@ -131,7 +131,7 @@ class TaskGradients:
     def weighted(self, weights: Sequence[float]) -> list[LeafGradient]:
         """Return the weighted sum of the tasks' gradients of the trunk, once: what is stored is dropped."""
         if self.rows is None or self.needs_pass:
-            return _paired(self.parts.trunk, weighted_sum(self.start, weights, self.parts.trunk))
+            return paired(self.parts.trunk, weighted_sum(self.start, weights, self.parts.trunk))
         found = []
         for site, own, total in zip(self.sites, self.rows.pieces, self.rows.combined(weights), strict=True):
             own.clear()
@@ -275,7 +275,10 @@ class Engine:
                 found = all_at_once(start, targets, keep=keep or kinds not in self._batched)
             except RuntimeError as error:
                 if kinds in self._batched and not keep:  # parts of the graph may be gone
-                    raise
+                    raise RuntimeError(
+                        f"The backward passes of the tasks cannot be batched at this step, but could before: {error} "
+                        "Use engine='loop'."
+                    ) from error
                 self._refused = True
                 warnings.warn(
                     f"The backward passes of the tasks cannot be batched and run one after the other: {error}".splitlines()[0]
@@ -327,10 +330,6 @@ def _without_unreached(
             for of_target in through
         ]
     return [[g if reaches[i][k] else None for i, g in enumerate(row)] for k, row in enumerate(gradients)]
-
-
-def _paired(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[LeafGradient]:
-    return [(leaf, gradient) for leaf, gradient in zip(leaves, gradients, strict=True) if gradient is not None]
 
 
 def _with_sparse_rows(sites: Sequence[_Site], rows: Rows) -> list[_Site]:

@@ -144,16 +144,17 @@ def check_factor(factor: float) -> None:
         raise ValueError(f"factor must be a positive number, but got {factor!r}. Use for example 1 / num_micro_batches.")
 
 
-def read_shared(shared: Iterable[Tensor] | None, name: str = "shared") -> list[Tensor]:
+def read_shared(shared: Iterable[Tensor] | None, name: str = "shared", *, measured: bool = True) -> list[Tensor]:
     """Return the shared parameters that require a gradient, each once.
 
     Args:
         shared: Parameters.
         name: Name of the argument, for messages.
+        measured: Whether a gradient balancer needs their gradients, which must then be real and of one process.
 
     Raises:
         ValueError: If there are none.
-        TypeError: If something is not a real leaf tensor of one process.
+        TypeError: If something is not a leaf tensor, or its gradients cannot be measured.
     """
     if isinstance(shared, nn.Module | Tensor) or not isinstance(shared, Iterable):
         found = "nothing" if shared is None else type(shared).__name__
@@ -167,13 +168,13 @@ def read_shared(shared: Iterable[Tensor] | None, name: str = "shared") -> list[T
                 f"{name} must hold parameters, but got {type(parameter).__name__}"
                 f"{' that is computed: give it as features' if isinstance(parameter, Tensor) else ''}."
             )
-        if _is_sharded(parameter):
+        if measured and _is_sharded(parameter):
             raise TypeError(
                 f"{name} must hold parameters of one process, but got a DTensor (FSDP2, tensor parallelism): its gradients are "
                 "reduced over ranks by hooks of an ordinary backward pass only. Use balance.Splitter inside the model, or "
                 "gradient=None."
             )
-        if parameter.is_complex():
+        if measured and parameter.is_complex():
             raise TypeError(f"{name} must hold real parameters, but got a complex one. Keep its real view as the parameter.")
     return [parameter for parameter in parameters if parameter.requires_grad]
 

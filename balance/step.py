@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from balance.accumulate import accumulate, are_finite, delivery, without_hooks
+from balance.accumulate import accumulate, are_finite, delivery, paired, without_hooks
 from balance.functions import walks_once
-from balance.gramian import change_rows
+from balance.gramian import Rows, change_rows, flat
 from balance.graph import Reach
 from balance.passes import AtFeatures, AtLosses, weighted_sum
 from balance.registry import checked_weights, takes
@@ -192,16 +192,24 @@ class BalancedStep:
         weights[at] = solved.cpu().double() * stretch
         shared_weights = (self.factor * (weights[at] @ E[at])).tolist()
         head_weights = (self.factor * (weights @ E if self.stage.heads == "weighted" else E.sum(dim=0))).tolist()
-        with without_hooks([*parts.trunk, *parts.heads]):
+        own = weighed.own_pairs(self.factor * self.scale)
+        if parts.source == "features" and parts.features and walks_once(parts.below.functions):
+            with without_hooks(parts.heads):
+                heads = paired(parts.heads, weighted_sum(start, head_weights, parts.heads, keep=True))
+            through = weighted_sum(start, shared_weights, parts.features)
+            rows = Rows(1, [[None if gradient is None else flat(gradient)] for gradient in through])
+            self._ordinary_backward(AtFeatures(parts.features, rows), [1.0], [*heads, *own])
+            return weighed.report(self.step, weights, None, self._unshared(at))
+        leaves = [*parts.heads, *parts.trunk]
+        with without_hooks(leaves):
             if head_weights == shared_weights:
-                gradients = weighted_sum(start, shared_weights, [*parts.heads, *parts.trunk])
+                gradients = weighted_sum(start, shared_weights, leaves)
             else:
                 gradients = weighted_sum(start, head_weights, parts.heads, keep=True)
                 gradients += weighted_sum(start, shared_weights, parts.trunk)
-        leaves = [*parts.heads, *parts.trunk]
-        pairs = [(leaf, gradient) for leaf, gradient in zip(leaves, gradients, strict=True) if gradient is not None]
+        pairs = paired(leaves, gradients)
         self._require_finite(pairs)
-        accumulate([*pairs, *weighed.own_pairs(self.factor * self.scale)])
+        accumulate([*pairs, *own])
         return weighed.report(self.step, weights, None, self._unshared(at))
 
     def _write(
@@ -231,9 +239,9 @@ class BalancedStep:
             found.follow(pieces)
             self._write(found, [1.0], others, None)
             return
-        pairs = [(leaf, piece) for leaf, piece in zip(self.parts.inputs, pieces, strict=True) if piece is not None]
-        self._require_finite([*pairs, *others])
-        accumulate([*pairs, *others])
+        pairs = [*paired(self.parts.inputs, pieces), *others]
+        self._require_finite(pairs)
+        accumulate(pairs)
 
     def _walks_once(self, start: Start) -> bool:
         return isinstance(start, AtFeatures) and self.parts.source == "features" and walks_once(self.parts.below.functions)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import balance
 from balance import Balancer, Splitter
 
 WAY_OUT = r"balance\.Splitter"
@@ -145,6 +146,24 @@ def test_the_ways_out_work(name, gradient):
     model, x = network(operation)
     sum(model.losses(Splitter(("a", "b"), gradient=gradient)(model(x))).values()).backward()
     torch.testing.assert_close([g + 1 for g in grads(model)[:4]], results[0][:4])
+
+
+@pytest.mark.parametrize("heads", ["weighted", "unweighted"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_reused_weights_at_features_walk_once_too(name, heads):
+    operation, plain, _ = OPERATIONS[name]
+    results = []
+    for how in (plain, operation):
+        model, x = network(how)
+        rule = balance.compose.every(3, "mgda", 2)
+        stage = Balancer(("a", "b"), gradient=rule, source="features", heads=heads)
+        for _ in range(2):
+            model.zero_grad()
+            z = model(x)
+            report = stage.backward(model.losses(z), shared=model.shared(), features=z)
+        assert report.gramian is None
+        results.append(grads(model))
+    torch.testing.assert_close(results[1], results[0])
 
 
 def test_parameters_that_nobody_names_are_found_too():
@@ -320,10 +339,13 @@ def test_sharded_parameters_are_refused_by_name(tmp_path):
             except (TypeError, RuntimeError) as error:
                 print("refused", "DTensor" in str(error) and "balance.Splitter" in str(error))
             assert all(p.grad is None for p in model.parameters())
+        losses = {t: (h(trunk(torch.ones(16, 4))) - k).square().mean() for k, (t, h) in enumerate(heads.items())}
+        balance.Balancer(("a", "b"), loss="uw").backward(losses, shared=shared)
+        print("plain", all(p.grad is not None for p in model.parameters()))
         """)
     )
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=300)
-    assert done.stdout.splitlines() == ["refused True"] * 3, done.stdout + done.stderr
+    assert done.stdout.splitlines() == ["refused True"] * 3 + ["plain True"], done.stdout + done.stderr
 
 
 def test_without_a_gradient_balancer_any_graph_will_do():
