@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Factory = Callable[[int], Callable[..., Tensor]]
 
-KINDS = ("generic", "integer", "duplicate", "opposite", "near_parallel", "zero_row", "low_rank")
+KINDS = ("generic", "integer", "duplicate", "opposite", "near_parallel", "zero_row", "low_rank", "rounded", "stationary")
 
 
 def check_gradient_balancer(
@@ -116,12 +116,12 @@ def _search(name: str, claim: Callable[..., None], subject: Any, inputs: Any, ki
 
 
 def make_jacobian(num_tasks: int, kind: str, seed: int) -> Tensor:
-    """A random Jacobian in float64. Shape (K, K + 3), or (K, K - 1) for ``"low_rank"``.
+    """Return a random Jacobian in float64. Shape (K, K + 3), or (K, K - 1) for ``"low_rank"``.
 
     Args:
         num_tasks: K.
         kind: One of `KINDS`: rows of different scales, small integers, two rows equal, opposite or nearly parallel, the first
-            row zero, or dependent rows.
+            row zero, dependent rows, rows that are dependent up to rounding to float32, or rows with 0 in their convex hull.
         seed: Decides the numbers.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -134,6 +134,11 @@ def make_jacobian(num_tasks: int, kind: str, seed: int) -> Tensor:
         J = torch.randint(-3, 4, J.shape, generator=generator).double()
     elif kind == "low_rank":
         J = J[:, : max(1, num_tasks - 1)]
+    elif kind == "rounded":
+        rank = max(1, num_tasks - 1)
+        J = (J[:, :rank].float() @ normal(rank, num_tasks + 3).float()).double()
+    elif kind == "stationary" and num_tasks > 1:
+        J[-1] = -normal(num_tasks - 1).exp() @ J[:-1]
     elif kind == "zero_row":
         J[0] = 0
     elif num_tasks > 1 and kind != "generic":

@@ -64,14 +64,14 @@ GRADIENT_ROWS = {
     "imtl": {
         "finite": True,
         "positive_at_one_task": True,
-        "permutation_equivariant": GENERIC,
-        "rotation_equivariant": GENERIC,
+        "permutation_equivariant": True,
+        "rotation_equivariant": True,
         "on_simplex": NEGATIVE,  # believed, but weights can be negative
         "at_least_one": SKEWED,
         "non_negative": NEGATIVE,
         "conflict_free": GENERIC,
         "unchanged_by_scaling_one_task": GENERIC,
-        "scales_with_the_gradients": GENERIC,
+        "scales_with_the_gradients": True,
         "linear_under_scaling": SKEWED,
         "sum_without_conflict": SKEWED,
         "equal_projections": GENERIC,
@@ -105,8 +105,23 @@ GRADIENT_ROWS = {
 }
 
 
-def gradient_factory(name):
-    return lambda num_tasks: gradient_balancers.build(name, num_tasks=num_tasks)
+# What options other than the default ones add: (name, options) and the claims that hold with them, on degenerate input too
+GRADIENT_OPTIONS = [
+    ("mgda", {"normalization": "l2"}, ["on_simplex"]),  # with parallel gradients the order decides
+    ("pcgrad", {"order": "fixed"}, ["rotation_equivariant", "linear_under_scaling", "sum_without_conflict"]),
+    ("cagrad", {"c": 1.0}, ["conflict_free", "permutation_equivariant", "rotation_equivariant", "non_negative"]),
+    ("cagrad", {"c": 1.0, "rescale": 0}, ["conflict_free", "permutation_equivariant", "scales_with_the_gradients"]),
+    ("cagrad", {"c": 1.5, "rescale": 2}, ["conflict_free", "permutation_equivariant"]),
+    ("cagrad", {"c": 10.0, "rescale": 0}, ["conflict_free", "permutation_equivariant"]),
+    ("cagrad", {"c": 0.0}, ["linear_under_scaling", "on_simplex"]),
+    ("imtl", {"official": True}, ["permutation_equivariant", "rotation_equivariant", "scales_with_the_gradients"]),
+    ("nashmtl", {"max_norm": None}, ["conflict_free", "permutation_equivariant", "non_negative"]),
+    ("graddrop", {"leak": 1.0}, ["permutation_equivariant", "rotation_equivariant", "linear_under_scaling"]),
+]
+
+
+def gradient_factory(name, **options):
+    return lambda num_tasks: gradient_balancers.build(name, num_tasks=num_tasks, **options)
 
 
 UNEQUAL = [[1.0, 2.0, 5.0], [0.9, 1.0, 4.0], [0.5, 0.9, 4.0], [0.4, 0.7, 3.0]]

@@ -42,6 +42,12 @@ def test_gradient_claim_holds(name, claim, entry):
     )
 
 
+@pytest.mark.parametrize(("name", "options", "proved"), claims.GRADIENT_OPTIONS, ids=str)
+def test_gradient_claims_hold_with_options(name, options, proved):
+    factory, sees = claims.gradient_factory(name, **options), gradient_balancers.sees(name)
+    testing.check_gradient_balancer(factory, proved, sees=sees, examples=EXAMPLES)
+
+
 @pytest.mark.parametrize(("name", "claim", "entry"), cases(claims.GRADIENT_ROWS, proved=False))
 def test_gradient_claim_fails_on_its_counterexample(name, claim, entry):
     factory, sees = claims.gradient_factory(name), gradient_balancers.sees(name)

@@ -69,6 +69,32 @@ def test_gradient_balancer(case, name, options, key, tolerance):
         torch.testing.assert_close(weights, tensor(stored), rtol=tolerance, atol=tolerance * max(1.0, *map(abs, stored)))
 
 
+# CAGrad, c = 0.4, without rescaling, where 0 is in the convex hull of the gradients, or nearly so. By hand: in all but the last
+# problem one task k gains less than all others, so that d = g_0 + 0.4 |g_0| g_k / |g_k|.
+CAGRAD_AT_STATIONARY_POINTS = {
+    "opposite": ([[2.0], [-1.0]], [0.3]),
+    "nearly_opposite": ([[2.0, 1e-4], [-1.0, 1e-4]], [0.5 - 0.2 * 1.00000004**0.5 / 1.00000001**0.5, 1.2e-4]),
+    "a_zero_gradient": ([[0.0, 0.0], [4.0, 0.0], [-1.0, 0.5]], [1 - 0.4 * (37 / 45) ** 0.5, 1 / 6 + 0.2 * (37 / 45) ** 0.5]),
+    "without_it": ([[4.0, 0.0], [-1.0, 0.5]], [1.5 - 0.6 * (37 / 45) ** 0.5, 0.25 + 0.3 * (37 / 45) ** 0.5]),
+    "four_tasks_two_parameters": (
+        [[3.0, 0.0], [-1.0, 1.0], [-1.0, -1.0], [0.5, 2.0]],
+        [0.375 - 0.25 / 2**0.5, 0.5 - 0.25 / 2**0.5],
+    ),
+    # the mean (0.1, 1/3) projected on the half-line of directions that conflict with no task, at a distance below the radius
+    "several_solutions": ([[1.3, 0.0], [-1.0, 0.0], [0.0, 1.0]], [0.0, 1 / 3]),
+}
+
+
+@pytest.mark.parametrize("solver", ["exact", "cvxpy"])
+@pytest.mark.parametrize("case", CAGRAD_AT_STATIONARY_POINTS)
+def test_cagrad_where_no_direction_helps_every_task(case, solver):
+    rows, direction = CAGRAD_AT_STATIONARY_POINTS[case]
+    J = tensor(rows)
+    weights = gradient_balancers.build("cagrad", rescale=0, solver=solver)(J @ J.T)
+    tolerance = 1e-7 if solver == "exact" else 1e-4
+    torch.testing.assert_close(weights @ J, tensor(direction), rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_graddrop(case):
     expected = GOLDEN["gradient_methods"][case]["graddrop_fixedU"]

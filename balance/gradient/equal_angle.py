@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from balance.gradient.task_space import solve, without_zero_gradients
+from balance.gradient.task_space import rounding, solve, without_zero_gradients
 from balance.registry import gradient_balancers
-from balance.solvers import equal_projection_weights
+from balance.solvers import DEPENDENT, equal_projection_weights
 
 if TYPE_CHECKING:
     from balance.shapes import Gramian, Weights
@@ -17,15 +15,19 @@ if TYPE_CHECKING:
 
 @gradient_balancers.register("imtl", heads="weighted")
 def imtl_g(gramian: Gramian, *, official: bool = False) -> Weights:
-    r"""IMTL-G: weights for which the direction has the same projection onto every task gradient.
+    r"""Return weights for IMTL-G, with which the direction has the same projection onto every task gradient.
 
     .. math:: \langle J^\top w, g_k / \lVert g_k \rVert \rangle \text{ equal for all } k, \qquad |\textstyle\sum_k w_k| = 1
 
     The common projection is positive, so the direction conflicts with no task, and the sum is 1 except where that would turn it
-    into ascent for every task; then it is -1. Its direction does not change when a gradient is multiplied by a positive
-    constant. Weights can be negative. A task whose gradient is zero gets weight 0 and the others are solved without it; at
-    G = 0, and where opposite gradients leave no common projection, all weights are 0. Where the gradients are dependent, the
-    projections are equal in the least-squares sense. One task gets weight 1.
+    into ascent for every task; then it is -1. Where the weights cancel each other, to 1e-5 of their absolute values, the sum of
+    the absolute values is 1 instead. The direction does not change when a gradient is multiplied by a positive constant.
+    Weights can be negative. A task whose gradient is zero gets weight 0 and the other tasks are solved without it. At G = 0,
+    and where opposite gradients leave no common projection, all weights are 0. One task gets weight 1.
+
+    Where the gradients are dependent, the projections are equal in the least-squares sense, and the direction can conflict.
+    Gradients count as dependent where the matrix of their cosines has an eigenvalue below 1e-10 of the largest, or below the
+    rounding of ``gramian`` if that is coarser. The order of the tasks does not matter.
 
     Args:
         gramian: Inner products of the task gradients. Shape (K, K), positive semi-definite.
@@ -43,12 +45,11 @@ def imtl_g(gramian: Gramian, *, official: bool = False) -> Weights:
     """
 
     def weights(G: Array) -> Array:
-        w = equal_projection_weights(G) / G.diagonal() ** 0.5
+        cutoff = max(DEPENDENT, len(G) ** 0.5 * rounding(gramian))
+        w = equal_projection_weights(G, cutoff) / G.diagonal() ** 0.5
         total, size = float(w.sum()), float(abs(w).sum())
-        if size * min(G.diagonal()) ** 0.5 <= 1e-9:  # no weights give every gradient the same projection but zero
-            return np.zeros(len(G))
-        # a sum that is zero but for rounding would make the weights infinite
-        total = total if abs(total) > 1e-12 * size else size
+        if abs(total) <= cutoff**0.5 * size:  # a sum that is mostly rounding would make the weights arbitrarily large
+            total = size or 1.0
         scaled: Array = w / (total if official else abs(total))
         return scaled
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from scipy.optimize import nnls
 
-from balance.gradient.task_space import solve
+from balance.gradient.task_space import rounding, solve
 from balance.registry import check_type, gradient_balancers
 from balance.solvers import conflict_averse_weights, min_norm_weights, square_root
 
@@ -23,7 +24,7 @@ Solver = Literal["exact", "cvxpy"]
 
 @gradient_balancers.register("mgda", heads="weighted")
 def mgda(gramian: Gramian, *, normalization: Normalization = "none", losses: Tensor | None = None) -> Weights:
-    r"""Weights for which the direction is the shortest vector in the convex hull of the task gradients.
+    r"""Return weights for which the direction is the shortest vector in the convex hull of the task gradients.
 
     .. math:: \min_w \lVert J^\top w \rVert^2 \quad \text{subject to } w \ge 0,\ \textstyle\sum_k w_k = 1
 
@@ -71,14 +72,19 @@ def mgda(gramian: Gramian, *, normalization: Normalization = "none", losses: Ten
 
 @gradient_balancers.register("cagrad", heads="unweighted")
 def cagrad(gramian: Gramian, *, c: float = 0.4, rescale: Rescale = 1, solver: Solver = "exact") -> Weights:
-    r"""CAGrad: the direction near the mean gradient that does most for the task that gains least.
+    r"""Return weights for CAGrad: the direction near the mean gradient with the greatest gain for the task that gains least.
 
     .. math:: \max_d \min_k \langle g_k, d \rangle \quad \text{subject to } \lVert d - g_0 \rVert \le c \lVert g_0 \rVert
 
-    with the mean :math:`g_0`. So :math:`d = g_0 + c \lVert g_0 \rVert \, g_w / \lVert g_w \rVert`, where w on the simplex
-    solves the dual problem. c = 0 gives the mean. Conflicts with no task if c ≥ 1; for smaller c it can. Before rescaling
-    every weight is at least 1/K. Unchanged by scaling all gradients together. At a Pareto-stationary point (a zero gradient
-    among them) the second term has no direction and the mean is left, rescaled. One task: (1 + c) g, rescaled.
+    with the mean :math:`g_0`. The solution is :math:`d = g_0 + c \lVert g_0 \rVert \, g_w / \lVert g_w \rVert`, where w on the
+    simplex solves the dual problem. c = 0 gives the mean. Conflicts with no task if c ≥ 1, to rounding; for smaller c it can.
+    Before rescaling every weight is at least 1/K. Unchanged by scaling all gradients together. One task: (1 + c) g, rescaled.
+
+    Where 0 lies in the convex hull of the gradients (opposite gradients, a zero gradient, more tasks than parameters), no
+    direction helps every task. The problem still has one solution there, unless some direction within the radius conflicts
+    with no task, as is always so for c ≥ 1. Then all these directions are solutions, and the one nearest to the mean is
+    returned: the projection of the mean on the dual cone, which is the mean itself if the mean conflicts with no task.
+    0 counts as in the hull where the gradients cancel to 1e-6 of their lengths. A mean of zero gives d = 0.
 
     Args:
         gramian: Inner products of the task gradients. Shape (K, K), positive semi-definite.
@@ -94,7 +100,8 @@ def cagrad(gramian: Gramian, *, c: float = 0.4, rescale: Rescale = 1, solver: So
 
     Source:
         Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021, algorithm 1. Differs: solved
-        exactly, where the code's solver returns the mean for gradients shorter than about 1e-3; no epsilons.
+        exactly, where the code's solver returns the mean for gradients shorter than about 1e-3; no epsilons, by which the code
+        returns the mean where 0 is in the convex hull.
     """
     check_type("rescale of 'cagrad'", rescale, Rescale)
     check_type("solver of 'cagrad'", solver, Solver)
@@ -103,25 +110,32 @@ def cagrad(gramian: Gramian, *, c: float = 0.4, rescale: Rescale = 1, solver: So
 
     def weights(G: Array) -> Array:
         total = np.full(len(G), 1 / len(G))
-        dual = None
         if c > 0:
-            dual = conflict_averse_weights(G, c) if solver == "exact" else _dual_by_cvxpy(G, c)
-        if dual is not None:
-            total += c * np.sqrt(G.mean() / (dual @ G @ dual)) * dual
+            total += conflict_averse_weights(G, c, rounding(gramian)) if solver == "exact" else _beyond_the_mean_by_cvxpy(G, c)
         return total / (1, 1 + c**2, 1 + c)[rescale]
 
     return solve(weights, gramian)
 
 
-def _dual_by_cvxpy(gramian: Array, c: float) -> Array | None:
+def _beyond_the_mean_by_cvxpy(gramian: Array, c: float) -> Array:
+    """Return the result of `conflict_averse_weights`, from the primal problem."""
     import cvxpy as cp  # noqa: PLC0415 - an option, not a dependency
 
     largest = np.diag(gramian).max()
     if largest <= 0:
-        return None
-    R, b = square_root(gramian / largest), np.full(len(gramian), 1 / len(gramian))
-    w = cp.Variable(len(gramian), nonneg=True)
-    radius = c * np.linalg.norm(R @ b)
-    problem = cp.Problem(cp.Minimize((R @ b) @ (R @ w) + radius * cp.norm(R @ w)), [cp.sum(w) == 1])
-    problem.solve(solver=cp.CLARABEL)
-    return None if w.value is None or np.linalg.norm(R @ w.value) <= 1e-6 else w.value.clip(min=0) / w.value.clip(min=0).sum()
+        return np.zeros(len(gramian))
+    R = square_root(gramian / largest)
+    mean = R.mean(axis=1)
+    radius = c * float(np.linalg.norm(mean))
+    if radius <= 1e-9:
+        return np.zeros(len(gramian))
+    step = cp.Variable(len(R))  # from the mean to the direction, in units of the radius
+    gains = R.T @ (mean + radius * step)
+    worst = cp.Problem(cp.Maximize(cp.min(gains)), [cp.norm(step) <= 1])
+    worst.solve(solver=cp.CLARABEL)
+    best = step.value
+    if abs(worst.value) <= 1e-7 * radius:  # no direction helps every task: the nearest of those that harm none, if within reach
+        cp.Problem(cp.Minimize(cp.norm(step)), [gains >= 0]).solve(solver=cp.CLARABEL)
+        if step.value is not None and np.linalg.norm(step.value) <= 1 + 1e-6:
+            best = step.value
+    return np.asarray(nnls(R, radius * best)[0])

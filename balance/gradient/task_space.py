@@ -1,4 +1,4 @@
-"""The way into task space: a Gramian tensor in, float64 on the host, weights like the Gramian out."""
+"""Conversion between tensors and the solvers: a Gramian tensor in, float64 on the host, weights like the Gramian out."""
 
 from __future__ import annotations
 
@@ -38,12 +38,17 @@ def solve(solver: Callable[[Array], Array], gramian: Gramian) -> Weights:
     return torch.from_numpy(solver(G.numpy())).to(gramian)
 
 
+def rounding(gramian: Gramian) -> float:
+    """Return the relative rounding error of the entries of a Gramian: the machine epsilon of its dtype."""
+    return torch.finfo(gramian.dtype if gramian.is_floating_point() else torch.float64).eps
+
+
 def without_zero_gradients(solver: Callable[[Array], Array], gramian: Array) -> Array:
-    """Apply a solver to the tasks whose gradient is not zero; the others get weight 0. Shape (K, K) -> (K,)."""
+    """Apply a solver to the tasks whose gradient is not zero; the other tasks get weight 0. Shape (K, K) -> (K,)."""
     if gramian.diagonal().min() > 0:
         return solver(gramian)
-    there = np.flatnonzero(gramian.diagonal())
+    nonzero = np.flatnonzero(gramian.diagonal())
     weights = np.zeros(len(gramian))
-    if len(there):
-        weights[there] = solver(gramian[np.ix_(there, there)])
+    if len(nonzero):
+        weights[nonzero] = solver(gramian[np.ix_(nonzero, nonzero)])
     return weights

@@ -75,15 +75,20 @@ def test_nash_has_no_common_bargain_at_a_stationary_point():
     assert direction("mgda", STATIONARY).abs().max() < 1e-9
 
 
-def test_cagrad_falls_back_to_the_mean_at_a_stationary_point_only():
-    """The official solver returns the mean for all short gradients."""
-    J = torch.tensor(STATIONARY, dtype=torch.float64)
-    torch.testing.assert_close(build("cagrad", 3)(J @ J.T), torch.full((3,), 1 / 3 / 1.16, dtype=torch.float64))
-    J = torch.tensor([[-4.0, 2, -4], [2, 6, 8], [3, -3, -12]], dtype=torch.float64)
+@pytest.mark.parametrize("J", [STATIONARY, [[-4.0, 2, -4], [2, 6, 8], [3, -3, -12]]])
+def test_cagrad_is_not_the_mean_whatever_the_scale_of_the_gradients(J):
+    """The official solver returns the mean for all short gradients, and where 0 is in the convex hull."""
+    J = torch.tensor(J, dtype=torch.float64)
     unit = build("cagrad", 3)(J @ J.T)
     assert (unit - unit.mean()).abs().max() > 0.01
     for scale in (1e-12, 1e-3, 1e3, 1e12):
         torch.testing.assert_close(build("cagrad", 3)(scale**2 * (J @ J.T)), unit)
+
+
+def test_cagrad_is_the_mean_where_the_mean_is_zero_or_a_zero_gradient_is_all_that_gains_nothing():
+    assert build("cagrad", 2)(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).double()).tolist() == pytest.approx([0.5 / 1.16] * 2)
+    J = torch.tensor([[0.0, 0.0], [4.0, 0.0], [1.0, 0.5]], dtype=torch.float64)
+    assert build("cagrad", 3)(J @ J.T).tolist() == pytest.approx([1 / 3 / 1.16] * 3)
 
 
 def test_nash_weights_are_never_stale():
@@ -127,12 +132,6 @@ def test_cagrad_stays_within_its_radius(rescale):
     d = direction("cagrad", J, c=0.7, rescale=rescale) * (1, 1 + 0.7**2, 1.7)[rescale]
     assert (d - mean).norm().item() == pytest.approx(0.7 * mean.norm().item())
     torch.testing.assert_close(direction("cagrad", J, c=0.0, rescale=rescale), mean)
-
-
-def test_cagrad_is_conflict_free_from_c_1():
-    for seed in range(30):
-        J = make_jacobian(6, "generic", seed)
-        assert (J @ direction("cagrad", J, c=1.0) >= -1e-9 * J.norm() ** 2).all()
 
 
 def test_imtl_and_nash_agree_in_direction_for_two_tasks():
