@@ -68,7 +68,7 @@ class BalancedStep:
         """
         start = AtLosses(self.step.roots, self.one)
         weighed = weighing(self.stage.loss, self.step)
-        if not all(are_finite([gradient]) for _, gradient in weighed.own_pairs()):
+        if not are_finite([gradient for _, gradient in weighed.own_pairs()]):
             raise NotFiniteError("Gradients of the loss balancer's parameters must be finite, but got infinite or NaN entries.")
         if hasattr(self.stage.gradient, "reuse") and self.parts.inputs:
             reached = Reach(self.parts.above, self.step.roots).of_any(self.parts.inputs)

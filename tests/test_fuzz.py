@@ -1,6 +1,7 @@
 """Differential fuzzing of `Balancer.backward`: random networks and steps against an explicit oracle."""
 
 import gc
+import itertools
 import os
 import warnings
 
@@ -35,13 +36,23 @@ pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in EXP
 
 @pytest.fixture(scope="module", autouse=True)
 def few_objects():
-    """Hide the objects of other modules from the stage, which looks through all at the first custom function."""
-    gc.freeze()
+    """Undo `hide_objects`."""
     yield
     gc.unfreeze()
 
 
+def hide_objects():
+    """Hide all objects that exist from the stage, which looks through them at the first custom function of a graph."""
+    gc.collect()
+    gc.freeze()
+
+
+COUNT = itertools.count()
+
+
 def check_if_usable(example):
+    if next(COUNT) % 500 == 0:
+        hide_objects()
     try:
         check(example)
     except Unusable:
