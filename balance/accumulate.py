@@ -44,7 +44,7 @@ def delivery(pairs: Iterable[LeafGradient]) -> Tensor | None:
     live = [(leaf, gradient) for leaf, gradient in pairs if leaf.requires_grad]
     if not live:
         return None
-    gradients = [_as_leaf(gradient, leaf) for leaf, gradient in live]
+    gradients = [as_leaf(gradient, leaf) for leaf, gradient in live]
     leaves = [leaf for leaf, _ in live]
     del pairs, live
     with torch.enable_grad():
@@ -61,6 +61,12 @@ def accumulate(pairs: Iterable[LeafGradient]) -> None:
 def paired(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[LeafGradient]:
     """Return the leaves that have a gradient, with it."""
     return [(leaf, gradient) for leaf, gradient in zip(leaves, gradients, strict=True) if gradient is not None]
+
+
+def as_leaf(gradient: Tensor, leaf: Tensor) -> Tensor:
+    """Return a gradient in the shape and dtype of a leaf, and on its device."""
+    gradient = gradient.detach().to(device=leaf.device, dtype=leaf.dtype)
+    return gradient if gradient.shape == leaf.shape else gradient.reshape(leaf.shape)
 
 
 def are_finite(gradients: Sequence[Tensor]) -> bool:
@@ -112,8 +118,3 @@ def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
             hooks.update(before | new)
         for tensor, gradient in retained:
             tensor.grad = gradient
-
-
-def _as_leaf(gradient: Tensor, leaf: Tensor) -> Tensor:
-    gradient = gradient.detach().to(device=leaf.device, dtype=leaf.dtype)
-    return gradient if gradient.shape == leaf.shape else gradient.reshape(leaf.shape)

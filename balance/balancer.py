@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from balance.accumulate import accumulate, are_finite, nan_gradients
+from balance.accumulate import accumulate, are_finite, as_leaf, nan_gradients
 from balance.engine import Engine, Estimate
 from balance.gramian import HeadGradients
 from balance.graph import leaves
@@ -366,7 +366,7 @@ class Balancer(nn.Module):
         for gradients in one_by_one(AtLosses(step.roots, one), trained, keep=False):
             found.append(trained, gradients)
         pairs = [*found.weighted((factor * weighed.jacobian.sum(dim=0)).tolist()), *weighed.own_pairs(factor * scale)]
-        self._skipped = scaler is not None and not are_finite([gradient for _, gradient in pairs])
+        self._skipped = scaler is not None and not are_finite([as_leaf(gradient, leaf) for leaf, gradient in pairs])
         accumulate(pairs)
         return weighed.report(step, torch.ones(len(step.tasks), dtype=torch.float64, device="cpu"), None)
 

@@ -141,6 +141,12 @@ def _walk(start: GradientEdge, number: int, ends: set[Any], owners: dict[Any, in
     return meets
 
 
+def uses(found: Trace, tensor: GradientEdge) -> bool:
+    """Whether a node of the graph uses a tensor; another output of the same operation is another tensor."""
+    users = [(user, place) for user, place in found.users.get(tensor.node, ()) if user is not None]
+    return any(user.next_functions[place][1] == tensor.output_nr for user, place in users)
+
+
 def leaves(roots: Iterable[Root | None]) -> list[Tensor]:
     """Leaf tensors that receive a gradient from any root, in the order of a walk through the graph."""
     return trace(roots).leaves

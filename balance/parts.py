@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from balance.graph import Root, Trace, edge, trace
+from balance.graph import Root, Trace, edge, trace, uses
 from balance.inputs import read_features, read_shared
 
 if TYPE_CHECKING:
@@ -28,8 +28,10 @@ class Parts(NamedTuple):
 
     @property
     def disjoint(self) -> bool:
-        """Whether the graphs above the features have nothing in common."""
-        return self.above.disjoint
+        """Whether the passes of two tasks down to the features run no operation in common."""
+        # The engine also runs what lies between one feature and another output of the operation that made a second one
+        between = any(user is not None for z in self.features for user, _ in self.below.users.get(edge(z).node, ()))
+        return self.above.disjoint and not between
 
 
 def read_parts(
@@ -67,7 +69,7 @@ def read_parts(
         above = trace(roots, stop=tensors)
         below = trace(tensors) if tensors else above
     of_trunk = {id(tensor) for tensor in (*trunk, *own)}
-    nested = any(user is not None for z in tensors for user, _ in below.users.get(edge(z).node, ()))
+    nested = any(uses(below, edge(z)) for z in tensors)
     outside = source == "parameters" and any(id(leaf) not in of_trunk for leaf in below.leaves)
     bypassed = any(id(leaf) in of_trunk for leaf in above.leaves)
     if tensors and (nested or outside or bypassed):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from balance.accumulate import accumulate, are_finite, delivery, paired, without_hooks
+from balance.accumulate import accumulate, are_finite, as_leaf, delivery, paired, without_hooks
 from balance.functions import walks_once
 from balance.gramian import Rows, change_rows, flat
 from balance.graph import Reach
@@ -269,7 +269,7 @@ class BalancedStep:
                 leaf.grad = gradient if new is None else gradient.add_(new) if not gradient.is_sparse else gradient + new
 
     def _require_finite(self, pairs: Sequence[LeafGradient]) -> None:
-        if not are_finite([gradient for _, gradient in pairs]):
+        if not are_finite([as_leaf(gradient, leaf) for leaf, gradient in pairs]):  # a cast can overflow
             raise NotFiniteError(
                 f"Gradients must be finite, but the weighted sum of the gradients of {', '.join(self.step.tasks)} is not. "
                 "Look at the learning rate, and at operations whose gradients overflow."

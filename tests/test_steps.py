@@ -457,6 +457,29 @@ def test_a_weighted_head_gradient_that_overflows_is_an_error():
     assert head.grad is None
 
 
+def test_a_sum_that_overflows_in_the_dtype_of_a_head_is_an_error():
+    shared, head = torch.ones(2, requires_grad=True), torch.ones(2, dtype=torch.float16, requires_grad=True)
+    losses = {"a": shared.sum() + (head * 100).float().sum() * 100, "b": 2 * shared.sum()}
+    with pytest.raises(ValueError, match="Gradients must be finite"):
+        Balancer(("a", "b"), loss=lambda L: 100 * L, gradient="pcgrad").backward(losses, shared=[shared])
+    assert head.grad is None
+
+
+@pytest.mark.parametrize("gradient", ["graddrop", "mgda"])
+def test_features_can_be_several_outputs_of_one_operation(gradient):
+    torch.manual_seed(0)
+    trunk, a, b = nn.Linear(4, 6), nn.Linear(3, 1), nn.Linear(3, 1)
+    u, v = trunk(torch.randn(5, 4)).chunk(2, dim=1)
+    u = u.tanh()
+    losses = {"a": a(u).square().mean(), "b": b(v).square().mean()}
+    want = torch.autograd.grad(sum(losses.values()), trunk.weight, retain_graph=True)[0]
+    options = {"gradient_options": {"leak": 1.0}} if gradient == "graddrop" else {}
+    report = Balancer(("a", "b"), gradient=gradient, source="features", **options).backward(losses, features=[u, v])
+    if gradient == "graddrop":
+        torch.testing.assert_close(trunk.weight.grad, want)
+    assert report.gramian[0, 1] == 0
+
+
 @pytest.mark.parametrize("way", [{}, {"engine": "batched"}, {"memory": "gramian"}, {"source": "features"}], ids=str)
 def test_complex_features_and_heads(way):
     torch.manual_seed(0)

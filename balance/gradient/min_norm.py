@@ -80,11 +80,12 @@ def cagrad(gramian: Gramian, *, c: float = 0.4, rescale: Rescale = 1, solver: So
     simplex solves the dual problem. c = 0 gives the mean. Conflicts with no task if c ≥ 1, to rounding; for smaller c it can.
     Before rescaling every weight is at least 1/K. Unchanged by scaling all gradients together. One task: (1 + c) g, rescaled.
 
-    Where 0 lies in the convex hull of the gradients (opposite gradients, a zero gradient, more tasks than parameters), no
+    Where 0 lies in the convex hull of the gradients (opposite gradients, a zero gradient, many tasks and few parameters), no
     direction helps every task. The problem still has one solution there, unless some direction within the radius conflicts
     with no task, as is always so for c ≥ 1. Then all these directions are solutions, and the one nearest to the mean is
     returned: the projection of the mean on the dual cone, which is the mean itself if the mean conflicts with no task.
-    0 counts as in the hull where the gradients cancel to 1e-6 of their lengths. A mean of zero gives d = 0.
+    0 counts as in the hull where the gradients cancel to 1e-6 of their lengths; then as small a conflict can remain. A mean of
+    zero gives d = 0.
 
     Args:
         gramian: Inner products of the task gradients. Shape (K, K), positive semi-definite.

@@ -59,8 +59,7 @@ def mlp(make: Maker, v: int) -> Forward:
     n = 2 * make.width
     W, U = make.weight(n, make.width), make.weight(make.width, n)
     b = make.leaf(n) if v % 2 else None
-    act = (torch.tanh, torch.relu, torch.sigmoid, F.gelu)[v // 2]
-    return lambda h: F.linear(act(F.linear(h, W, b)), U)
+    return lambda h: F.linear((torch.tanh, torch.relu, torch.sigmoid, F.gelu)[v // 2](F.linear(h, W, b)), U)
 
 
 @operation
@@ -117,7 +116,7 @@ def norm(make: Maker, v: int) -> Forward:
         lambda: nn.RMSNorm(D, eps=0.1),
         lambda: nn.LayerNorm((D // 4, 4), eps=0.1),
     )[v]()
-    layer = make.module(layer)
+    make.module(layer)
     shape = {3: (-1, D // 4, 2, 2), 4: (-1, D // 4, 2, 2), 7: (-1, D // 4, 4)}.get(v, (-1, D))
     return lambda h: layer(h.reshape(shape)).flatten(1)
 
@@ -260,7 +259,6 @@ def inplace(make: Maker, v: int) -> Forward:
 
 @operation
 def tied(make: Maker, v: int) -> Forward:
-    """Use an earlier square weight once more."""
     W = make.known_square(v)
     return (lambda h: F.linear(h, W)) if v % 2 else (lambda h: h @ make.touch(W.view_as(W)))
 
@@ -303,8 +301,7 @@ def custom(make: Maker, v: int) -> Forward:
 @operation
 def parametrized(make: Maker, v: int) -> Forward:
     D = make.width
-    W, A, B = make.weight(D, D), make.leaf(D, 2), make.leaf(2, D)
-    g = make.leaf(D, 1)
+    W, A, B, g = make.weight(D, D), make.leaf(D, 2), make.leaf(2, D), make.leaf(D, 1)
     mask = make.mask(D, D)
     return (
         lambda h: F.linear(h, g * W / W.norm(dim=1, keepdim=True)),
@@ -328,15 +325,13 @@ def cast(make: Maker, v: int) -> Forward:
 
 @operation
 def complexes(make: Maker, v: int) -> Forward:
-    n = make.width // 2
-    w = make.leaf(n, 2)
+    w = make.leaf(make.width // 2, 2)
 
     def forward(h: Tensor) -> Tensor:
-        z = torch.view_as_complex(h.reshape(-1, n, 2).contiguous())
+        z = torch.view_as_complex(h.reshape(len(h), -1, 2).contiguous())
         c = torch.view_as_complex(w.contiguous())
         z = z * c if v % 2 else z * c.conj() + c
-        if v >= 4:
-            z = torch.fft.fft(z, dim=1)
+        z = torch.fft.fft(z, dim=1) if v >= 4 else z
         return torch.view_as_real(z).flatten(1) if v % 4 < 2 else torch.cat([z.real, z.imag], 1)
 
     return forward
@@ -355,8 +350,7 @@ def vmapped(make: Maker, v: int) -> Forward:
 
 @operation
 def dropout(make: Maker, v: int) -> Forward:
-    mask = make.mask(make.batch, make.width)
-    return lambda h: h * mask
+    return make.mask(make.batch, make.width).mul
 
 
 @operation
@@ -376,10 +370,8 @@ def activation(make: Maker, v: int) -> Forward:
 @operation
 def einsum(make: Maker, v: int) -> Forward:
     W = make.weight(make.width, make.width)
-    if v < 3:
-        return lambda h: torch.einsum("bi,oi->bo", h, W)
     if v < 6:
-        return lambda h: torch.einsum("bi,io->bo", h, W)
+        return lambda h: torch.einsum("bi,oi->bo" if v < 3 else "bi,io->bo", h, W)
     return lambda h: torch.tensordot(h, W, dims=([1], [1]))
 
 
