@@ -94,10 +94,9 @@ def cagrad(c: float = 0.4) -> Rule:
             t = ((g22 - g12) - drop * np.sqrt(height2 / rest)) / length2
         t = np.where(rest > 0, t, drop < 0)
         t = np.clip(np.where(length2 > 0, t, 0.5), 0, 1)
-        shortest2 = _square(_nearest(*gramian), *gramian)
-        moves = np.minimum(shortest2, mean2) > _STATIONARY * (g11 + g22) / 2
-        square = np.where(moves, _square(t, *gramian), 1)
-        stretch = np.where(moves, c * np.sqrt(mean2 / square), 0)
+        square = _square(t, *gramian)
+        moves = np.minimum(square, mean2) > _STATIONARY * (g11 + g22) / 2  # opposite gradients are no exception
+        stretch = np.where(moves, c * np.sqrt(mean2 / np.where(moves, square, 1)), 0)
         found: Array = (0.5 + stretch * _split(t)) / (1 + c * c)
         return found
 
