@@ -111,7 +111,7 @@ class TaskGradients:
     rows: Rows | None = None
     sites: Sequence[_Site] = ()
     jacobian: Jacobian | None = None
-    sparse: dict[int, int] = field(default_factory=dict)  # number of sparse dimensions, by place, where all rows are sparse
+    sparse: dict[int, int] = field(default_factory=dict)  # by place, number of sparse dimensions; 0 if a row is dense
 
     @property
     def reached(self) -> list[bool]:
@@ -144,7 +144,7 @@ class TaskGradients:
         found = pieces(direction, self.parts.inputs, self.reached)
         for place, dimensions in self.sparse.items():
             piece = found[place]
-            found[place] = None if piece is None else piece.to_sparse(dimensions)
+            found[place] = piece.to_sparse(dimensions) if piece is not None and dimensions else piece
         return found
 
     def follow(self, pieces: Sequence[Tensor | None]) -> None:
@@ -250,8 +250,9 @@ class Engine:
                 places = _places(found.jacobian, k, sites)
                 for site, own, gradient, place in zip(sites, rows.pieces, gradients, places, strict=False):
                     own.append(_row(gradient, place, K if batched else 1))
-                    if gradient is not None and gradient.is_sparse:
-                        found.sparse[site.place] = gradient.sparse_dim()
+                    if gradient is not None:  # 0 stands for a dense gradient, which makes the sum dense
+                        dimensions = gradient.sparse_dim() if gradient.is_sparse else 0
+                        found.sparse[site.place] = min(dimensions, found.sparse.get(site.place, dimensions))
                 if number == 0:
                     found.heads.append(heads, gradients[len(sites) :])
             sites = _with_sparse_rows(sites, rows)

@@ -108,10 +108,12 @@ def test_a_rule_that_sees_the_jacobian_gives_a_sparse_gradient_to_a_sparse_table
     torch.testing.assert_close(table.weight.grad.to_dense()[[2, 5]], 1 + 2 * z.detach())
 
 
-def test_a_dense_contribution_makes_the_gradient_dense():
+@pytest.mark.parametrize("gradient", ["weights", "direction"])
+def test_a_dense_contribution_makes_the_gradient_dense(gradient):
     table = nn.Embedding(6, 3, sparse=True)
     z = table(torch.tensor([0, 2]))
-    Balancer(2, gradient=ones).backward({"0": z.sum(), "1": table.weight.sum()}, shared=table.parameters())
+    rule = {"gradient": ones} if gradient == "weights" else {"gradient": "graddrop", "gradient_options": {"leak": 1.0}}
+    Balancer(2, **rule).backward({"0": z.sum(), "1": table.weight.sum()}, shared=table.parameters())
     assert not table.weight.grad.is_sparse
     assert table.weight.grad[:, 0].tolist() == [2, 1, 2, 1, 1, 1]
 
