@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,9 +10,11 @@ from torch import nn
 
 from balance.accumulate import accumulate, are_finite, as_leaf, nan_gradients
 from balance.engine import Engine, Estimate
+from balance.functions import refuse_sharded
 from balance.gramian import HeadGradients
 from balance.graph import leaves
 from balance.inputs import NanPolicy, Step, ZeroPolicy, check_factor, read_features, read_losses, read_shared, task_names
+from balance.messages import warn_caller
 from balance.moving import preserving
 from balance.parts import Parts, read_parts
 from balance.passes import AtLosses, one_by_one
@@ -334,10 +335,9 @@ class Balancer(nn.Module):
             self._warned_of_lonely_parameters = True
             first = lonely[0]
             task, shape = step.tasks[list(reaches[first]).index(True)], tuple(parts.inputs[first].shape)
-            warnings.warn(
+            warn_caller(
                 f"shared must hold parameters that several tasks reach, but a parameter of shape {shape} is reached by "
-                f"task '{task}' only ({len(lonely)} such in all). If it belongs to a head, leave it out of shared.",
-                stacklevel=6,
+                f"task '{task}' only ({len(lonely)} such in all). If it belongs to a head, leave it out of shared."
             )
 
     def _plain(self, step: Step, scaler: GradScaler | None, factor: float) -> Report:
@@ -379,6 +379,7 @@ class Balancer(nn.Module):
                 read_features(features)
             return None
         parts = read_parts(self.source, step.roots, shared, features, measure, own)
+        refuse_sharded((*parts.above.functions, *parts.below.functions), (*parts.trunk, *parts.heads))
         if self.sees == "jacobian" and measure is not None:
             raise ValueError("measure is for rules that give weights, but this one sees the Jacobian and gives a direction.")
         if self.sees == "jacobian" and self.source == "features" and not parts.features:
@@ -439,10 +440,9 @@ class Balancer(nn.Module):
             self._silent_steps[kind] += 1
             if self._silent_steps[kind] == _SILENT_STEPS[kind]:
                 self._silent_steps[kind] = -1
-                warnings.warn(
+                warn_caller(
                     f"The loss balancer {self._described[0]} needs balancer.{call}, but {_SILENT_STEPS[kind]} steps have "
-                    "passed without: its weights stay as they are. Ignore this if the call is still to come.",
-                    stacklevel=4,
+                    "passed without: its weights stay as they are. Ignore this if the call is still to come."
                 )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Balancer:  # noqa: FBT001, FBT002

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -14,6 +13,7 @@ from balance.accumulate import paired, without_hooks
 from balance.functions import Functions, explained
 from balance.gramian import HeadGradients, InnerProducts, Rows, SparseRows, flat, pieces, sparse_rows, unflat
 from balance.graph import Layer, Reach, Root, activations, depths, layers, unpacks
+from balance.messages import warn_caller
 from balance.passes import AtFeatures, AtLosses, Start, all_at_once, one_by_one, weighted_sum
 
 if TYPE_CHECKING:
@@ -281,10 +281,9 @@ class Engine:
                         "Use engine='loop'."
                     ) from error
                 self._refused = True
-                warnings.warn(
+                warn_caller(
                     f"The backward passes of the tasks cannot be batched and run one after the other: {error}".splitlines()[0]
-                    + " Use engine='loop'.",
-                    stacklevel=7,
+                    + " Use engine='loop'."
                 )
             else:
                 self._batched.add(kinds)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -15,11 +16,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from balance.accumulate import put_aside
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 
     from balance.passes import AtLosses
 
@@ -44,6 +46,9 @@ _SHARDED = (
 )
 
 
+_UNSHARDED: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()  # leaf tensors that belong to no shard
+
+
 class Functions:
     """Checks of the functions that Python code defines, each kind once."""
 
@@ -65,7 +70,7 @@ class Functions:
         Raises:
             RuntimeError: If the graph cannot be walked once for each task; ``.grad`` is then as before.
         """
-        refuse(nodes)
+        refuse_reentrant(nodes)
         doubtful = [node for node in nodes if is_compiled(node) or is_foreign(node)]
         if not doubtful:
             yield
@@ -81,17 +86,41 @@ class Functions:
             raise RuntimeError(_accumulating(doubtful))
 
 
-def refuse(nodes: Iterable[Any]) -> None:
-    """Refuse functions that are known not to work.
+def refuse_reentrant(nodes: Iterable[Any]) -> None:
+    """Refuse reentrant checkpoints in the part of a graph that is walked once for each task.
 
     Raises:
-        RuntimeError: If a graph holds one; the message says which, and what works.
+        RuntimeError: If there is one; the message says what works.
     """
-    for node in nodes:
-        if _source(node) is CheckpointFunction:
-            raise RuntimeError(_REENTRANT)
-        if _source(node).__name__ == "RegisterPostBackwardFunction":
-            raise RuntimeError(_SHARDED)
+    if any(_source(node) is CheckpointFunction for node in nodes):
+        raise RuntimeError(_REENTRANT)
+
+
+def refuse_sharded(nodes: Iterable[Any], leaves: Iterable[Tensor]) -> None:
+    """Refuse a graph of parameters that FSDP2 shards: captured gradients never reach the shards.
+
+    Args:
+        nodes: The nodes that Python code defines.
+        leaves: Leaf tensors of the graph.
+
+    Raises:
+        RuntimeError: If it holds one; the message says what works.
+    """
+    module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")  # not imported: nothing is sharded
+    if module is None or not torch.distributed.is_initialized():
+        return
+    reduces = any(_source(node).__name__ == "RegisterPostBackwardFunction" for node in nodes)
+    # During a step a sharded parameter is replaced by an ordinary one, which only FSDP's own records tell apart
+    new = [leaf for leaf in leaves if leaf not in _UNSHARDED]
+    gathered = {
+        id(getattr(thing, "_unsharded_param", None))
+        for thing in (gc.get_objects() if new else ())
+        if type(thing) is module.FSDPParam
+    }
+    if reduces or any(id(leaf) in gathered for leaf in new):
+        raise RuntimeError(_SHARDED)
+    for leaf in new:
+        _UNSHARDED[leaf] = True
 
 
 def walks_once(nodes: Iterable[Any]) -> bool:

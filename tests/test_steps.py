@@ -649,8 +649,9 @@ def test_a_parameter_that_one_task_reaches_warns_once():
         losses = {"a": a(z).square().mean(), "b": b(z).square().mean()}
         stage.backward(losses, shared=[*trunk.parameters(), *b.parameters()])
 
-    with pytest.warns(UserWarning, match=r"shape \(1, 4\) is reached by task 'b' only \(2 such in all\)"):
+    with pytest.warns(UserWarning, match=r"shape \(1, 4\) is reached by task 'b' only \(2 such in all\)") as record:
         step()
+    assert record[0].filename == __file__
     step()
 
 
@@ -669,6 +670,7 @@ def test_a_call_that_never_comes_is_asked_for_once(loss, call):
                     stage.observe(0.9 * v.detach())
                     stage.end_epoch()
         assert [call in str(warning.message) for warning in caught] == [True] * forgets
+        assert all(warning.filename == __file__ for warning in caught)
 
 
 def test_measure_keeps_the_length_of_the_direction():
