@@ -58,6 +58,12 @@ def accumulate(pairs: Iterable[LeafGradient]) -> None:
         total.backward()  # type: ignore[no-untyped-call]
 
 
+def added(first: Tensor, second: Tensor) -> Tensor:
+    """Return the sum of two gradients of one tensor, sparse if both are."""
+    # torch wants a sparse summand behind a dense one
+    return second + first if first.is_sparse and not second.is_sparse else first + second
+
+
 def paired(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[LeafGradient]:
     """Return the leaves that have a gradient, with it."""
     return [(leaf, gradient) for leaf, gradient in zip(leaves, gradients, strict=True) if gradient is not None]

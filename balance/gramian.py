@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from balance.accumulate import added
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -139,7 +141,7 @@ class HeadGradients:
                 if weight != 1.0 or id(head) in found:
                     gradient = weight * gradient.to(torch.promote_types(gradient.dtype, torch.float32))  # noqa: PLW2901
                 before = found.get(id(head))
-                found[id(head)] = (head, gradient if before is None else before[1] + gradient)
+                found[id(head)] = (head, gradient if before is None else added(before[1], gradient))
         return list(found.values())
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from balance.accumulate import accumulate, are_finite, as_leaf, delivery, paired, without_hooks
+from balance.accumulate import accumulate, added, are_finite, as_leaf, delivery, paired, without_hooks
 from balance.functions import walks_once
 from balance.gramian import Rows, change_rows, flat
 from balance.graph import Reach
@@ -266,7 +266,8 @@ class BalancedStep:
         for leaf, gradient in before:
             if gradient is not None:
                 new, leaf.grad = leaf.grad, gradient
-                leaf.grad = gradient if new is None else gradient.add_(new) if not gradient.is_sparse else gradient + new
+                if new is not None:
+                    leaf.grad = added(gradient, new) if gradient.is_sparse else gradient.add_(new)
 
     def _require_finite(self, pairs: Sequence[LeafGradient]) -> None:
         if not are_finite([as_leaf(gradient, leaf) for leaf, gradient in pairs]):  # a cast can overflow

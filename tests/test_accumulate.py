@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from balance import Balancer
-from balance.accumulate import accumulate, are_finite, paired, put_aside, without_hooks
+from balance.accumulate import accumulate, added, are_finite, paired, put_aside, without_hooks
 
 OPTIMIZERS = {name: cls for name, cls in vars(torch.optim).items() if inspect.isclass(cls) and cls is not torch.optim.Optimizer}
 FLAGS = [
@@ -118,6 +118,16 @@ def test_a_dense_contribution_makes_the_gradient_dense(gradient):
     assert table.weight.grad[:, 0].tolist() == [2, 1, 2, 1, 1, 1]
 
 
+@pytest.mark.parametrize("order", [("sparse", "dense"), ("dense", "sparse"), ("sparse", "sparse")])
+def test_a_table_that_is_a_head_of_two_tasks_takes_either_layout(order):
+    table, shared = nn.Embedding(4, 2, sparse=True), torch.ones(2, requires_grad=True)
+    parts = {"sparse": table(torch.tensor([1])).sum(), "dense": table.weight.sum()}
+    losses = {str(k): shared.sum() + parts[kind] for k, kind in enumerate(order)}
+    Balancer(2, gradient="pcgrad").backward(losses, shared=[shared])
+    assert table.weight.grad.is_sparse == ("dense" not in order)
+    assert table.weight.grad.to_dense()[:, 0].tolist() == ([0, 2, 0, 0] if "dense" not in order else [1, 2, 1, 1])
+
+
 def test_gradients_are_added_in_place_to_what_is_there():
     weight = nn.Parameter(torch.randn(3, 4))
     weight.grad = before = torch.ones(3, 4)
@@ -141,6 +151,14 @@ def test_pieces():
     assert not are_finite([torch.ones(2), torch.tensor([1.0, torch.inf])])
     assert not are_finite([torch.tensor([1j * torch.nan])])
     assert are_finite([])
+    sparse = torch.sparse_coo_tensor([[1]], [1.0], (2,))
+    assert [added(x, y).is_sparse for x in (sparse, torch.ones(2)) for y in (sparse, torch.ones(2))] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert added(sparse, torch.ones(2)).tolist() == [1, 2]
     a.grad = before = torch.zeros(2)
     with pytest.raises(RuntimeError, match="here"), put_aside([a]):
         assert a.grad is None
