@@ -151,14 +151,9 @@ def test_pieces():
     assert not are_finite([torch.ones(2), torch.tensor([1.0, torch.inf])])
     assert not are_finite([torch.tensor([1j * torch.nan])])
     assert are_finite([])
-    sparse = torch.sparse_coo_tensor([[1]], [1.0], (2,))
-    assert [added(x, y).is_sparse for x in (sparse, torch.ones(2)) for y in (sparse, torch.ones(2))] == [
-        True,
-        False,
-        False,
-        False,
-    ]
-    assert added(sparse, torch.ones(2)).tolist() == [1, 2]
+    sparse, dense = torch.sparse_coo_tensor([[1]], [1.0], (2,), check_invariants=True), torch.ones(2)
+    assert [added(x, y).is_sparse for x in (sparse, dense) for y in (sparse, dense)] == [True, False, False, False]
+    assert added(sparse, dense).tolist() == [1, 2]
     a.grad = before = torch.zeros(2)
     with pytest.raises(RuntimeError, match="here"), put_aside([a]):
         assert a.grad is None
