@@ -13,9 +13,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from balance import compose as compose_rules
-from balance.balancer import Balancer
-from balance.registry import Registry, gradient_balancers, loss_balancers, unknown
-from balance.shapes import EngineChoice, Heads, Memory, Scale, Source
+from balance.messages import unknown
+from balance.rules.registry import Registry, gradient_balancers, loss_balancers
+from balance.stage.balancer import Balancer
+from balance.types import EngineChoice, Heads, Memory, Scale, Source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -1,9 +1,14 @@
-"""Warnings that point at the line of the user's code."""
+"""Messages to users: warnings at the line of their code, and suggestions for names that do not exist."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _INSIDE = ("balance", "torch", "contextlib")  # packages between the user's call and the cause of a warning
 
@@ -14,3 +19,11 @@ def warn_caller(message: str) -> None:
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _INSIDE:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> str:
+    """Return the message about an unknown name: the name that was probably meant, and the known names."""
+    known = sorted(known)
+    near = get_close_matches(str(name), known, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return f"Unknown {kind} '{name}'.{hint} Known: {', '.join(known) if known else 'none'}."

@@ -23,7 +23,7 @@ from record import FOLDER, write
 from show import draw, markdown
 
 from balance import Balancer, Splitter
-from balance.cost import peak_memory
+from balance.profiling import peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable

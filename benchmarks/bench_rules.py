@@ -25,7 +25,7 @@ import torch
 from record import FOLDER, write
 
 from balance import gradient_balancers
-from balance.solvers import conflict_averse_weights
+from balance.solvers.solvers import conflict_averse_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable

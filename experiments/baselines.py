@@ -16,15 +16,15 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
-from experiments import experiment as experiments
-from experiments.arguments import add_output, add_overrides, command_line, overrides_of, seeds_of
-from experiments.results.store import Store
+from experiments.cli import add_output, add_overrides, command_line, overrides_of, seeds_of
+from experiments.problems import base as experiments
+from experiments.recording.store import Store
 from experiments.sweep import baseline_jobs, run_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from experiments.results.comparison import Run
+    from experiments.analysis.comparison import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,19 +17,23 @@ from rich.measure import Measurement
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
-from balance.registry import unknown
-from experiments import experiment as experiments
-from experiments import published
-from experiments.arguments import add_output, add_overrides, as_recorded, choices, command_line
-from experiments.results import comparison, figures, papers, reference, report, sheet
-from experiments.results.store import Store, curves_of
-from experiments.results.table import METRICS_IN_TERMINAL, Format, for_terminal, render
+from balance.messages import unknown
+from experiments.analysis import baselines as reference
+from experiments.analysis import comparison, report
+from experiments.analysis import formats as sheet
+from experiments.analysis import published as papers
+from experiments.analysis import published_tables as published
+from experiments.analysis.figures import figures
+from experiments.analysis.tables import METRICS_IN_TERMINAL, Format, for_terminal, render
+from experiments.cli import add_output, add_overrides, as_recorded, choices, command_line
+from experiments.problems import base as experiments
+from experiments.recording.store import Store, curves_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from experiments.results.comparison import Comparison, Run
-    from experiments.results.papers import Beside
+    from experiments.analysis.comparison import Comparison, Run
+    from experiments.analysis.published import Beside
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from balance import Diagnosis, diagnose
 from experiments import trainer
-from experiments.arguments import add_overrides, command_line
-from experiments.loading import brought
-from experiments.settings import configure
+from experiments.cli import add_overrides, command_line
+from experiments.config.schema import configure
+from experiments.training.data import brought
 
 if TYPE_CHECKING:
     import argparse
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import Tensor
 
-    from experiments.experiment import Batch
+    from experiments.problems.base import Batch
 
 CHOSEN = ("experiment", "loss_method", "gradient_method", "seed")  # keys that the sweep has flags for
 

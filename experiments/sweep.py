@@ -27,22 +27,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from balance.config import build_balancer
 from balance.tracking import Tracker
-from experiments import cluster, estimate, trainer
-from experiments import experiment as experiments
-from experiments.arguments import add_methods, add_output, add_overrides, choices, command_line, overrides_of, seeds_of
-from experiments.display import metrics_line
-from experiments.results import reference
-from experiments.results.comparison import OF_METHODS
-from experiments.results.store import Store, common_of, digest, fingerprint
-from experiments.settings import RunConfig, configure
+from experiments import trainer
+from experiments.analysis import baselines as reference
+from experiments.analysis.comparison import OF_METHODS
+from experiments.cli import add_methods, add_output, add_overrides, choices, command_line, overrides_of, seeds_of
+from experiments.config.schema import RunConfig, configure
+from experiments.problems import base as experiments
+from experiments.recording.store import Store, common_of, digest, fingerprint
+from experiments.sweeps import backends as cluster
+from experiments.sweeps import runtime as estimate
+from experiments.training.console import metrics_line
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from omegaconf import DictConfig
 
-    from experiments.results.comparison import Run
+    from experiments.analysis.comparison import Run
 
+ROOT = str(Path(__file__).resolve().parents[1])
 BACKENDS = ("loky", "ray", "dask")
 GRID = {"loss_method": "--loss_method", "gradient_method": "--gradient_method", "seed": "--seeds"}
 START = 10  # seconds until a worker process has imported what it needs, about
@@ -236,7 +239,9 @@ def run_all(jobs: Sequence[Job], workers: int, backend: str, console: Console) -
         environment = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
         owner = os.getpid() if backend == "loky" and workers > 1 else None
         calls = (
-            delayed(run_one)(k, job.arguments, threads, tracker.run_id, environment, str(experiments.FOLDER.parent), owner)
+            delayed(run_one)(
+                k, job.arguments, threads, tracker.run_id, environment, str(Path(__file__).resolve().parents[1]), owner
+            )
             for k, job in enumerate(todo)
         )
         outcomes = []
@@ -330,7 +335,8 @@ def run_one(
     try:
         from rich.console import Console  # noqa: PLC0415
 
-        from experiments import settings, trainer  # noqa: PLC0415
+        from experiments import trainer  # noqa: PLC0415
+        from experiments.config import schema as settings  # noqa: PLC0415
 
         config = settings.configure(trainer.build_parser().parse_intermixed_args(list(arguments)))
         with warnings.catch_warnings():

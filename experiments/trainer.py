@@ -21,17 +21,17 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
 from balance.config import build_balancer, measured
-from balance.cost import peak_memory
+from balance.profiling import peak_memory
 from balance.tracking import connect
-from experiments import experiment as experiments
-from experiments.arguments import add_methods, add_output, add_overrides, command_line
-from experiments.display import logged, losses_line, metrics_line, progress_bar, show
-from experiments.evaluation import evaluate, mean_of
-from experiments.loading import Waiting, begin_epoch, brought, training
-from experiments.recording import log_data, log_model, tracker_of
-from experiments.schedule import Schedule
-from experiments.selection import Selection
-from experiments.settings import configure
+from experiments.cli import add_methods, add_output, add_overrides, command_line
+from experiments.config.schema import configure
+from experiments.problems import base as experiments
+from experiments.recording.run_log import log_data, log_model, tracker_of
+from experiments.training.checkpoint import Selection
+from experiments.training.console import logged, losses_line, metrics_line, progress_bar, show
+from experiments.training.data import Waiting, begin_epoch, brought, training
+from experiments.training.evaluation import evaluate, mean_of
+from experiments.training.schedule import Schedule
 
 if TYPE_CHECKING:
     import argparse
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from balance import Balancer, Report
-    from experiments.experiment import Batch, Experiment, Network, Splits
+    from experiments.problems.base import Batch, Experiment, Network, Splits
 
 
 class Run(NamedTuple):

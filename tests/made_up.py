@@ -4,7 +4,7 @@ from itertools import combinations
 
 import numpy as np
 
-from experiments.results.comparison import Comparison, Estimate, Row, Run
+from experiments.analysis.comparison import Comparison, Estimate, Row, Run
 
 TASKS = ("left", "right", "sum", "reconstruction")
 METRICS = {"left/accuracy": 0.97, "right/accuracy": 0.96, "sum/mae": 1.4, "reconstruction/rmse": 0.15}
@@ -82,7 +82,7 @@ def realistic(pairs=(*PAIRS, ("scaleinvls", "mgda")), seeds=3, tasks=TASKS, base
         label = " + ".join(filter(None, (loss, gradient)))
         rows.append(row(label, metrics=metrics, delta_m=drops if baselines else None, **cost))
     known = {name: BASELINES.get(name, 0.9) for name in names} if baselines else None
-    return comparison(*rows, baselines=known, baselines_from="experiments/digits/baselines.yaml" if baselines else "")
+    return comparison(*rows, baselines=known, baselines_from="experiments/problems/digits/baselines.yaml" if baselines else "")
 
 
 def curves(of, tasks=TASKS, points=200):

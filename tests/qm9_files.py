@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments import molecules
+from experiments.datasets import molecules
 
 CSV_HEADER = "mol_id,A,B,C,mu,alpha,homo,lumo,gap,r2,zpve,u0,u298,h298,g298,cv,u0_atom,u298_atom,h298_atom,g298_atom"
 SYMBOLS = {1: "H", 6: "C", 7: "N", 8: "O", 9: "F"}

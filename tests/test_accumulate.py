@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from balance import Balancer
-from balance.accumulate import accumulate, added, are_finite, paired, put_aside, without_hooks
+from balance.engine.accumulate import accumulate, added, are_finite, paired, put_aside, without_hooks
 
 OPTIMIZERS = {name: cls for name, cls in vars(torch.optim).items() if inspect.isclass(cls) and cls is not torch.optim.Optimizer}
 FLAGS = [

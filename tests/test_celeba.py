@@ -11,9 +11,10 @@ from PIL import Image
 from torchmetrics.classification import BinaryF1Score
 
 from balance import Balancer
-from experiments import celeba, image_cache
-from experiments.celeba import HIGHER_IS_BETTER, TASKS, DataConfig, ModelConfig, build_model, load
-from experiments.celeba.layout import ATTRIBUTES
+from experiments.datasets import image_cache
+from experiments.datasets.faces.layout import ATTRIBUTES
+from experiments.problems import celeba
+from experiments.problems.celeba import HIGHER_IS_BETTER, TASKS, DataConfig, ModelConfig, build_model, load
 
 COUNT = 36
 PARTITION = [0, 0, 1, 0, 2, 0] * 6  # not in blocks, so that an index is not a row

@@ -4,8 +4,9 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from experiments.celeba import DataConfig, faces, load, synthetic
-from experiments.celeba.layout import ATTRIBUTES
+from experiments.datasets.faces import faces, synthetic
+from experiments.datasets.faces.layout import ATTRIBUTES
+from experiments.problems.celeba import DataConfig, load
 
 
 def everything(split):

@@ -3,7 +3,8 @@ import os
 import pytest
 import torch
 
-from balance import gradient_balancers, loss_balancers, testing
+from balance import gradient_balancers, loss_balancers
+from balance.testing import testing
 from tests import claims
 
 EXAMPLES = {"thorough": 1000, "ci": 60}.get(os.environ.get("HYPOTHESIS_PROFILE", ""), 40)

@@ -12,7 +12,10 @@ import yaml
 from mlflow import MlflowClient
 
 from balance.tracking import Tracker
-from experiments import compare, estimate, experiment, published, sweep
+from experiments import compare, sweep
+from experiments.analysis import published_tables as published
+from experiments.problems import base as experiment
+from experiments.sweeps import runtime as estimate
 
 TINY = ["data.train_pairs=128", "data.validation_pairs=50", "data.test_pairs=50", "train.epochs=1", "log_model=false"]
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments.results.comparison import ENOUGH_SEEDS, Estimate, Run, common_settings, compare, single_task_means, versus
+from experiments.analysis.comparison import ENOUGH_SEEDS, Estimate, Run, common_settings, compare, single_task_means, versus
 
 SETTINGS = {"train.lr": "0.1", "data.seed": "0", "balancer.scale": "paper"}
 

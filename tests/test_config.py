@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from balance.config import StageConfig, build_balancer, compose, flatten, methods_schema
-from balance.registry import loss_balancers
+from balance.rules.registry import loss_balancers
 
 
 @dataclass

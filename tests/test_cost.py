@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils import _python_dispatch
 
-from balance import cost
-from balance.cost import Cost, measure, peak_memory
+from balance import profiling as cost
+from balance.profiling import Cost, measure, peak_memory
 
 MIB = 2**20
 KIB = 2**10

@@ -6,11 +6,11 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from experiments.cityscapes import data as cityscapes
-from experiments.dense import splits
-from experiments.dense.augmentation import Augmented, Draw, augment, draw
-from experiments.nyuv2 import data as nyuv2
-from experiments.scenes import arrays, storage, write
+from experiments.datasets.rooms import arrays, storage, write
+from experiments.problems.cityscapes import data as cityscapes
+from experiments.problems.dense import splits
+from experiments.problems.dense.augmentation import Augmented, Draw, augment, draw
+from experiments.problems.nyuv2 import data as nyuv2
 
 SIZE = {"height": 32, "width": 48}
 

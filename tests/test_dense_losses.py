@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import balance
-from experiments import cityscapes, nyuv2
-from experiments.dense.losses import depth_loss, normal_loss, present, segmentation_loss
-from experiments.dense.masks import valid_normals
+from experiments.problems import cityscapes, nyuv2
+from experiments.problems.dense.losses import depth_loss, normal_loss, present, segmentation_loss
+from experiments.problems.dense.masks import valid_normals
 
 B, H, W, C = 2, 3, 4, 5
 

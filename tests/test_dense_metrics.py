@@ -6,8 +6,8 @@ import pytest
 import torch
 from torchmetrics import MeanMetric
 
-from experiments import cityscapes, nyuv2
-from experiments.dense.metrics import (
+from experiments.problems import cityscapes, nyuv2
+from experiments.problems.dense.metrics import (
     BINS,
     BatchMean,
     PixelMean,

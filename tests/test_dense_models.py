@@ -3,11 +3,11 @@ import torch
 from torch import nn
 
 import balance
-from experiments import cityscapes, nyuv2
-from experiments.dense.model import NAMES, Heads, UnitLength
-from experiments.dense.mtan import MTAN
-from experiments.dense.segnet import SegNet
-from experiments.experiment import Network
+from experiments.problems import cityscapes, nyuv2
+from experiments.problems.base import Network
+from experiments.problems.dense.model import NAMES, Heads, UnitLength
+from experiments.problems.dense.mtan import MTAN
+from experiments.problems.dense.segnet import SegNet
 
 NARROW = (4, 6, 8)
 SHALLOW = (2, 2, 3)

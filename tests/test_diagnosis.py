@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import balance
-from balance import diagnosis
-from balance.cost import Cost
-from balance.looks import Pair
+from balance.diagnosis import diagnose as diagnosis
+from balance.diagnosis.statistics import Pair
+from balance.profiling import Cost
 from experiments import diagnose as script
 from experiments import trainer
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from experiments.digits import DataConfig, build_model, load, losses, metrics, targets
-from experiments.digits.data import parts
+from experiments.problems.digits import DataConfig, build_model, load, losses, metrics, targets
+from experiments.problems.digits.data import parts
 
 
 def clean(splits):

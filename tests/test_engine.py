@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 import balance
 from balance import Balancer
-from balance.cost import peak_memory
-from balance.engine import Engine, _pays, _sites
-from balance.graph import layers, trace
-from balance.parts import read_parts
+from balance.engine.engine import Engine, _pays, _sites
+from balance.engine.graph import layers, trace
+from balance.engine.partition import read_parts
+from balance.profiling import peak_memory
 
 TASKS = ("a", "b", "c")
 

@@ -18,13 +18,18 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 
 from balance import Report
-from experiments import baselines, compare, display, estimate, experiment, published, selection, sweep, trainer
-from experiments.dense.augmentation import Augmented
-from experiments.loading import Batches, Waiting
-from experiments.results import reference
-from experiments.results.store import common_of, fingerprint
-from experiments.scenes import write
-from experiments.schedule import Schedule
+from experiments import baselines, compare, sweep, trainer
+from experiments.analysis import baselines as reference
+from experiments.analysis import published_tables as published
+from experiments.datasets.rooms import write
+from experiments.problems import base as experiment
+from experiments.problems.dense.augmentation import Augmented
+from experiments.recording.store import common_of, fingerprint
+from experiments.sweeps import runtime as estimate
+from experiments.training import checkpoint as selection
+from experiments.training import console as display
+from experiments.training.data import Batches, Waiting
+from experiments.training.schedule import Schedule
 from tests.qm9_files import write_qm9
 from tests.test_celeba import write_celeba
 from tests.test_multimnist import write_mnist
@@ -696,8 +701,8 @@ def test_sweep_baselines_and_table_of_another_experiment(tmp_path, monkeypatch, 
 
 def test_the_first_baselines_of_an_experiment(tmp_path, monkeypatch):
     """Its runs look for the file that they are made for."""
-    shutil.copytree(experiment.FOLDER / "configs", tmp_path / "configs")
     (tmp_path / "toy").mkdir()
+    shutil.copy(experiment.FOLDER / "toy" / "config.yaml", tmp_path / "toy")
     monkeypatch.setattr(experiment, "FOLDER", tmp_path)
     words = ["--experiment=toy", f"--output_dir={tmp_path}/runs", "data.steps=3", "train.epochs=1", "log_model=false"]
     file = tmp_path / "toy" / "baselines.yaml"
@@ -793,7 +798,7 @@ def test_mistakes_in_the_command(words, message, capsys, tmp_path):
 
 
 def test_a_library_that_is_not_installed(capsys, tmp_path, monkeypatch):
-    for module in [module for module in sys.modules if module.startswith("experiments.quantum_chemistry")]:
+    for module in [module for module in sys.modules if module.startswith("experiments.problems.quantum_chemistry")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "torch_geometric", None)
     words = ["--experiment=quantum_chemistry", f"output_dir={tmp_path}/runs"]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from experiments.results import figures
-from experiments.results.drawing import POINTS, looks, thinned
+from experiments.analysis.figures import figures
+from experiments.analysis.figures.drawing import POINTS, looks, thinned
 from tests.made_up import TASKS, comparison, curves, estimate, realistic, row, two_rows
 
 NAN = math.nan

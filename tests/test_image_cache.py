@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import image_cache
+from experiments.datasets import image_cache
 
 NAMES = [f"{letter}.jpg" for letter in "hgfedcba"]  # not in the order of the alphabet
 SIZE = (30, 20)

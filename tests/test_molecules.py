@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.constants import R, physical_constants
 
-from experiments.molecules import FILE, read
-from experiments.molecules.thermochemistry import (
+from experiments.datasets.molecules import FILE, read
+from experiments.datasets.molecules.thermochemistry import (
     AMU,
     BOLTZMANN,
     centred,
@@ -155,7 +155,7 @@ def test_enumeration():
     pytest.importorskip("rdkit")
     from rdkit import Chem
 
-    from experiments.molecules.enumeration import Graph, enumerate_smiles, smiles_of, wanted
+    from experiments.datasets.molecules.enumeration import Graph, enumerate_smiles, smiles_of, wanted
 
     smiles = enumerate_smiles(2, 4)
     assert smiles[:13] == sorted(["CC", "CN", "CO", "CF", "C=C", "C=N", "C=O", "N=N", "N=O", "O=O", "C#C", "C#N", "N#N"])
@@ -183,7 +183,7 @@ def test_what_ships_is_what_rdkit_reads_from_its_smiles(molecules):
 def test_water_has_known_properties():
     pytest.importorskip("rdkit")
     pytest.importorskip("tblite")
-    from experiments.molecules import xtb
+    from experiments.datasets.molecules import xtb
 
     water = xtb.compute("O")
     assert water.reason == ""
@@ -205,8 +205,8 @@ def test_water_has_known_properties():
 def test_free_atoms_are_those_of_gfn2():
     pytest.importorskip("rdkit")
     interface = pytest.importorskip("tblite.interface")
-    from experiments.molecules.thermochemistry import MULTIPLICITIES
-    from experiments.molecules.xtb import FREE_ATOMS
+    from experiments.datasets.molecules.thermochemistry import MULTIPLICITIES
+    from experiments.datasets.molecules.xtb import FREE_ATOMS
 
     for number, energy in FREE_ATOMS.items():
         atom = interface.Calculator("GFN2-xTB", np.array([number]), np.zeros((1, 3)), uhf=MULTIPLICITIES[number] - 1)
@@ -217,7 +217,7 @@ def test_free_atoms_are_those_of_gfn2():
 def test_what_cannot_be_a_minimum_is_said():
     pytest.importorskip("rdkit")
     pytest.importorskip("tblite")
-    from experiments.molecules.xtb import compute
+    from experiments.datasets.molecules.xtb import compute
 
     assert compute("N=C=N").reason == "imaginary mode"
     assert compute("C1=C=CN=C=1").reason == "its bonds changed"
@@ -228,7 +228,7 @@ def test_what_ships_is_what_the_script_makes(molecules, tmp_path, capsys):
     """A handful anew, in another process, and then from the checkpoint without computing."""
     pytest.importorskip("rdkit")
     pytest.importorskip("tblite")
-    from experiments.molecules.make import compute_all, write
+    from experiments.datasets.molecules.make import compute_all, write
 
     rows = np.linspace(0, len(molecules.smiles) - 1, 6).astype(int)
     smiles = molecules.smiles[rows].tolist()

@@ -10,11 +10,11 @@ from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 
 from balance import Balancer
-from experiments.multimnist import TASKS, DataConfig, ModelConfig, build_model, idx, load, losses, metrics, targets
-from experiments.multimnist.__main__ import main
-from experiments.multimnist.comparison import CONFIGURATIONS, RunningMeans, Settings, compare, rate, summary, train
-from experiments.multimnist.data import mnist_canvases, overlay, smoothed
-from experiments.multimnist.model import SPLITTERS, build_splitter
+from experiments.problems.multimnist import TASKS, DataConfig, ModelConfig, build_model, idx, load, losses, metrics, targets
+from experiments.problems.multimnist.__main__ import main
+from experiments.problems.multimnist.comparison import CONFIGURATIONS, RunningMeans, Settings, compare, rate, summary, train
+from experiments.problems.multimnist.data import mnist_canvases, overlay, smoothed
+from experiments.problems.multimnist.model import SPLITTERS, build_splitter
 
 
 def write(file, magic, array):

@@ -7,11 +7,11 @@ import json
 import pytest
 from rich.console import Console
 
-from experiments import published
-from experiments.results import papers
-from experiments.results.comparison import Run, compare
-from experiments.results.sheet import MISSING, latex, markdown, terminal
-from experiments.results.table import SINGLE_TASK
+from experiments.analysis import published as papers
+from experiments.analysis import published_tables as published
+from experiments.analysis.comparison import Run, compare
+from experiments.analysis.formats import MISSING, latex, markdown, terminal
+from experiments.analysis.tables import SINGLE_TASK
 
 SCENES = {"data.source": "scenes", "train.epochs": "12"}
 REAL = {"data.source": "files", "data.protocol": "sound", "train.epochs": "12"}
@@ -88,7 +88,7 @@ def test_metrics_that_hardly_any_method_has_are_left_out():
     made = papers.sheet(papers.beside(published.load("celeba"), None))
     assert made.header == ["method", "source", "delta_m % ↓", "mean rank ↓ FAMO", "mean rank ↓ GO4Align"]
     assert "Metrics are printed for FairGrad and single-task networks only" in made.legend
-    assert papers.sheet(papers.beside(published.load("mt10"), None)).header == ["method", "source", "success ↑"]
+    assert papers.sheet(papers.beside(published.load("metaworld"), None)).header == ["method", "source", "success ↑"]
 
 
 def test_runs_on_the_same_data_stand_below_their_method():

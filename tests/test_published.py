@@ -5,7 +5,9 @@ from scipy.stats import rankdata
 
 import balance
 from balance.metrics import delta_m, mean_rank
-from experiments import celeba, cityscapes, nyuv2, published, settings
+from experiments.analysis import published_tables as published
+from experiments.config import schema as settings
+from experiments.problems import celeba, cityscapes, nyuv2
 
 TABLES = {name: published.load(name) for name in published.names()}
 ROWS = [
@@ -35,14 +37,14 @@ def bounds(table, row):
 
 
 def test_the_tables_and_how_many_of_their_rows_can_be_recomputed():
-    assert set(TABLES) == {"nyuv2", "cityscapes", "celeba", "quantum_chemistry", "quantum_chemistry_retuned", "mt10"}
+    assert set(TABLES) == {"nyuv2", "cityscapes", "celeba", "quantum_chemistry", "quantum_chemistry_retuned", "metaworld"}
     assert {name: len(table.methods) for name, table in TABLES.items()} == {
         "nyuv2": 21,
         "cityscapes": 18,
         "celeba": 14,
         "quantum_chemistry": 13,
         "quantum_chemistry_retuned": 13,
-        "mt10": 15,
+        "metaworld": 15,
     }
     assert len(ROWS) == 18 + 17 + 1 + 13
     assert len(RANKINGS) == 3 + 3 + 3
@@ -138,13 +140,13 @@ def test_columns_of_celeba_are_under_the_right_headers():
 def in_code(name):
     if name == "quantum_chemistry":
         pytest.importorskip("torch_geometric")
-        from experiments import quantum_chemistry
+        from experiments.problems import quantum_chemistry
 
         return quantum_chemistry
     return {"nyuv2": nyuv2, "cityscapes": cityscapes, "celeba": celeba}[name]
 
 
-@pytest.mark.parametrize("name", [name for name in TABLES if name != "mt10"])
+@pytest.mark.parametrize("name", [name for name in TABLES if name != "metaworld"])
 def test_metrics_and_settings_are_those_of_the_experiment(name):
     table = TABLES[name]
     experiment = in_code(table.experiment)
@@ -157,7 +159,7 @@ def test_metrics_and_settings_are_those_of_the_experiment(name):
         assert entry in (schema[part] if part else settings.RunConfig).__dataclass_fields__, key
 
 
-@pytest.mark.parametrize("name", [name for name in TABLES if name != "mt10"])
+@pytest.mark.parametrize("name", [name for name in TABLES if name != "metaworld"])
 def test_a_run_with_the_defaults_of_the_experiment_is_on_other_data(name):
     table = TABLES[name]
     defaults = {f"data.{key}": str(value) for key, value in vars(in_code(table.experiment).DataConfig()).items()}
@@ -180,7 +182,7 @@ def test_differences_from_the_settings_of_the_papers():
 
 
 def test_mt10_has_errors():
-    assert TABLES["mt10"].methods["FAMO"].metrics["success"] == (0.83, 0.01, 0.05)
+    assert TABLES["metaworld"].methods["FAMO"].metrics["success"] == (0.83, 0.01, 0.05)
 
 
 def test_values_in_the_units_of_a_run():
@@ -229,7 +231,7 @@ def test_digits_are_counted_as_printed():
     ],
 )
 def test_a_file_with_a_mistake_is_refused_by_name(tmp_path, old, new, message):
-    text = (published.FOLDER / "cityscapes.yaml").read_text(encoding="utf-8")
+    text = (published.PROBLEMS / "cityscapes" / "published.yaml").read_text(encoding="utf-8")
     assert old in text
     file = tmp_path / "broken.yaml"
     file.write_text(text.replace(old, new, 1), encoding="utf-8")

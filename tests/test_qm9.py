@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("torch_geometric")
 
-from experiments.quantum_chemistry import DataConfig, load, qm9
-from experiments.quantum_chemistry.data import UNITS
+from experiments.problems.quantum_chemistry import DataConfig, load, qm9
+from experiments.problems.quantum_chemistry.data import UNITS
 from tests.qm9_files import CSV_HEADER, pieces, write_qm9
 
 HARTREE, KCAL = 27.211386246, 0.04336414  # in eV, as torch_geometric has them
@@ -213,7 +213,7 @@ def test_a_truncated_file_is_named(tmp_path, monkeypatch, name, damage, message)
 
 
 def test_of_all_qm9_the_list_of_excluded_molecules_must_be_complete(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.quantum_chemistry.qm9.MOLECULES", 6)
+    monkeypatch.setattr("experiments.problems.quantum_chemistry.qm9.MOLECULES", 6)
     write_qm9(tmp_path)
     with pytest.raises(ValueError, match=r"uncharacterized\.txt is truncated: it must list 3054 molecules, but lists 1"):
         load(DataConfig("qm9", str(tmp_path), **SMALL))

@@ -12,11 +12,11 @@ pytest.importorskip("torch_geometric")
 from torch_geometric.data import Batch, Data
 from torch_geometric.nn import NNConv, Set2Set
 
-import experiments.quantum_chemistry
+import experiments.problems.quantum_chemistry
 from balance import Balancer
-from experiments import molecules
-from experiments.quantum_chemistry import TASKS, DataConfig, ModelConfig, build_model, load, losses, metrics, targets
-from experiments.quantum_chemistry.data import UNITS
+from experiments.datasets import molecules
+from experiments.problems.quantum_chemistry import TASKS, DataConfig, ModelConfig, build_model, load, losses, metrics, targets
+from experiments.problems.quantum_chemistry.data import UNITS
 from tests.qm9_files import pieces
 
 
@@ -228,4 +228,4 @@ def test_training_with_a_gradient_balancer_lowers_every_loss(splits):
 def test_without_torch_geometric_the_remedy_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'mtl-balance\[graph\]'"):
-        importlib.reload(experiments.quantum_chemistry)
+        importlib.reload(experiments.problems.quantum_chemistry)

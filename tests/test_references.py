@@ -11,8 +11,8 @@ import torch
 
 from balance import Balancer, gradient_balancers, loss_balancers
 from balance.gradient.elementwise import drop_signs
-from balance.loss.gap import reward
-from balance.loss.sac import gaussian_log_density, schedule, tanh_correction
+from balance.loss._sac import gaussian_log_density, schedule, tanh_correction
+from balance.loss.improvable_gap import reward
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import balance
-from balance.registry import Registry, describe
+from balance.rules.registry import Registry, describe
 
 
 @pytest.fixture

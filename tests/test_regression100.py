@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from balance import Balancer
-from experiments.regression100 import TASKS, DataConfig, ModelConfig, build_model, load, losses, metrics, targets
+from experiments.problems.regression100 import TASKS, DataConfig, ModelConfig, build_model, load, losses, metrics, targets
 
 
 @pytest.fixture(scope="module")

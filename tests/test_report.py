@@ -6,11 +6,12 @@ from html.parser import HTMLParser
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import published
-from experiments.results import figures, papers
-from experiments.results.comparison import Run, compare
-from experiments.results.report import answer, html
-from experiments.results.table import cells, legend
+from experiments.analysis import published as papers
+from experiments.analysis import published_tables as published
+from experiments.analysis.comparison import Run, compare
+from experiments.analysis.figures import figures
+from experiments.analysis.report import answer, html
+from experiments.analysis.tables import cells, legend
 from tests.made_up import comparison, curves, estimate, realistic, row, two_rows
 
 NAN = float("nan")
@@ -87,7 +88,7 @@ def test_figures_are_inside_with_captions(long):
 
 
 def test_a_large_figure_becomes_png(monkeypatch):
-    monkeypatch.setattr("experiments.results.report.LARGEST_SVG", 10_000)
+    monkeypatch.setattr("experiments.analysis.report.LARGEST_SVG", 10_000)
     figure = Figure(figsize=(1, 1))
     axes = figure.add_subplot()
     for k in range(300):

@@ -4,10 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from experiments.scenes import CLASSES, MERGED, Scene, arrays, cached, draw, render, seeds, write
-from experiments.scenes.__main__ import main
-from experiments.scenes.rays import around_y, view
-from experiments.scenes.room import LABELS, Box, Camera, Sphere, draw_materials
+from experiments.datasets.rooms import CLASSES, MERGED, Scene, arrays, cached, draw, render, seeds, write
+from experiments.datasets.rooms.__main__ import main
+from experiments.datasets.rooms.rays import around_y, view
+from experiments.datasets.rooms.room import LABELS, Box, Camera, Sphere, draw_materials
 
 HEIGHT, WIDTH = 72, 96
 INNER = (slice(2, -2), slice(2, -2))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balance.solvers import (
+from balance.solvers.solvers import (
     bargaining_weights,
     conflict_averse_weights,
     equal_projection_weights,

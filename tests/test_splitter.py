@@ -13,10 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from balance import Balancer, Splitter, gradient_balancers
-from balance.compose import every
 from balance.gradient.min_norm import mgda
 from balance.gradient.projection import project_conflicts
-from balance.per_sample import project_samples, shortest_between
+from balance.rules.compose import every
+from balance.splitter.per_sample import project_samples, shortest_between
 from tests.strategies import SEEDS
 
 TASKS = ("a", "b", "c")

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import balance
 from balance import Balancer, compose
-from balance.cost import peak_memory
+from balance.profiling import peak_memory
 
 TASKS = ("a", "b", "c")
 
@@ -338,7 +338,7 @@ for step in range(2):
     balance.Balancer(("a", "b"), gradient="mgda").backward(losses, shared=f.parameters())
     if sys.argv[1] == "losses first":
         del losses
-        balance.graph.release_graphs()
+        balance.engine.graph.release_graphs()
     elif sys.argv[1] == "kept":
         kept = losses
 del x

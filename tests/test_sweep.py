@@ -15,9 +15,10 @@ import torch
 import yaml
 from mlflow import MlflowClient
 
-from experiments import baselines, compare, estimate, sweep, trainer
-from experiments.arguments import seeds_of
-from experiments.results.store import Store
+from experiments import baselines, compare, sweep, trainer
+from experiments.cli import seeds_of
+from experiments.recording.store import Store
+from experiments.sweeps import runtime as estimate
 
 ROOT = Path(__file__).parents[1]
 TINY = ["data.train_pairs=128", "data.validation_pairs=50", "data.test_pairs=50", "train.epochs=1", "log_model=false"]

@@ -7,7 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
-from experiments.results.table import MISSING, Cell, cells, legend, number_format, render
+from experiments.analysis.tables import MISSING, Cell, cells, legend, number_format, render
 from tests.made_up import comparison, estimate, realistic, row, two_rows
 
 NAN = math.nan

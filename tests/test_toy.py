@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from balance import Balancer
-from experiments.toy import DataConfig, ModelConfig, build_model, closed_forms, load, losses, metrics, targets
-from experiments.toy import landscape as field
-from experiments.toy.__main__ import main
-from experiments.toy.descent import METHODS, OPTIONS, build_balancer, descend, pairing, trajectories
-from experiments.toy.figure import reached_front
-from experiments.toy.landscape import STARTS, pareto_set, values, values_and_gradients
+from experiments.problems.toy import DataConfig, ModelConfig, build_model, closed_forms, load, losses, metrics, targets
+from experiments.problems.toy import landscape as field
+from experiments.problems.toy.__main__ import main
+from experiments.problems.toy.descent import METHODS, OPTIONS, build_balancer, descend, pairing, trajectories
+from experiments.problems.toy.figure import reached_front
+from experiments.problems.toy.landscape import STARTS, pareto_set, values, values_and_gradients
 
 BOTTOM = -8.3552  # b of the Pareto set in its middle
 

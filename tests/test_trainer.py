@@ -15,8 +15,8 @@ from rich.console import Console
 
 from balance import gradient_balancers, loss_balancers
 from experiments import trainer
-from experiments.results import reference
-from experiments.results.store import common_of, fingerprint
+from experiments.analysis import baselines as reference
+from experiments.recording.store import common_of, fingerprint
 
 ROOT = Path(__file__).parents[1]
 TINY = ["data.train_pairs=256", "data.validation_pairs=100", "data.test_pairs=100", "train.epochs=2"]
@@ -320,7 +320,7 @@ def test_single_task_learning_is_judged_by_its_task(tmp_path):
 def test_baselines_cover_every_metric():
     known, settings = reference.shipped("digits")
     assert set(known.metrics) == {"left/accuracy", "right/accuracy", "sum/mae", "reconstruction/rmse"}
-    text = (ROOT / "experiments/digits/baselines.yaml").read_text(encoding="utf-8")
+    text = (ROOT / "experiments/problems/digits/baselines.yaml").read_text(encoding="utf-8")
     stored = yaml.safe_load(text)
     assert stored["command"].startswith("python experiments/baselines.py")
     assert all(len(row["runs"]) == 3 for row in stored["metrics"].values())

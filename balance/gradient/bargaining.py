@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from torch import nn
 
-from balance.compose import Every
-from balance.gradient.task_space import solve, without_zero_gradients
-from balance.registry import check_type, gradient_balancers
-from balance.solvers import bargaining_weights
+from balance.gradient._host import solve, without_zero_gradients
+from balance.rules.compose import Every
+from balance.rules.registry import check_type, gradient_balancers
+from balance.solvers.solvers import bargaining_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.shapes import Gramian, Weights
-    from balance.solvers import Array
+    from balance.solvers.solvers import Array
+    from balance.types import Gramian, Weights
 
 Solver = Literal["newton", "cvxpy"]
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from balance.random import SeededGenerator
-from balance.registry import gradient_balancers
+from balance.rules.generator import SeededGenerator
+from balance.rules.registry import gradient_balancers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.shapes import Direction, Jacobian
+    from balance.types import Direction, Jacobian
 
 
 @gradient_balancers.register("graddrop", sees="jacobian", heads="unweighted")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from balance.gradient.task_space import rounding, solve, without_zero_gradients
-from balance.registry import gradient_balancers
-from balance.solvers import DEPENDENT, equal_projection_weights
+from balance.gradient._host import rounding, solve, without_zero_gradients
+from balance.rules.registry import gradient_balancers
+from balance.solvers.solvers import DEPENDENT, equal_projection_weights
 
 if TYPE_CHECKING:
-    from balance.shapes import Gramian, Weights
-    from balance.solvers import Array
+    from balance.solvers.solvers import Array
+    from balance.types import Gramian, Weights
 
 
 @gradient_balancers.register("imtl", heads="weighted")

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from scipy.optimize import nnls
 
-from balance.gradient.task_space import rounding, solve
-from balance.registry import check_type, gradient_balancers
-from balance.solvers import conflict_averse_weights, min_norm_weights, square_root
+from balance.gradient._host import rounding, solve
+from balance.rules.registry import check_type, gradient_balancers
+from balance.solvers.solvers import conflict_averse_weights, min_norm_weights, square_root
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.shapes import Gramian, Weights
-    from balance.solvers import Array
+    from balance.solvers.solvers import Array
+    from balance.types import Gramian, Weights
 
 Normalization = Literal["none", "l2", "loss", "loss+"]
 Rescale = Literal[0, 1, 2]

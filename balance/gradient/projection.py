@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from torch import nn
 
-from balance.gradient.task_space import solve
-from balance.random import SeededGenerator
-from balance.registry import check_type, gradient_balancers
+from balance.gradient._host import solve
+from balance.rules.generator import SeededGenerator
+from balance.rules.registry import check_type, gradient_balancers
 
 if TYPE_CHECKING:
-    from balance.shapes import Gramian, Weights
-    from balance.solvers import Array, Indices
+    from balance.solvers.solvers import Array, Indices
+    from balance.types import Gramian, Weights
 
 Order = Literal["random", "fixed"]
 

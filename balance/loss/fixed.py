@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from balance.loss.domain import weigh
-from balance.random import SeededGenerator
-from balance.registry import loss_balancers
+from balance.loss._checks import weigh
+from balance.rules.generator import SeededGenerator
+from balance.rules.registry import loss_balancers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.shapes import Losses, WeightedLosses
+    from balance.types import Losses, WeightedLosses
 
 
 @loss_balancers.register("ls")

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from balance.loss.domain import ADD_CONSTANT, DIVISION, require_above, values, weigh
-from balance.registry import check_type, loss_balancers
-from balance.solvers import k_means_1d
+from balance.loss._checks import ADD_CONSTANT, DIVISION, require_above, values, weigh
+from balance.rules.registry import check_type, loss_balancers
+from balance.solvers.solvers import k_means_1d
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.shapes import Losses, WeightedLosses
-    from balance.solvers import Array, Indices
+    from balance.solvers.solvers import Array, Indices
+    from balance.types import Losses, WeightedLosses
 
 Grouping = Literal["kmeans", "spectral", "sdp"]
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from balance.loss.domain import ADD_CONSTANT, DIVISION, GIVE_BOUNDS, LOGARITHM, require_above, values, weigh, widened
-from balance.registry import check_type, loss_balancers
+from balance.loss._checks import ADD_CONSTANT, DIVISION, GIVE_BOUNDS, LOGARITHM, require_above, values, weigh, widened
+from balance.rules.registry import check_type, loss_balancers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.shapes import Losses, WeightedLosses
+    from balance.types import Losses, WeightedLosses
 
 Mode = Literal["epoch", "window"]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from balance.loss.domain import GIVE_BOUNDS, LOGARITHM, lower_bounds, require_above, values, widened
-from balance.registry import loss_balancers
+from balance.loss._checks import GIVE_BOUNDS, LOGARITHM, lower_bounds, require_above, values, widened
+from balance.rules.registry import loss_balancers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.shapes import Losses, WeightedLosses
+    from balance.types import Losses, WeightedLosses
 
 
 @loss_balancers.register("scaleinvls")

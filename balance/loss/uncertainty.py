@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from balance.registry import loss_balancers
+from balance.rules.registry import loss_balancers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.shapes import Losses, WeightedLosses
+    from balance.types import Losses, WeightedLosses
 
 
 @loss_balancers.register("uw")

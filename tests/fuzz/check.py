@@ -14,7 +14,7 @@ from tests.fuzz.functions import changed
 from tests.fuzz.networks import TASKS, Built, build
 
 if TYPE_CHECKING:
-    from balance.report import Report
+    from balance.stage.report import Report
     from tests.fuzz.strategies import Call, Example
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 8e-2}

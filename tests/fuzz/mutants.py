@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from balance.report import Report
+    from balance.stage.report import Report
     from tests.fuzz.networks import Built
     from tests.fuzz.oracle import Expected
 

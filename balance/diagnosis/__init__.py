@@ -1,0 +1,1 @@
+"""Measurements of conflict and scale, taken before a method is chosen."""

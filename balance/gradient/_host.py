@@ -1,0 +1,54 @@
+"""Conversion between tensors and the solvers: a Gramian tensor in, float64 on the host, weights like the Gramian out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from balance.solvers.solvers import Array
+    from balance.types import Gramian, Weights
+
+
+def solve(solver: Callable[[Array], Array], gramian: Gramian) -> Weights:
+    """Apply a float64 numpy solver to a Gramian of any float type, on any device: one copy of K² numbers to the host.
+
+    Args:
+        solver: (K, K) array -> (K,) array.
+        gramian: Shape (K, K).
+
+    Returns:
+        Shape (K,), dtype and device of ``gramian``.
+
+    Raises:
+        ValueError: If ``gramian`` is not a square, finite matrix.
+    """
+    G = gramian.detach().to("cpu", torch.float64)
+    if G.ndim != 2 or G.shape[0] != G.shape[1] or G.shape[0] == 0:
+        raise ValueError(
+            f"gramian must have shape (K, K) with K >= 1, but got {tuple(gramian.shape)}. "
+            "From a Jacobian J of shape (K, P) it is J @ J.T."
+        )
+    if not G.isfinite().all():
+        raise ValueError("gramian must be finite, but has NaN or infinite entries. Look at the tasks' losses and gradients.")
+    return torch.from_numpy(solver(G.numpy())).to(gramian)
+
+
+def rounding(gramian: Gramian) -> float:
+    """Return the relative rounding error of the entries of a Gramian: the machine epsilon of its dtype."""
+    return torch.finfo(gramian.dtype if gramian.is_floating_point() else torch.float64).eps
+
+
+def without_zero_gradients(solver: Callable[[Array], Array], gramian: Array) -> Array:
+    """Apply a solver to the tasks whose gradient is not zero; the other tasks get weight 0. Shape (K, K) -> (K,)."""
+    if gramian.diagonal().min() > 0:
+        return solver(gramian)
+    nonzero = np.flatnonzero(gramian.diagonal())
+    weights = np.zeros(len(gramian))
+    if len(nonzero):
+        weights[nonzero] = solver(gramian[np.ix_(nonzero, nonzero)])
+    return weights

@@ -1,0 +1,89 @@
+"""Checks and conversions of the losses that a rule gets: errors name the task, and come before any change of state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from balance.rules.protocol import TaskError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from balance.types import Losses, WeightedLosses
+
+# Reasons and remedies of `require_above`
+LOGARITHM = "takes its logarithm"
+DIVISION = "divides by it"
+ADD_CONSTANT = "add a constant that keeps the loss positive."
+GIVE_BOUNDS = 'give lower bounds: loss_options={"min_losses": ...}.'
+
+_REMEDY_OF_ZERO = (
+    "A loss of exactly 0 often means that the task has no labels in this batch. "
+    'Leave the task out of the dict, or set zero="absent". Otherwise '
+)
+
+
+def values(losses: Losses) -> Tensor:
+    """Return the values of the losses, for a rule's weights and state: detached, float64, on the host. Shape (K,)."""
+    return losses.detach().to("cpu", torch.float64)
+
+
+def widened(losses: Losses) -> Losses:
+    """Return the losses in float32 at least: constants such as 1e-8 are zero in half precision. Shape (K,)."""
+    return losses.to(torch.promote_types(losses.dtype, torch.float32))
+
+
+def weigh(losses: Losses, weights: Tensor) -> WeightedLosses:
+    """Multiply losses by constant weights, in the losses' dtype and on their device. Shape (K,)."""
+    wide = widened(losses)  # weights of small losses exceed the range of float16
+    return (wide * weights.to(wide)).to(losses.dtype)
+
+
+def require_above(
+    losses: Tensor, minimum: Tensor | float, method: str, reason: str, remedy: str, *, quantity: str = "Loss"
+) -> None:
+    """Check that every loss lies strictly above its minimum.
+
+    Args:
+        losses: Shape (K,).
+        minimum: Scalar, or shape (K,).
+        method: The rule that requires it, for the message.
+        reason: What the rule does with a loss, for the message.
+        remedy: What to do about it, for the message: a sentence that begins with a lower-case verb.
+        quantity: Name of the values, for the message.
+
+    Raises:
+        TaskError: For the first task whose loss does not (NaN included). For a loss of exactly 0 the message also names
+            the likely cause.
+    """
+    bounds = torch.as_tensor(minimum, dtype=torch.float64, device="cpu").expand_as(losses)
+    for task, (loss, bound) in enumerate(zip(losses.tolist(), bounds.tolist(), strict=True)):
+        if not loss > bound:
+            advice = _REMEDY_OF_ZERO + remedy if loss == 0 else remedy[0].upper() + remedy[1:]
+            rule = f"must be above {bound:g}, because '{method}' {reason}"
+            raise TaskError(task, f"{quantity} of task {{task}} is {loss:.6g}, but {rule}. {advice}")
+
+
+def lower_bounds(min_losses: list[float] | None, count: int, present: Tensor | None) -> Tensor:
+    """Return the lower bounds of the losses of one step, float64. Shape (count,).
+
+    Args:
+        min_losses: One number for every task, present or not; None for zeros.
+        count: Number of losses in this step.
+        present: Indices of their tasks; None for all.
+
+    Raises:
+        ValueError: If there are not as many numbers as tasks.
+    """
+    if not min_losses:
+        return torch.zeros(count, dtype=torch.float64, device="cpu")
+    bounds = torch.tensor(min_losses, dtype=torch.float64, device="cpu")
+    if (
+        len(bounds) < count
+        or (present is None and len(bounds) != count)
+        or (present is not None and len(bounds) <= present.max())
+    ):
+        raise ValueError(f"min_losses must have one number for each task, but got {min_losses}.")
+    return bounds if present is None else bounds[present]

@@ -1,0 +1,208 @@
+"""Weights by the gap that can still be closed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from balance.loss._checks import ADD_CONSTANT, DIVISION, LOGARITHM, require_above, values, weigh
+from balance.loss._sac import Agent
+from balance.rules.registry import loss_balancers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from balance.types import Losses, WeightedLosses
+
+STEPS_BETWEEN_TRAININGS = 50
+FIRST_TRAINING_EPOCH = 3
+EXPLORATION_EPOCHS = 5
+
+
+class BaseLosses(nn.Module):
+    """Mean losses of one epoch, by which later losses are divided.
+
+    Args:
+        num_tasks: K.
+        epoch: The epoch, counted from 0. A task that is absent throughout it takes its first epoch after that.
+        method: Name of the rule, for messages.
+    """
+
+    base: Tensor
+    epochs: Tensor
+
+    def __init__(self, num_tasks: int, epoch: int, method: str) -> None:
+        super().__init__()
+        if epoch < 0:
+            raise ValueError(f"base_epoch of '{method}' must not be negative, but got {epoch}. Use 0 for the first epoch.")
+        self.epoch = epoch
+        self.method = method
+        self.register_buffer("base", torch.full((num_tasks,), torch.nan, dtype=torch.float64, device="cpu"))
+        self.register_buffer("epochs", torch.zeros((), dtype=torch.int64, device="cpu"))  # number of epochs that have ended
+
+    def end_epoch(self, mean_losses: Tensor) -> None:
+        """Close an epoch; ``mean_losses`` (K,) are NaN for tasks that were never present."""
+        if self.epochs >= self.epoch:
+            seen = values(mean_losses).nan_to_num(nan=1.0)  # an absent task has no mean that could be out of range
+            require_above(seen, 0, self.method, DIVISION, ADD_CONSTANT, quantity="Mean loss")
+            self.base.copy_(torch.where(self.base.isnan(), mean_losses.to(self.base), self.base))
+        self.epochs += 1
+
+
+@loss_balancers.register("igbv1")
+class IGBv1(nn.Module):
+    r"""Improvable gap balancing: larger weights for the logarithms of losses that are large relative to an early epoch.
+
+    .. math:: \tilde L_k = w_k \log L_k, \qquad w = K \operatorname{softmax}(L / b)
+
+    with the mean losses b of epoch ``base_epoch``; all weights are 1 until that has ended. Weights sum to K and are constants;
+    gradients do not change when a loss is multiplied by a constant from the start. One task has weight 1. Absent tasks take
+    no part in the softmax.
+
+    Args:
+        num_tasks: K.
+        base_epoch: Epoch whose mean losses are the base, counted from 0.
+
+    Raises:
+        ValueError: If ``base_epoch`` is negative.
+
+    Source:
+        Dai, Fei & Lu, "Improvable Gap Balancing for Multi-Task Learning", UAI 2023, with the formulas of its code. Differs: the
+        base is measured by `end_epoch`, over the steps at which a task was present.
+    """
+
+    needs_epochs = True
+
+    def __init__(self, num_tasks: int, base_epoch: int = 1) -> None:
+        super().__init__()
+        self.reference = BaseLosses(num_tasks, base_epoch, "igbv1")
+
+    def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
+        """Return the weighted logarithms of the losses.
+
+        Args:
+            losses: Positive values of the present tasks. Shape (K,).
+            present: Indices of those tasks; None for all.
+
+        Returns:
+            Shape (K,).
+
+        Raises:
+            TaskError: If a loss is not positive.
+        """
+        L = values(losses)
+        require_above(L, 0, "igbv1", LOGARITHM, ADD_CONSTANT)
+        base = values(self.reference.base if present is None else self.reference.base[present])
+        known = ~base.isnan()
+        weights = torch.ones_like(L)
+        weights[known] = known.sum() * (L[known] / base[known]).softmax(dim=0)
+        return weigh(losses.log(), weights)
+
+    def end_epoch(self, mean_losses: Tensor) -> None:
+        """Close an epoch; ``mean_losses`` (K,) are NaN for tasks that were never present."""
+        self.reference.end_epoch(mean_losses)
+
+
+@loss_balancers.register("igbv2")
+class IGBv2(nn.Module):
+    r"""Improvable gap balancing by a soft actor-critic agent, which chooses the weights of the logarithms of the losses.
+
+    .. math:: \tilde L_k = a_k \log L_k, \qquad a = K \operatorname{softmax}(u), \quad u \sim \mathcal N(\mu(L), \sigma(L))
+
+    The agent observes the losses L and is rewarded with the smallest relative improvement,
+    :math:`\min_k (L_k(t-1) - L_k(t)) / b_k`, with the mean losses b of epoch ``base_epoch``. From then on it stores
+    transitions; from the fourth epoch it trains every 50 steps; until the end of the fifth, weights are random. Weights
+    are positive, sum to K and are constants. One task has weight 1. All tasks must be present at every step, since the losses
+    are the agent's state.
+
+    Args:
+        num_tasks: K.
+        base_epoch: Epoch whose mean losses are the base, counted from 0.
+        sac_lr: Learning rate of the agent.
+        buffer_size: Number of transitions that the agent stores.
+        official: Use the log-density of the authors' code.
+        seed: Seed of the agent, whose whole state is saved in the state_dict, as one uint8 tensor of fixed size.
+
+    Raises:
+        ValueError: If an option is out of range.
+
+    Source:
+        Dai, Fei & Lu, "Improvable Gap Balancing for Multi-Task Learning", UAI 2023, with networks, schedule and reward of its
+        code. Differs: the agent's log-density is that of u, where the code corrects for a tanh although it squashes with a
+        softmax; rewards are not multiplied by the ratio of initial and current learning rate; training on an empty buffer
+        is no error.
+    """
+
+    needs_epochs = True
+
+    previous: Tensor
+    action: Tensor
+    steps: Tensor
+
+    def __init__(
+        self,
+        num_tasks: int,
+        base_epoch: int = 1,
+        sac_lr: float = 3e-4,
+        buffer_size: int = 10_000,
+        official: bool = False,  # noqa: FBT001, FBT002 - options are given by name
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not sac_lr > 0:
+            raise ValueError(f"sac_lr of 'igbv2' must be positive, but got {sac_lr}.")
+        if buffer_size < 1:
+            raise ValueError(f"buffer_size of 'igbv2' must be at least 1, but got {buffer_size}.")
+        self.reference = BaseLosses(num_tasks, base_epoch, "igbv2")
+        self.agent = Agent(num_tasks, sac_lr, buffer_size, seed, official=official)
+        for name in ("previous", "action"):  # NaN before the first step
+            self.register_buffer(name, torch.full((num_tasks,), torch.nan, dtype=torch.float64, device="cpu"))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device="cpu"))
+
+    def forward(self, losses: Losses) -> WeightedLosses:
+        """Return the weighted logarithms of the losses: the agent stores a transition, trains and acts.
+
+        Args:
+            losses: Positive values. Shape (K,).
+
+        Returns:
+            Shape (K,).
+
+        Raises:
+            TaskError: If a loss is not positive.
+        """
+        L = values(losses).view_as(self.previous)  # a wrong number of losses fails here, before the agent changes
+        require_above(L, 0, "igbv2", LOGARITHM, ADD_CONSTANT)
+        base, before = values(self.reference.base), values(self.previous)
+        if base.isfinite().all() and before.isfinite().all():
+            self.agent.remember(before, values(self.action), reward(before, L, base), L)
+        epoch = int(self.reference.epochs)
+        if epoch >= FIRST_TRAINING_EPOCH and int(self.steps) % STEPS_BETWEEN_TRAININGS == 0:
+            self.agent.train()
+        action = self.agent.explore() if epoch < EXPLORATION_EPOCHS else self.agent.act(L)
+        self.previous.copy_(L)
+        self.action.copy_(action)
+        self.steps += 1
+        return weigh(losses.log(), action)
+
+    def end_epoch(self, mean_losses: Tensor) -> None:
+        """Close an epoch. ``mean_losses``: shape (K,)."""
+        self.reference.end_epoch(mean_losses)
+
+    def get_extra_state(self) -> Tensor:
+        """Return the state of the agent, for state_dict. Shape (n,), uint8."""
+        return self.agent.state()
+
+    def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
+        """Restore the agent of a checkpoint; earlier versions saved a dict."""
+        if isinstance(state, dict):
+            self.agent.restore_dict(state)
+        else:
+            self.agent.restore(state)
+
+
+def reward(before: Tensor, after: Tensor, base: Tensor) -> float:
+    """Return the smallest improvement of any task, relative to its base loss. Shapes (K,)."""
+    return float(((before - after) / base).min())

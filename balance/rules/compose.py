@@ -1,0 +1,386 @@
+"""Compositions of rules: weights used for several steps, averaged, or shared within groups of tasks; chains of loss balancers.
+
+A gradient balancer may have a method ``reuse(present)``. The stage calls it exactly once before each step. It returns the
+weights of an earlier step that this step uses again, or None if the stage must compute a Gramian and call the rule. A
+composition has the method too, and calls the method of its own rule.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from balance.rules.registry import checked_weights, describe, gradient_balancers, present_keyword, require_callable, takes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from balance.types import GradientRule, Gramian, Heads, Losses, WeightedLosses, Weights
+
+
+def every(n: int, rule: str | GradientRule, num_tasks: int, **options: Any) -> Every:
+    """Use the weights of ``rule`` for n steps: the first of them solves, the others cost one ordinary backward pass.
+
+    A step reuses weights only if its tasks are exactly the tasks that the weights were solved for; otherwise it solves anew.
+
+    Args:
+        n: At least 1; 1 changes nothing.
+        rule: A gradient balancer that returns weights, by name or as a callable.
+        num_tasks: K.
+        **options: Options of a rule that is given by name.
+
+    Raises:
+        ValueError: If n is less than 1, the rule returns no weights, or n > 1 and the rule reuses its weights already.
+    """
+    return Every(n, rule, num_tasks, options)
+
+
+def smoothed(rule: str | GradientRule, beta: float, num_tasks: int, **options: Any) -> Smoothed:
+    """Average the weights of ``rule`` over time: β times the average so far plus 1 - β times the weights of the step.
+
+    Weights that the rule reuses count like weights that it has just solved for.
+
+    Args:
+        rule: A gradient balancer that returns weights, by name or as a callable.
+        beta: In 0..1, 1 excluded; 0 changes nothing. The first weights of a task are not averaged.
+        num_tasks: K.
+        **options: Options of a rule that is given by name.
+
+    Raises:
+        ValueError: If beta is out of range, or the rule returns no weights.
+    """
+    return Smoothed(rule, beta, num_tasks, options)
+
+
+def grouped(rule: str | GradientRule, groups: Sequence[Sequence[int]], num_tasks: int, **options: Any) -> Grouped:
+    """Apply ``rule`` to groups of tasks: the gradients within a group are added up, and its tasks share its weight.
+
+    Args:
+        rule: A gradient balancer that returns weights, by name or as a callable; by name, it is built for as many tasks as
+            there are groups.
+        groups: Indices of the tasks of each group; every task is in exactly one.
+        num_tasks: K.
+        **options: Options of a rule that is given by name.
+
+    Raises:
+        ValueError: If the groups are not a partition of the tasks, or the rule returns no weights.
+    """
+    return Grouped(rule, groups, num_tasks, options)
+
+
+class Wrapped(NamedTuple):
+    """The rule of a composition, as the user gave it."""
+
+    rule: str | GradientRule
+    num_tasks: int
+    options: Mapping[str, Any]
+
+    @property
+    def heads(self) -> Heads | None:
+        """Treatment of heads; None if the rule does not specify it."""
+        return gradient_balancers.heads(self.rule) if isinstance(self.rule, str) else getattr(self.rule, "heads", None)
+
+    @property
+    def fixed_length(self) -> bool:
+        """Whether the length of the direction does not depend on the lengths of the gradients."""
+        if isinstance(self.rule, str):
+            return gradient_balancers.method(self.rule).ignores_weights
+        return getattr(self.rule, "fixed_length", False)
+
+    @property
+    def needs_seed(self) -> bool:
+        """Whether the rule draws random numbers and its seed is left to the stage."""
+        return isinstance(self.rule, str) and "seed" in gradient_balancers.options(self.rule) and "seed" not in self.options
+
+    def build(self, **seed: int) -> Any:
+        """Return the built rule.
+
+        Raises:
+            ValueError: If the name or an option is unknown or out of range, the rule returns no weights, or options are
+                given with a callable.
+            TypeError: If an option has the wrong type, or the rule is neither a name nor a callable.
+        """
+        if not isinstance(self.rule, str):
+            require_callable(gradient_balancers.kind, self.rule, self.options)
+            return self.rule
+        if gradient_balancers.sees(self.rule) != "gramian":
+            raise ValueError(
+                f"A composition needs a rule that returns weights, but '{self.rule}' sees the Jacobian and has none."
+            )
+        return gradient_balancers.build(self.rule, num_tasks=self.num_tasks, **self.options, **seed)
+
+    def __str__(self) -> str:
+        return describe(self.rule, self.options)
+
+
+class Every(nn.Module):
+    """A rule whose weights are used for several steps; see `every`.
+
+    Attributes:
+        weights: Weights of the last solve; NaN for tasks that it had no part in. Shape (K,).
+        steps: Number of steps that have used them.
+        heads: Treatment of heads; None if the rule does not specify it.
+        fixed_length: Whether the length of the direction does not depend on the lengths of the gradients.
+    """
+
+    weights: Tensor
+    steps: Tensor
+
+    def __init__(self, n: int, rule: str | GradientRule, num_tasks: int, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        if n < 1:
+            raise ValueError(f"Weights must be used for at least 1 step, but got {n}.")
+        self.n = n
+        self.wrapped = Wrapped(rule, num_tasks, options or {})
+        self.rule = self.wrapped.build()
+        self.heads, self.fixed_length = self.wrapped.heads, self.wrapped.fixed_length
+        if n > 1 and _reuses(self.rule):
+            raise ValueError(
+                f"Weights must be reused in one place only, but got {self}. "
+                "Use compose.every(n, rule, num_tasks) alone, with a rule that solves at every step."
+            )
+        self.register_buffer("weights", _nan(num_tasks))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device="cpu"))
+
+    @property
+    def reuses(self) -> bool:
+        """Whether some steps use the weights of earlier steps."""
+        return self.n > 1 or _reuses(self.rule)
+
+    def forward(self, gramian: Gramian, present: Tensor | None = None, losses: Tensor | None = None) -> Weights:
+        """Solve, and remember the weights in place of all earlier ones. Shape (K, K) -> (K,)."""
+        weights = _apply(self.rule, gramian, present, losses)
+        solved = torch.full_like(self.weights, torch.nan)
+        solved[_indices(present, solved)] = weights.to(solved)
+        self.weights.copy_(solved)
+        self.steps.fill_(1)
+        return weights
+
+    def reuse(self, present: Tensor | None = None) -> Weights | None:
+        """Return the remembered weights and count one use of them, or None if it is time to solve. Shape (K,)."""
+        if self.n == 1:
+            return _reused(self.rule, present)
+        tasks = _indices(present, self.weights)
+        weights = self.weights[tasks]
+        solved_for = int((~self.weights.isnan()).sum())  # number of tasks
+        if not 0 < int(self.steps) < self.n or len(tasks) != solved_for or weights.isnan().any():
+            return None
+        self.steps += 1
+        return weights
+
+    def __repr__(self) -> str:
+        return f"every({self.n}, {self.wrapped})"
+
+
+class Smoothed(nn.Module):
+    """A rule whose weights are averaged over time; see `smoothed`.
+
+    Attributes:
+        weights: Average of each task; NaN before its first weights. Shape (K,).
+        heads, fixed_length: As of `Every`.
+    """
+
+    weights: Tensor
+
+    def __init__(self, rule: str | GradientRule, beta: float, num_tasks: int, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta of a moving average must be in 0..1, 1 excluded, but got {beta}.")
+        self.beta = beta
+        self.wrapped = Wrapped(rule, num_tasks, options or {})
+        self.rule = self.wrapped.build()
+        self.heads, self.fixed_length = self.wrapped.heads, self.wrapped.fixed_length
+        self.register_buffer("weights", _nan(num_tasks))
+
+    @property
+    def reuses(self) -> bool:
+        """Whether some steps use the weights of earlier steps."""
+        return _reuses(self.rule)
+
+    def forward(self, gramian: Gramian, present: Tensor | None = None, losses: Tensor | None = None) -> Weights:
+        """Average the rule's weights with the weights of the steps before. Shape (K, K) -> (K,)."""
+        weights = _apply(self.rule, gramian, present, losses)
+        return self._average(weights, present).to(weights)
+
+    def reuse(self, present: Tensor | None = None) -> Weights | None:
+        """Average the weights that the rule reuses, or return None if it must solve. Shape (K,)."""
+        weights = _reused(self.rule, present)
+        return None if weights is None else self._average(weights, present)
+
+    def _average(self, weights: Weights, present: Tensor | None) -> Weights:
+        tasks = _indices(present, self.weights)
+        before, new = self.weights[tasks], weights.to(self.weights)
+        average = torch.where(before.isnan(), new, self.beta * before + (1 - self.beta) * new)
+        self.weights[tasks] = average
+        return average
+
+    def __repr__(self) -> str:
+        return f"smoothed({self.wrapped}, beta={self.beta})"
+
+
+class Grouped(nn.Module):
+    """A rule that is applied to groups of tasks; see `grouped`.
+
+    Attributes:
+        solved_for: Tasks that were present when the rule last solved. Shape (K,), bool.
+        heads, fixed_length: As of `Every`.
+    """
+
+    membership: Tensor
+    solved_for: Tensor
+
+    def __init__(
+        self,
+        rule: str | GradientRule,
+        groups: Sequence[Sequence[int]],
+        num_tasks: int,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.groups = [list(group) for group in groups]
+        if sorted(task for group in self.groups for task in group) != list(range(num_tasks)) or not all(self.groups):
+            raise ValueError(f"Every task of 0..{num_tasks - 1} must be in exactly one group, but got {self.groups}.")
+        self.wrapped = Wrapped(rule, len(groups), options or {})
+        self.rule = self.wrapped.build()
+        self.heads, self.fixed_length = self.wrapped.heads, self.wrapped.fixed_length
+        membership = torch.zeros(len(groups), num_tasks, dtype=torch.float64, device="cpu")
+        for row, group in zip(membership, self.groups, strict=True):
+            row[group] = 1
+        self.register_buffer("membership", membership, persistent=False)
+        self.register_buffer("solved_for", torch.zeros(num_tasks, dtype=torch.bool, device="cpu"))
+
+    @property
+    def reuses(self) -> bool:
+        """Whether some steps use the weights of earlier steps."""
+        return _reuses(self.rule)
+
+    def forward(self, gramian: Gramian, present: Tensor | None = None, losses: Tensor | None = None) -> Weights:
+        """Give the weights of the groups to their tasks; a group without a present task has no part. Shape (K, K) -> (K,)."""
+        S, groups = self._present_groups(present)
+        S = S.to(gramian)
+        weights = _apply(self.rule, S @ gramian @ S.T, groups, None if losses is None else S @ losses.to(S))
+        self.solved_for.copy_(self._mask(present))
+        return weights @ S
+
+    def reuse(self, present: Tensor | None = None) -> Weights | None:
+        """Give the weights that the rule reuses to the tasks, or return None if it must solve. Shape (K,)."""
+        if not torch.equal(self._mask(present), self.solved_for):  # the same groups can stand for other tasks
+            return None
+        S, groups = self._present_groups(present)
+        weights = _reused(self.rule, groups)
+        return None if weights is None else weights @ S.to(weights)
+
+    def _present_groups(self, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the membership of the present tasks in the present groups, and the indices of these groups; None for all."""
+        S = self.membership[:, _indices(present, self.solved_for)]
+        reached = S.any(dim=1)
+        return S[reached], None if reached.all() else reached.nonzero().flatten()
+
+    def _mask(self, present: Tensor | None) -> Tensor:
+        mask = torch.zeros_like(self.solved_for)
+        mask[_indices(present, mask)] = True
+        return mask
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Checkpoints of version 0.1 have no such entry: their first step solves
+        state_dict.setdefault(f"{prefix}solved_for", torch.zeros_like(self.solved_for))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __repr__(self) -> str:
+        return f"grouped({self.wrapped}, groups={self.groups})"
+
+
+class Chain(nn.Module):
+    """Loss balancers applied from left to right, each to the losses that the balancer before it has weighted.
+
+    Weights and states follow from the values that reach a rule. Only the means of an epoch are always means of the raw losses.
+    A rule that observes losses after the step (famo) must be the first, since no other rule gets the raw losses.
+
+    Args:
+        rules: Built loss balancers.
+        names: Their names, for messages.
+
+    Attributes:
+        needs_observation: Whether the first rule must observe the losses after each step.
+        needs_epochs: Whether a rule needs the mean losses of epochs.
+
+    Raises:
+        ValueError: If there is no rule, or one that observes is not the first.
+    """
+
+    def __init__(self, rules: Sequence[Callable[..., Tensor]], names: Sequence[str]) -> None:
+        super().__init__()
+        if not rules:
+            raise ValueError("A chain of loss balancers must have at least one.")
+        for rule, name in zip(rules[1:], names[1:], strict=True):
+            if hasattr(rule, "observe"):
+                raise ValueError(f"'{name}' observes the raw losses, so it must come first, but got {tuple(names)}.")
+        self.stateful = nn.ModuleList(rule for rule in rules if isinstance(rule, nn.Module))
+        self.rules = tuple(rules)
+        self.names = tuple(names)
+        self.needs_observation = hasattr(rules[0], "observe") and getattr(rules[0], "needs_observation", True)
+        self.needs_epochs = any(getattr(rule, "needs_epochs", False) for rule in rules)
+
+    def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
+        """Apply all rules. Shape (K,) -> (K,)."""
+        keywords = [present_keyword(rule, present) for rule in self.rules]  # a refusal must precede all changes of state
+        for rule, keyword in zip(self.rules, keywords, strict=True):
+            losses = rule(losses, **keyword)
+        return losses
+
+    def observe(self, losses: Losses, present: Tensor | None = None) -> None:
+        """Pass the losses after the step to the first rule. Shape (K,)."""
+        observe = self.rules[0].observe  # type: ignore[attr-defined]
+        observe(losses, **present_keyword(observe, present))
+
+    def end_epoch(self, mean_losses: Tensor) -> None:
+        """Pass the mean raw losses of an epoch to every rule that uses them. Shape (K,)."""
+        for rule in self.rules:
+            if hasattr(rule, "end_epoch"):
+                rule.end_epoch(mean_losses)
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(self.names)})"
+
+
+def seed_composition(rule: object, seed: int) -> None:
+    """Seed the rule at the centre of a composition, if it was given by name and without a seed.
+
+    The rule is built anew, so that it draws what a rule by name draws in a stage with that seed.
+
+    Args:
+        rule: Any rule; a rule that is no composition keeps its seed.
+        seed: Seed of the stage's gradient balancer.
+    """
+    while isinstance(rule, Every | Smoothed | Grouped):
+        if rule.wrapped.needs_seed:
+            rule.rule = rule.wrapped.build(seed=seed)
+        rule = rule.rule
+
+
+def _apply(rule: Callable[..., Any], gramian: Gramian, present: Tensor | None, losses: Tensor | None) -> Weights:
+    keywords = present_keyword(rule, present)
+    if losses is not None and takes(rule, "losses"):
+        keywords["losses"] = losses
+    return checked_weights(rule(gramian, **keywords), len(gramian))
+
+
+def _reuses(rule: object) -> bool:
+    return getattr(rule, "reuses", hasattr(rule, "reuse"))
+
+
+def _reused(rule: object, present: Tensor | None) -> Weights | None:
+    weights: Weights | None = rule.reuse(present) if hasattr(rule, "reuse") else None
+    return weights
+
+
+def _indices(present: Tensor | None, state: Tensor) -> Tensor:
+    return torch.arange(len(state), device="cpu") if present is None else present
+
+
+def _nan(num_tasks: int) -> Tensor:
+    return torch.full((num_tasks,), torch.nan, dtype=torch.float64, device="cpu")

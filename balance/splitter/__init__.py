@@ -1,0 +1,1 @@
+"""Balancing inside one ordinary backward pass."""

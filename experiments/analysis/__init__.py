@@ -1,0 +1,1 @@
+"""Recorded runs to comparisons, tables, figures and reports."""

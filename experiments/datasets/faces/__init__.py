@@ -1,0 +1,1 @@
+"""Drawn faces with the attributes and the file layout of CelebA."""

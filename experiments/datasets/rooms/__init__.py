@@ -1,0 +1,14 @@
+"""Procedural indoor scenes with labels, depth and surface normals, in the layouts of NYUv2 and CityScapes.
+
+Furnished rooms, ray-cast with NumPy alone; every scene is a function of its seed. They let the experiments on images run at
+once, through the loaders of the real data sets, where those cannot be downloaded. Numbers on them say nothing about NYUv2 or
+CityScapes and are never to be printed next to published ones.
+
+    python -m experiments.datasets.rooms --output FOLDER [--layout cityscapes]
+"""
+
+from experiments.datasets.rooms.rendering import Sample, render
+from experiments.datasets.rooms.room import CLASSES, Scene, draw
+from experiments.datasets.rooms.storage import MERGED, arrays, cached, seeds, write
+
+__all__ = ["CLASSES", "MERGED", "Sample", "Scene", "arrays", "cached", "draw", "render", "seeds", "write"]

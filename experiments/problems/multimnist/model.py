@@ -1,0 +1,150 @@
+"""A small network for digits, the published one for MNIST, with or without a splitter between trunk and heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from balance import gradient_balancers
+from balance.messages import unknown
+from balance.splitter.splitter import Splitter
+from experiments.problems.base import Network
+from experiments.problems.multimnist.data import CLASSES
+from experiments.problems.multimnist.tasks import TASKS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+NAMES = ("small", "demo")
+SHARED = ("trunk", "everything")
+SPLITTERS: Mapping[str, Mapping[str, Any]] = {
+    "normalized": {"gradient": "normalized"},
+    **{f"normalized-project{k}": {"gradient": "normalized", "variant": k} for k in (1, 2, 3)},
+    **{f"project{k}": {"gradient": None, "variant": k} for k in (1, 2, 3)},
+}
+
+
+@dataclass
+class ModelConfig:
+    """The network.
+
+    Attributes:
+        name: ``"small"``, for digits on 10 x 12 pixels, or ``"demo"``, the published one for MNIST on 28 x 28.
+        width: Channels of the small network's first convolution. 8 are so few that the tasks compete for them.
+        splitter: What balances the gradients of the features, if anything: a name of `SPLITTERS` or a gradient balancer.
+        shared: What a gradient balancer takes for shared: the ``"trunk"``, or ``"everything"``, the heads included, whose
+            gradients then count in the lengths of the tasks' gradients and get the tasks' weights.
+        splitter_seed: Of projections in random order.
+    """
+
+    name: str = "small"
+    width: int = 8
+    splitter: str | None = None
+    shared: str = "trunk"
+    splitter_seed: int = 0
+
+
+class Canvases(nn.Module):
+    """Lets canvases of the right size pass."""
+
+    def __init__(self, rows: int, columns: int, remedy: str) -> None:
+        super().__init__()
+        self.size, self.remedy = (1, rows, columns), remedy
+
+    def forward(self, canvases: Tensor) -> Tensor:
+        """The canvases as they are. Shape (B, 1, rows, columns)."""
+        if canvases.shape[1:] != self.size:
+            raise ValueError(f"Canvases must have shape {self.size}, but got {tuple(canvases.shape[1:])}. Use {self.remedy}.")
+        return canvases
+
+
+class Heads(nn.Module):
+    """A head for each task, on the features or on the task's view of them."""
+
+    def __init__(self, of_task: Mapping[str, nn.Module], splitter: Splitter | None) -> None:
+        super().__init__()
+        self.splitter = splitter
+        self.of_task = nn.ModuleDict(of_task)
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        """Logits, or their log-softmax, by task. Shape (B, F) -> (B, 10)."""
+        views = dict.fromkeys(self.of_task, features) if self.splitter is None else self.splitter(features)
+        return {task: head(views[task]) for task, head in self.of_task.items()}
+
+
+def build_model(config: ModelConfig | None = None) -> Network:
+    """A freshly initialised network.
+
+    Raises:
+        ValueError: If a name is unknown or the width is not positive.
+    """
+    config = config or ModelConfig()
+    for key, known in (("name", NAMES), ("shared", SHARED)):
+        if getattr(config, key) not in known:
+            raise ValueError(unknown(f"model.{key}", getattr(config, key), known))
+    if config.width < 1:
+        raise ValueError(f"model.width must be at least 1, but got {config.width}.")
+    splitter = None if config.splitter is None else build_splitter(config.splitter, config.splitter_seed)
+    trunk = small_trunk(config.width) if config.name == "small" else demo_trunk()
+    heads = Heads({task: nn.Linear(64, CLASSES) if config.name == "small" else demo_head() for task in TASKS}, splitter)
+    return Network(trunk, heads) if config.shared == "trunk" else Network(nn.Sequential(trunk, heads), nn.Identity())
+
+
+def build_splitter(name: str, seed: int = 0) -> Splitter:
+    """The splitter called ``name``: of the published comparison, or one with a gradient balancer.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name not in SPLITTERS and name not in gradient_balancers:
+        raise ValueError(unknown("model.splitter", name, (*SPLITTERS, *gradient_balancers.names())))
+    options = SPLITTERS.get(name, {"gradient": name})
+    return Splitter(TASKS, seed=seed, **options)
+
+
+def small_trunk(width: int) -> nn.Sequential:
+    """Canvases (B, 1, 10, 12) -> features (B, 64)."""
+    return nn.Sequential(
+        Canvases(10, 12, "model.name=demo for MNIST"),
+        nn.Conv2d(1, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(width, 2 * width, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(2 * width * 5 * 6, 64),
+        nn.ReLU(),
+    )
+
+
+def demo_trunk() -> nn.Sequential:
+    """Canvases (B, 1, 28, 28) -> features (B, 128)."""
+    return nn.Sequential(
+        Canvases(28, 28, "model.name=small for scikit-learn's digits"),
+        nn.Conv2d(1, 10, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(10, 20, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(320, 256),
+        nn.LayerNorm(256),
+        nn.ReLU(),
+        nn.Linear(256, 128),
+        nn.LayerNorm(128),
+        nn.ReLU(),
+    )
+
+
+def demo_head() -> nn.Sequential:
+    """Features (B, 128) -> log-probabilities (B, 10)."""
+    return nn.Sequential(
+        nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, CLASSES), nn.LogSoftmax(dim=1)
+    )

@@ -1,0 +1,96 @@
+"""The landscape as an experiment of the trainer: the point is the trunk, the two losses are what the heads make of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from torchmetrics import MeanAbsoluteError
+
+from experiments.problems.base import Network, Splits
+from experiments.problems.toy import landscape
+from experiments.problems.toy.descent import EPOCH, above_bounds
+from experiments.problems.toy.landscape import LOWER_BOUND, SCALE, STARTS, TASKS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torchmetrics import Metric
+
+    from experiments.problems.base import Batch
+
+HIGHER_IS_BETTER: frozenset[str] = frozenset()
+
+
+@dataclass
+class DataConfig:
+    """Steps of an epoch, in batches of one; the scale of the first loss. There is nothing to learn from but the landscape."""
+
+    steps: int = EPOCH
+    scale: float = SCALE
+
+
+@dataclass
+class ModelConfig:
+    """Where the point starts."""
+
+    a: float = STARTS[0][0]
+    b: float = STARTS[0][1]
+
+
+class Point(nn.Module):
+    """The point (a, b), as a linear map of the constant input 1."""
+
+    def __init__(self, start: tuple[float, float]) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor([start]))
+
+    def forward(self, ones: Tensor) -> Tensor:
+        """The point once for each sample. Shape (B, 1) -> (B, 2)."""
+        return ones @ self.theta
+
+
+class Landscape(nn.Module):
+    """The two losses of points, the first without its scale; no parameters."""
+
+    def forward(self, points: Tensor) -> dict[str, Tensor]:
+        """Losses by task. Shape (B, 2) -> (B,)."""
+        return landscape.losses(points)
+
+
+def load(config: DataConfig) -> Splits:
+    """Constant inputs and the scale: ``steps`` samples for training, one for the others, all the same.
+
+    Raises:
+        ValueError: If there is no step, or the scale is not positive.
+    """
+    if config.steps < 1:
+        raise ValueError(f"data.steps must be at least 1, but got {config.steps}.")
+    if not config.scale > 0:
+        raise ValueError(f"data.scale must be positive, but got {config.scale}.")
+    sets = [TensorDataset(torch.ones(n, 1), torch.full((n,), float(config.scale))) for n in (config.steps, 1, 1)]
+    return Splits(*sets)
+
+
+def build_model(config: ModelConfig | None = None) -> Network:
+    """A network whose trunk holds the point."""
+    config = config or ModelConfig()
+    return Network(Point((float(config.a), float(config.b))), Landscape())
+
+
+def targets(batch: Batch) -> dict[str, Tensor]:
+    """The lower bounds of the losses, which lie above them. Shape (B,)."""
+    bound = torch.full_like(batch[1], LOWER_BOUND)
+    return {"f1": bound, "f2": bound}
+
+
+def losses(outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    """The two losses above their lower bounds, the first times its scale: positive, as several rules need them."""
+    return {task: loss.mean() for task, loss in above_bounds(outputs, batch[1]).items()}
+
+
+def metrics() -> dict[str, Metric]:
+    """How far each loss, without its scale, lies above its lower bound: at least 1."""
+    return {f"{task}/above_bound": MeanAbsoluteError() for task in TASKS}

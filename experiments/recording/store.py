@@ -1,0 +1,176 @@
+"""What MLflow holds of an experiment: its runs, their curves, its sweeps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from balance.config import flatten
+from balance.tracking import connect, tracking_uri, without_password
+from experiments.analysis.comparison import OF_METHODS, Run
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from omegaconf import DictConfig
+
+    from experiments.analysis.comparison import Comparison, Row
+
+# Entries of a configuration that do not decide the result of a run; what is in the files of data.path, data.source says
+BOOKKEEPING = frozenset(
+    {
+        *("output_dir", "track", "log_every", "log_model", "system_metrics", "balancer.engine", "balancer.memory"),
+        *("data.path", "data.cache", "data.workers", "train.num_workers", "train.eval_batch_size"),
+    }
+)
+OF_A_ROW = ("experiment", "loss_method", "gradient_method", "seed")  # columns of their own
+CURVES = ("loss/", "weight/", "gradient_weight/", "cosine/", "conflicts")
+
+
+class Store:
+    """The MLflow experiment ``balance/<experiment>``, in ``output_dir`` or on the server that ``MLFLOW_TRACKING_URI`` names.
+
+    Args:
+        experiment: Name of the experiment.
+        output_dir: Folder of the SQLite file, where no server is named.
+        create: Create what is not there.
+
+    Raises:
+        OSError: If the server does not answer, or there is no such experiment and it must not be created.
+    """
+
+    def __init__(self, experiment: str, output_dir: str, *, create: bool = False) -> None:
+        self.experiment = experiment
+        self.client, self.experiment_id = connect(f"balance/{experiment}", output_dir, create=create)
+        self.place = without_password(tracking_uri(output_dir))  # for messages
+
+    def search(self, condition: str = "") -> list[Any]:
+        """All MLflow runs that fulfil a condition, newest first."""
+        found: list[Any] = []
+        token: str | None = ""
+        while token is not None:
+            page = self.client.search_runs([self.experiment_id], condition, page_token=token or None)
+            found += page
+            token = page.token or None
+        return found
+
+    def runs(self) -> list[Run]:
+        """Runs of the trainer that have ended, newest first."""
+        return [as_run(run) for run in self.search("attributes.status != 'RUNNING'") if "loss_method" in run.data.params]
+
+    def finished(self) -> set[str]:
+        """Fingerprints of the runs that came to their end."""
+        return {run.fingerprint for run in self.runs() if run.finished}
+
+    def chosen(self, run_ids: Sequence[str]) -> list[Run]:
+        """Runs by id; the id of a sweep stands for all its runs.
+
+        Raises:
+            ValueError: If an id is unknown.
+        """
+        ended = {run.run_id: run for run in self.runs()}
+        found: dict[str, Run] = {}
+        for run_id in run_ids:
+            children = [run.info.run_id for run in self.search(f"tags.`mlflow.parentRunId` = '{run_id}'")]
+            wanted = [ended[child] for child in (run_id, *children) if child in ended]
+            if not wanted:
+                raise ValueError(f"There is no run '{run_id}' of '{self.experiment}' that has ended in {self.place}.")
+            found |= {run.run_id: run for run in wanted}
+        return list(found.values())
+
+    def close_children(self, run_id: str) -> None:
+        """Mark as KILLED what a sweep that was cut off left RUNNING."""
+        for run in self.search(f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'RUNNING'"):
+            self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def sweep(self, plan: str = "") -> Any:
+        """The newest MLflow run of a sweep, of that plan if one is given; None if there is none."""
+        condition = f"tags.sweep = '{plan}'" if plan else "tags.kind = 'sweep'"
+        return next(iter(self.search(condition)), None)
+
+    def sweep_of(self, runs: Sequence[Run]) -> Any:
+        """The MLflow run of the sweep that all these runs belong to; None if there is none."""
+        parents = {self.client.get_run(run.run_id).data.tags.get("mlflow.parentRunId") for run in runs}
+        parent = parents.pop() if len(parents) == 1 else None
+        return None if parent is None else self.client.get_run(parent)
+
+    def curves(self, row: Row) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Steps (T,) and means over seeds (T,) of what the runs of a row logged while they trained."""
+        histories: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for run in row.runs:
+            for key in self.client.get_run(run.run_id).data.metrics:
+                if key.startswith(CURVES):
+                    for point in self.client.get_metric_history(run.run_id, key):
+                        histories[key][point.step].append(point.value)
+        return {
+            key: (np.array(sorted(history)), np.array([np.mean(history[step]) for step in sorted(history)]))
+            for key, history in histories.items()
+        }
+
+
+def curves_of(store: Store, comparison: Comparison) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Curves of every row, by its label."""
+    return {row.label: store.curves(row) for row in comparison.rows}
+
+
+def as_run(run: Any) -> Run:
+    """What a comparison needs of an MLflow run."""
+    params, metrics = run.data.params, run.data.metrics
+    gradient = params.get("gradient_method")
+    return Run(
+        run_id=run.info.run_id,
+        loss_method=params["loss_method"],
+        gradient_method=None if gradient in (None, "None") else gradient,
+        seed=int(params["seed"]),
+        settings={key: value for key, value in params.items() if decides(key, params) and key not in OF_A_ROW},
+        metrics={
+            key.removeprefix("final/"): value
+            for key, value in metrics.items()
+            if key.startswith("final/") and key.count("/") == 2
+        },
+        finished=run.info.status == "FINISHED",
+        step_ms=metrics.get("cost/step_ms", math.nan),
+        step_mib=metrics.get("cost/step_mib", math.nan),
+        fingerprint=run.data.tags.get("fingerprint", ""),
+    )
+
+
+def decides(key: str, settings: Mapping[str, Any]) -> bool:
+    """Whether an entry of a configuration decides the result of a run; the papers' averages over batches depend on their size.
+
+    Args:
+        key: Dotted.
+        settings: The other entries.
+    """
+    return key not in BOOKKEEPING or (key == "train.eval_batch_size" and settings.get("protocol") == "paper")
+
+
+def deciding(config: DictConfig) -> dict[str, Any]:
+    """The entries of a configuration that decide the result of a run, by dotted key."""
+    settings = flatten(config)
+    return {key: value for key, value in settings.items() if decides(key, settings)}
+
+
+def settings_of(config: DictConfig) -> dict[str, str]:
+    """`Run.settings` of the run that a configuration describes."""
+    return {key: str(value) for key, value in deciding(config).items() if key not in OF_A_ROW}
+
+
+def common_of(config: DictConfig) -> tuple[tuple[str, str], ...]:
+    """`Run.common` of the run that a configuration describes."""
+    return tuple(sorted((key, value) for key, value in settings_of(config).items() if not key.startswith(OF_METHODS)))
+
+
+def fingerprint(config: DictConfig) -> str:
+    """Short hash that two configurations share if, and only if, they describe the same run."""
+    return digest(deciding(config))
+
+
+def digest(content: Mapping[str, Any] | Sequence[Any]) -> str:
+    """Short hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

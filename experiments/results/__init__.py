@@ -1,1 +1,0 @@
-"""Recorded runs -> comparison -> table, figures, report."""

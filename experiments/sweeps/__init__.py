@@ -1,0 +1,1 @@
+"""Sweeps: grids of runs, planned and executed in parallel."""

@@ -1,0 +1,1 @@
+"""One training run, from the configuration to the final metrics."""
