@@ -27,3 +27,19 @@ Source: TypeAlias = Literal["parameters", "features"]
 Sees: TypeAlias = Literal["gramian", "jacobian"]
 EngineChoice: TypeAlias = Literal["auto", "loop", "batched"]
 Memory: TypeAlias = Literal["jacobian", "gramian"]
+
+Remedy: TypeAlias = Literal[
+    "loss scale",  # losses of different size or unit
+    "gradient length",  # task gradients of different length
+    "conflict",  # task gradients with negative inner products
+    "training pace",  # tasks that learn at different speed
+    "domination",  # one task that decides the direction
+    "local minima",  # by random weights or directions
+]
+Need: TypeAlias = Literal[
+    "positive losses",
+    "optimizer",  # the balancer's parameters belong in the optimizer
+    "observe",  # observe() after every optimizer step
+    "end_epoch",  # end_epoch() once per epoch
+    "all tasks",  # no task may be absent
+]

@@ -106,7 +106,7 @@ def warn_of_pairing(loss: object, gradient: object, num_tasks: int) -> None:
             "will not train. Use stl alone.",
             stacklevel=3,
         )
-    if loss not in ("ls", "stl") and gradient_balancers.method(gradient).ignores_weights:
+    if loss not in ("ls", "stl") and gradient_balancers.method(gradient).traits.ignores_weights:
         warnings.warn(f"{gradient} ignores positive loss weights: {loss} has no effect.", stacklevel=3)
 
 

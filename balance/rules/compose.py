@@ -88,7 +88,7 @@ class Wrapped(NamedTuple):
     def fixed_length(self) -> bool:
         """Whether the length of the direction does not depend on the lengths of the gradients."""
         if isinstance(self.rule, str):
-            return gradient_balancers.method(self.rule).ignores_weights
+            return gradient_balancers.method(self.rule).traits.ignores_weights
         return getattr(self.rule, "fixed_length", False)
 
     @property

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from balance.messages import unknown
+from balance.types import Heads, Need, Remedy, Sees
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
-    from balance.types import Heads, Sees, Weights
+    from balance.types import Gramian, Weights
 
 Rule = TypeVar("Rule", bound="Callable[..., Any]")
 
@@ -28,13 +29,51 @@ _FROM_STAGE = ("num_tasks", "present", "losses")  # given by the stage at every 
 
 
 @dataclass(frozen=True)
+class Traits:
+    """Facts about a registered rule: warnings, recommendations, documentation, tests and benchmarks read them here only.
+
+    Attributes:
+        sees: Gradient balancers only: whether the rule maps a Gramian (K, K) to weights (K,) or a Jacobian (K, P) to a
+            direction (P,).
+        heads: Gradient balancers only: whether the method's paper code multiplies the loss of a task-specific head with the
+            task's weight.
+        ignores_weights: Gradient balancers only: whether positive weights of the losses make no difference to its step,
+            heads included; the stage then warns of a loss balancer that has no effect.
+        label: The method's name in its paper and in published tables, such as ``"PCGrad"``.
+        paper: Authors, year and web address, such as ``"Yu et al. 2020, https://arxiv.org/abs/2001.06782"``; several are
+            separated by semicolons.
+        remedies: Problems of multi-task training that the method addresses.
+        needs: Conditions that training must meet, beyond a call at each step.
+        invariances: Names of the claims of `balance.testing` about scaling, order and rotation that the method satisfies.
+        certificate: Gradient balancers with exact solutions: a function of the Gramian (K, K) and of the weights (K,) under
+            default options, which returns the relative error of the weights in the method's own optimality conditions.
+    """
+
+    sees: Sees = "gramian"
+    heads: Heads = "unweighted"
+    ignores_weights: bool = False
+    label: str = ""
+    paper: str = ""
+    remedies: tuple[Remedy, ...] = ()
+    needs: tuple[Need, ...] = ()
+    invariances: tuple[str, ...] = ()
+    certificate: Callable[[Gramian, Weights], float] | None = None
+
+    def __post_init__(self) -> None:
+        check_type("sees", self.sees, Sees)
+        check_type("heads", self.heads, Heads)
+        for remedy in self.remedies:
+            check_type("Every entry of remedies", remedy, Remedy)
+        for need in self.needs:
+            check_type("Every entry of needs", need, Need)
+
+
+@dataclass(frozen=True)
 class Method:
     """A registered rule: the callable that builds or is the rule, and its traits."""
 
     rule: Callable[..., Any]
-    sees: Sees
-    heads: Heads
-    ignores_weights: bool
+    traits: Traits
 
 
 class Registry:
@@ -51,21 +90,35 @@ class Registry:
         self._methods: dict[str, Method] = {}
 
     def register(
-        self, name: str, *, sees: Sees = "gramian", heads: Heads = "unweighted", ignores_weights: bool = False
+        self,
+        name: str,
+        *,
+        sees: Sees = "gramian",
+        heads: Heads = "unweighted",
+        ignores_weights: bool = False,
+        label: str = "",
+        paper: str = "",
+        remedies: Sequence[Remedy] = (),
+        needs: Sequence[Need] = (),
+        invariances: Sequence[str] = (),
+        certificate: Callable[[Gramian, Weights], float] | None = None,
     ) -> Callable[[Rule], Rule]:
         """Return a decorator that registers a function or a class, and returns it unchanged.
 
         Args:
             name: The paper's name in lower case, words joined by underscores.
-            sees: Gradient balancers only: whether the rule maps a Gramian (K, K) to weights (K,) or a Jacobian (K, P) to
-                a direction (P,).
-            heads: Gradient balancers only: whether the method's paper code multiplies the loss of a task-specific
-                head with the task's weight.
-            ignores_weights: Gradient balancers only: whether positive weights of the losses make no difference to its
-                step, heads included; the stage then warns of a loss balancer that has no effect.
+            sees: See `Traits`, like all arguments below.
+            heads: Treatment of task-specific heads.
+            ignores_weights: Whether positive weights of the losses have no effect.
+            label: Name in papers.
+            paper: Authors, year and web address.
+            remedies: Problems that the method addresses.
+            needs: Conditions on training.
+            invariances: Claims that hold.
+            certificate: Function of a Gramian and weights that returns the error of the weights.
 
         Raises:
-            ValueError: If ``name`` is taken, or is not a lower-case identifier.
+            ValueError: If ``name`` is taken or is not a lower-case identifier, or a trait has an unknown value.
         """
         if not (name.isidentifier() and name.isascii() and name == name.lower()):
             raise ValueError(
@@ -73,12 +126,16 @@ class Registry:
                 "words joined by underscores."
             )
 
+        traits = Traits(
+            sees, heads, ignores_weights, label, paper, tuple(remedies), tuple(needs), tuple(invariances), certificate
+        )
+
         def decorate(rule: Rule) -> Rule:
             if name in self._methods:
                 taken = self._methods[name].rule
                 owner = f"{taken.__module__}.{taken.__qualname__}" if hasattr(taken, "__qualname__") else repr(taken)
                 raise ValueError(f"The {self.kind} '{name}' is already registered, by {owner}. Choose another name.")
-            self._methods[name] = Method(rule, sees, heads, ignores_weights)
+            self._methods[name] = Method(rule, traits)
             return rule
 
         return decorate
@@ -146,11 +203,15 @@ class Registry:
 
     def sees(self, name: str) -> Sees:
         """Return the input of a gradient balancer: a ``"gramian"``, mapped to weights, or a ``"jacobian"``, to a direction."""
-        return self.method(name).sees
+        return self.method(name).traits.sees
 
     def heads(self, name: str) -> Heads:
         """Return the treatment of task-specific heads in the paper code of the gradient balancer."""
-        return self.method(name).heads
+        return self.method(name).traits.heads
+
+    def traits(self, name: str) -> Traits:
+        """Return the traits of the rule called ``name``."""
+        return self.method(name).traits
 
     def method(self, name: str) -> Method:
         """Return the entry called ``name``; an entry point is imported here, on its first use.

@@ -136,7 +136,7 @@ class Balancer(nn.Module):
             if self.sees == "gramian" and gradient_options and not isinstance(self.gradient, nn.Module):
                 try_out(self.gradient, len(self.tasks))
             self.heads = heads or gradient_balancers.heads(gradient)
-            self.fixed_length = gradient_balancers.method(gradient).ignores_weights
+            self.fixed_length = gradient_balancers.method(gradient).traits.ignores_weights
         if self.sees == "jacobian" and (self.heads == "weighted" or scale == "sum"):
             raise ValueError(
                 f"'{gradient}' sees the Jacobian and has no weights, but got heads={self.heads!r}, scale={scale!r}. "
