@@ -22,8 +22,13 @@ def warn_caller(message: str) -> None:
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
-    """Return the message about an unknown name: the name that was probably meant, and the known names."""
+    """Return the message about an unknown name, with the nearest known name and all known names."""
+    return f"Unknown {kind} '{name}'.{suggestion(name, known)}"
+
+
+def suggestion(name: object, known: Iterable[str]) -> str:
+    """Return sentences with the known name that is nearest to a wrong one, and all known names."""
     known = sorted(known)
     near = get_close_matches(str(name), known, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
-    return f"Unknown {kind} '{name}'.{hint} Known: {', '.join(known) if known else 'none'}."
+    return f"{hint} Known: {', '.join(known) if known else 'none'}."

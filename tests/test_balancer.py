@@ -129,7 +129,7 @@ def test_parameters_of_the_balancer_get_the_plain_sum(gradient):
     losses = network.losses()
     balancer.backward(losses, shared=network.shared())
     plain = 0.5 * (1 - torch.stack(list(losses.values())).detach())
-    torch.testing.assert_close(torch.stack([s.grad for s in balancer.loss.log_variances]), plain)
+    torch.testing.assert_close(torch.stack([s.grad for s in balancer.loss_balancer.rule.log_variances]), plain)
 
 
 @pytest.mark.parametrize(("scale", "gradient"), [("sum", "mgda"), ("norm", "mgda"), ("sum", "pcgrad"), ("norm", "pcgrad")])
@@ -166,8 +166,8 @@ def test_grad_is_added_to(gradient, source):
             torch.manual_seed(0)
             balancer.backward(network.losses(features), shared=network.shared(), features=features)
             if gradient == "pcgrad":
-                balancer.gradient.random.__init__(1)  # the same order again
-        return network.grads() | {str(k): s.grad for k, s in enumerate(balancer.loss.log_variances)}
+                balancer.gradient_balancer.rule.random.__init__(1)  # the same order again
+        return network.grads() | {str(k): s.grad for k, s in enumerate(balancer.loss_balancer.rule.log_variances)}
 
     once, twice = step(Network(), 1), step(Network(), 2)
     assert_same(twice, {name: 2 * g for name, g in once.items()})
@@ -360,10 +360,10 @@ def test_an_optimizer_with_momentum_leaves_the_parameters_of_an_absent_task_alon
     optimizer = torch.optim.Adam(balancer.parameters(), lr=0.1)
     for present in (TASKS, ("a", "c"), ("a", "c")):
         optimizer.zero_grad()
-        before = [s.item() for s in balancer.loss.log_variances]
+        before = [s.item() for s in balancer.loss_balancer.rule.log_variances]
         balancer.backward({t: v for t, v in network.losses().items() if t in present})
         optimizer.step()
-        after = [s.item() for s in balancer.loss.log_variances]
+        after = [s.item() for s in balancer.loss_balancer.rule.log_variances]
         assert [a != b for a, b in zip(before, after, strict=True)] == [t in present for t in TASKS]
 
 
@@ -374,12 +374,12 @@ def test_absent_task_keeps_its_state():
         balancer.backward(network.losses())
         if balancer.needs_observation:
             balancer.observe({t: 0.9 * v.detach() for t, v in network.losses().items()})
-        before = copy.deepcopy(balancer.loss.state_dict())
+        before = copy.deepcopy(balancer.loss_balancer.rule.state_dict())
         balancer.backward({t: v for t, v in network.losses().items() if t != "b"})
         if balancer.needs_observation:
             balancer.observe({t: 0.5 * v.detach() for t, v in network.losses().items() if t != "b"})
         changed = name == "uw"  # one parameter for each task
-        for key, value in balancer.loss.state_dict().items() if name != "uw" else ():
+        for key, value in balancer.loss_balancer.rule.state_dict().items() if name != "uw" else ():
             torch.testing.assert_close(value[1], before[key][1], equal_nan=True)
             changed |= not torch.equal(value.nan_to_num(), before[key].nan_to_num())
         assert changed
@@ -478,7 +478,7 @@ def test_grad_scaler(gradient, source):
 def test_grad_scaler_skips_what_is_not_finite(loss, gradient, kind):
     theta, head = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
     balancer = Balancer(("a", "b"), loss=loss, gradient=gradient)
-    state = copy.deepcopy(balancer.loss.state_dict())
+    state = copy.deepcopy(balancer.loss_balancer.rule.state_dict())
     optimizer = torch.optim.SGD([theta, head, *balancer.parameters()], lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     bad = theta.sum() * math.inf if kind == "loss" else (theta - 1).abs().sqrt().sum() + head.sum()
@@ -490,9 +490,9 @@ def test_grad_scaler_skips_what_is_not_finite(loss, gradient, kind):
     assert theta.tolist() == [1, 1]
     balancer.observe({"a": torch.tensor(math.nan), "b": torch.tensor(1.0)})  # nothing to learn from a skipped step
     if loss == "famo" and gradient is None and kind == "gradient":  # finite losses were seen, but nothing was learned
-        assert balancer.loss.logits.tolist() == [0, 0]
+        assert balancer.loss_balancer.rule.logits.tolist() == [0, 0]
     elif gradient or kind == "loss":
-        assert_same_state(balancer.loss.state_dict(), state)
+        assert_same_state(balancer.loss_balancer.rule.state_dict(), state)
 
 
 # --- epochs, state ----------------------------------------------------------------------------------------------------
@@ -511,9 +511,11 @@ def test_end_epoch_hands_over_mean_losses_of_the_steps_a_task_was_present():
     for a, b in ((1.0, 4.0), (3.0, None)):
         balancer.backward({"a": a * theta} | ({} if b is None else {"b": b * theta}))
     balancer.end_epoch()
-    torch.testing.assert_close(balancer.loss.heard, torch.tensor([2.0, 4.0, math.nan], dtype=torch.float64), equal_nan=True)
+    torch.testing.assert_close(
+        balancer.loss_balancer.rule.heard, torch.tensor([2.0, 4.0, math.nan], dtype=torch.float64), equal_nan=True
+    )
     balancer.end_epoch()
-    assert balancer.loss.heard.isnan().all()
+    assert balancer.loss_balancer.rule.heard.isnan().all()
 
 
 @pytest.mark.parametrize("gradient", [None, "mgda", "pcgrad"])
@@ -727,7 +729,7 @@ def test_famo_takes_lower_bounds():
     [
         (lambda L: L.sum(), "must return shape"),
         (lambda L: L.detach(), "detached"),
-        (lambda L: (L - L.max()).log(), "made"),
+        (lambda L: (L - L.max()).log(), "must return finite losses"),
     ],
 )
 @pytest.mark.parametrize("gradient", [None, "mgda"])
@@ -810,7 +812,7 @@ def test_a_parent_that_is_cast_leaves_the_state_of_rules_in_float64(loss, cast):
     parent = nn.Module()
     parent.balancer = Balancer(TASKS, loss=loss)
     cast(parent)
-    assert {b.dtype for b in parent.balancer.loss.buffers() if b.is_floating_point()} == {torch.float64}
+    assert {b.dtype for b in parent.balancer.loss_balancer.rule.buffers() if b.is_floating_point()} == {torch.float64}
     assert parent.balancer.double() is parent.balancer
 
 
@@ -847,17 +849,17 @@ def test_two_optimizers_skip_together():
         scaler.step(optimizer)
     scaler.update()
     assert theta.tolist() == [1, 1]
-    assert balancer.loss.log_variances[0].item() == 0
+    assert balancer.loss_balancer.rule.log_variances[0].item() == 0
 
 
 def test_the_two_rules_draw_different_numbers():
     balancer = Balancer(3, loss="rlw", gradient="pcgrad", seed=5)
-    assert not torch.equal(balancer.loss.random.normal(4), balancer.gradient.random.normal(4))
+    assert not torch.equal(balancer.loss_balancer.rule.random.normal(4), balancer.gradient_balancer.rule.random.normal(4))
 
 
 def test_draws_stay_on_the_host():
     with torch.device("meta"):
-        assert Balancer(3, loss="rlw").loss.random.normal(2).device.type == "cpu"
+        assert Balancer(3, loss="rlw").loss_balancer.rule.random.normal(2).device.type == "cpu"
 
 
 def test_a_directions_shape_and_values_are_checked(monkeypatch):

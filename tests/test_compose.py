@@ -5,8 +5,8 @@ from torch import nn
 
 from balance import Balancer, compose, gradient_balancers, loss_balancers
 from balance.gradient import bargaining
-from balance.rules.build import build_chain, build_rule
-from balance.rules.registry import describe
+from balance.rules.build import build_loss_balancer
+from balance.rules.options import describe
 from balance.testing.testing import check_gradient_balancer, check_loss_balancer
 from tests.strategies import jacobians
 from tests.test_balancer import TASKS, Network, assert_same, assert_same_state
@@ -43,7 +43,7 @@ def test_reused_weights_give_the_step_that_solved_weights_give(heads, scale, sou
         balancer.zero_grad()
         z = network.trunk(network.x)
         report = balancer.backward(network.losses(z), shared=network.shared(), features=z)
-        steps.append(network.grads() | {str(k): s.grad for k, s in enumerate(balancer.loss.log_variances)})
+        steps.append(network.grads() | {str(k): s.grad for k, s in enumerate(balancer.loss_balancer.rule.log_variances)})
         assert (report.gramian is None) == (len(steps) in (2, 3))
     assert rule.calls == 2
     for step in steps[1:]:
@@ -112,19 +112,6 @@ def test_wrong_weights_of_a_rule_change_no_state(wrong):
         with pytest.raises(ValueError, match="must return 2 finite weights"):
             rule(torch.eye(2))
         assert_same_state(rule.state_dict(), before)
-
-
-def test_a_checkpoint_of_version_0_1_resumes():
-    """There, weights of tasks that were solved for at different steps were stored together."""
-    rule = compose.every(3, "mgda", 3)
-    old = {"weights": torch.tensor([0.2, 0.8, torch.nan], dtype=torch.float64), "steps": torch.tensor(1)}
-    assert list(rule.state_dict()) == list(old)
-    rule.load_state_dict(old)
-    assert rule.reuse(torch.tensor([0, 1])).tolist() == [0.2, 0.8]
-    grouped = compose.grouped("nashmtl", [[0], [1, 2]], 3, update_every=5)
-    old = {key: value for key, value in grouped.state_dict().items() if key.startswith("rule.")}
-    grouped.load_state_dict(old | {"rule.kept.weights": torch.ones(2), "rule.kept.steps": torch.tensor(1)})
-    assert grouped.reuse() is None
 
 
 def solves(monkeypatch):
@@ -208,8 +195,8 @@ def test_weights_are_reused_in_one_place_only(make):
 def test_a_command_line_reuses_weights_in_one_place_only():
     with pytest.raises(ValueError, match=r"balancer\.every=3 and gradient\.update_every=2"):
         build("ls", "nashmtl", "balancer.every=3", "gradient.update_every=2")
-    assert build("ls", "nashmtl", "balancer.every=3").gradient.n == 3
-    assert build("ls", "nashmtl", "balancer.smoothing=0.5", "gradient.update_every=2").gradient.reuses
+    assert build("ls", "nashmtl", "balancer.every=3").gradient_balancer.rule.n == 3
+    assert build("ls", "nashmtl", "balancer.smoothing=0.5", "gradient.update_every=2").gradient_balancer.rule.reuses
 
 
 def test_nash_update_every_is_every():
@@ -313,7 +300,12 @@ def test_rules_made_of_rules_made_of_rules_resume(tmp_path):
 
 
 def draws(gradient, seed, **options):
-    rule = Balancer(3, gradient=gradient, seed=seed, **options).gradient
+    return permutations(Balancer(3, gradient=gradient, seed=seed, **options))
+
+
+def permutations(balancer):
+    """Draws of the rule inside all compositions and adapters of a balancer."""
+    rule = balancer.gradient_balancer
     while not hasattr(rule, "random"):
         rule = rule.rule
     return rule.random.permutations(4, 5).tolist()
@@ -335,8 +327,8 @@ def test_a_seed_that_the_user_chose_stays(make):
 
 
 def test_the_seed_of_a_run_reaches_rules_within_rules():
-    rule = build("ls", "pcgrad", "balancer.smoothing=0.5", "balancer.every=2").gradient.rule.rule.rule
-    assert rule.random.permutations(4, 5).tolist() == draws("pcgrad", 5)
+    balancer = build("ls", "pcgrad", "balancer.smoothing=0.5", "balancer.every=2")
+    assert permutations(balancer) == draws("pcgrad", 5)
 
 
 def test_the_seed_of_the_stage_reaches_rules_that_are_functions(monkeypatch):
@@ -346,8 +338,9 @@ def test_the_seed_of_the_stage_reaches_rules_that_are_functions(monkeypatch):
     def drawn(gramian, *, seed: int = 0):
         return torch.full((len(gramian),), float(seed))
 
-    plain, wrapped = Balancer(2, gradient="drawn", seed=3).gradient, Balancer(2, gradient=compose.every(1, "drawn", 2), seed=3)
-    assert wrapped.gradient(torch.eye(2)).tolist() == plain(torch.eye(2)).tolist() == [7, 7]
+    plain, wrapped = Balancer(2, gradient="drawn", seed=3), Balancer(2, gradient=compose.every(1, "drawn", 2), seed=3)
+    G = torch.eye(2)
+    assert wrapped.gradient_balancer.rule(G).tolist() == plain.gradient_balancer.rule(G).tolist() == [7, 7]
 
 
 # --- rules with state by task ------------------------------------------------------------------------------------------
@@ -393,7 +386,7 @@ def test_state_by_group_is_accepted_while_every_group_is_present():
 
 
 def test_a_chain_refuses_absent_tasks_before_any_of_its_rules_changes():
-    chain = Balancer(TASKS, loss=("famo", "igbv2")).loss
+    chain = Balancer(TASKS, loss=("famo", "igbv2")).loss_balancer.rule
     chain(torch.full((3,), 100.0))
     before = {name: value.clone() for name, value in chain.state_dict().items()}
     with pytest.raises(ValueError, match="IGBv2 keeps state by task"):
@@ -408,7 +401,7 @@ def test_a_chain_refuses_absent_tasks_before_any_of_its_rules_changes():
 def test_traits_are_those_of_the_rule_within(make):
     assert (make("nashmtl").heads, make("nashmtl").fixed_length) == ("weighted", True)
     assert (make("pcgrad").heads, make("pcgrad").fixed_length) == ("unweighted", False)
-    assert (make(torch.diagonal).heads, make(torch.diagonal).fixed_length) == (None, False)
+    assert (make(torch.diagonal).heads, make(torch.diagonal).fixed_length) == ("unweighted", False)
 
 
 @pytest.mark.parametrize(
@@ -423,7 +416,7 @@ def test_traits_are_those_of_the_rule_within(make):
             lambda: compose.every(2, gradient_balancers.build("pcgrad", order="fixed", num_tasks=3), 3),
             "every(2, pcgrad(order='fixed'))",
         ),
-        (lambda: Balancer(3, loss=("scaleinvls", "uw")).loss, "chain(scaleinvls, uw)"),
+        (lambda: Balancer(3, loss=("scaleinvls", "uw")).loss_balancer.rule, "chain(scaleinvls, uw)"),
     ],
 )
 def test_repr(rule, text):
@@ -471,7 +464,7 @@ def effective(rule, values):
 def test_rlwlog():
     """K times softmax weights on log losses, as in the IGB code."""
     L = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
-    chain = Balancer(3, loss=("scaleinvls", "rlw"), loss_options={"rlw": {"scale": 3.0, "seed": 7}}).loss
+    chain = Balancer(3, loss=("scaleinvls", "rlw"), loss_options={"rlw": {"scale": 3.0, "seed": 7}}).loss_balancer.rule
     weights = loss_balancers.build("rlw", scale=3.0, seed=7)(torch.ones(3, dtype=torch.float64))
     torch.testing.assert_close(effective(chain, L)[0], weights * L.log())
 
@@ -479,7 +472,7 @@ def test_rlwlog():
 def test_uwlog():
     """Half of exp(-s) log L + s."""
     L = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
-    chain = Balancer(3, loss=["scaleinvls", "uw"], loss_options={"uw": {"init": 0.3}}).loss.double()
+    chain = Balancer(3, loss=["scaleinvls", "uw"], loss_options={"uw": {"init": 0.3}}).loss_balancer.rule.double()
     torch.testing.assert_close(effective(chain, L)[0], 0.5 * (torch.tensor(-0.3).exp() * L.log() + 0.3), rtol=1e-6, atol=1e-6)
 
 
@@ -488,10 +481,10 @@ def test_dwalog():
     L = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
     balancer, dwa = Balancer(3, loss=("scaleinvls", "dwa")), loss_balancers.build("dwa", num_tasks=3)
     for means in (torch.tensor([3.0, 2.0, 1.0]), torch.tensor([2.0, 1.9, 0.3])):
-        balancer.loss.end_epoch(means)
+        balancer.loss_balancer.rule.end_epoch(means)
         dwa.end_epoch(means)
     weights = effective(dwa, torch.ones(3, dtype=torch.float64))[1]
-    torch.testing.assert_close(effective(balancer.loss, L)[0], weights * L.log())
+    torch.testing.assert_close(effective(balancer.loss_balancer.rule, L)[0], weights * L.log())
     assert weights.max() > 1.05
 
 
@@ -501,7 +494,8 @@ def test_a_chain_with_famo_first_observes():
     assert balancer.needs_observation
     balancer.backward(network.losses())
     balancer.observe({t: 0.5 * v.detach() for t, v in network.losses().items()})
-    assert balancer.loss.rules[0].logits.abs().sum() == 0 or balancer.loss.rules[0].steps.tolist() == [1, 1, 1]
+    famo = balancer.loss_balancer.rule.rules[0].rule
+    assert famo.logits.abs().sum() == 0 or famo.steps.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("names", [("scaleinvls", "rlw"), ("scaleinvls", "uw"), ("go4align", "dwa"), ("famo", "rlw")])
@@ -511,50 +505,34 @@ def test_chains_keep_the_claims(names):
         claims += ("loss_permutation_equivariant",)
     options = {"uw": {"init": -2.0}}
     check_loss_balancer(
-        lambda K: Balancer(K, loss=names, loss_options={n: o for n, o in options.items() if n in names}).loss,
+        lambda K: Balancer(K, loss=names, loss_options={n: o for n, o in options.items() if n in names}).loss_balancer.rule,
         claims,
         examples=20,
     )
 
 
 def test_needs_epochs():
-    assert Balancer(3, loss=("scaleinvls", "dwa")).loss.needs_epochs
-    assert Balancer(3, loss=("igbv1", "rlw")).loss.needs_epochs
-    assert not Balancer(3, loss=("scaleinvls", "dwa"), loss_options={"dwa": {"mode": "window"}}).loss.needs_epochs
-    assert not Balancer(3, loss=("scaleinvls", "uw")).loss.needs_epochs
+    assert Balancer(3, loss=("scaleinvls", "dwa")).loss_balancer.rule.needs_epochs
+    assert Balancer(3, loss=("igbv1", "rlw")).loss_balancer.rule.needs_epochs
+    assert not Balancer(3, loss=("scaleinvls", "dwa"), loss_options={"dwa": {"mode": "window"}}).loss_balancer.rule.needs_epochs
+    assert not Balancer(3, loss=("scaleinvls", "uw")).loss_balancer.rule.needs_epochs
 
 
 def test_a_chain_of_one_rule_is_that_rule():
     plain, chain = Balancer(3, loss="famo"), Balancer(3, loss=("famo",), loss_options={"famo": {"gamma": 0.5}})
-    assert type(chain.loss) is type(plain.loss)
-    assert chain.loss.gamma == 0.5
-    plain.loss.logits += 1
+    assert type(chain.loss_balancer.rule) is type(plain.loss_balancer.rule)
+    assert chain.loss_balancer.rule.gamma == 0.5
+    plain.loss_balancer.rule.logits += 1
     chain.load_state_dict(plain.state_dict())
-    assert chain.loss.logits.tolist() == [1, 1, 1]
+    assert chain.loss_balancer.rule.logits.tolist() == [1, 1, 1]
     plain.load_state_dict(chain.state_dict())
-    assert build_chain(["ls"], None, 3, 0) is build_rule(loss_balancers, "ls", None, 3, 0)
+    assert build_loss_balancer(["ls"], None, 3, 0).rule is build_loss_balancer("ls", None, 3, 0).rule
     with pytest.warns(UserWarning, match="stl switches off"):
         Balancer(3, loss=("stl",), gradient="mgda", loss_options={"stl": {"main_task": 0}})
 
 
-@pytest.mark.parametrize("name", ["famo", "uw", "igbv2"])
-def test_a_checkpoint_of_a_chain_of_one_rule_of_version_0_1_loads(name):
-    def state(balancer):
-        return {key: value for key, value in balancer.state_dict().items() if key.startswith("loss.")}
-
-    saved, resumed = Balancer(2, loss=(name,), seed=1), Balancer(2, loss=(name,))
-    saved.backward({"0": torch.ones((), requires_grad=True), "1": torch.full((), 3.0, requires_grad=True)})
-    old = {
-        (key if not key.startswith("loss.") else f"loss.stateful.0.{key.removeprefix('loss.')}"): value
-        for key, value in saved.state_dict().items()
-    }
-    assert old.keys() != saved.state_dict().keys()
-    resumed.load_state_dict(old)
-    assert_same_state(state(resumed), state(saved))
-
-
 def test_a_chain_moves_and_counts_as_one_module():
     balancer = Balancer(3, loss=("go4align", "uw"))
-    assert isinstance(balancer.loss, nn.Module)
+    assert isinstance(balancer.loss_balancer.rule, nn.Module)
     assert len(list(balancer.parameters())) == 3
     assert any("cumulative_losses" in key for key in balancer.state_dict())

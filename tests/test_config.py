@@ -65,9 +65,9 @@ def test_build_balancer():
         "famo", "pcgrad", "loss.min_losses=[0,-1]", "loss.gamma=0.5", "gradient.order=fixed", "balancer.scale=norm"
     )
     assert balancer.tasks == ("a", "b")
-    assert balancer.loss.min_losses.tolist() == [0, -1]
-    assert balancer.loss.gamma == 0.5
-    assert balancer.gradient.order == "fixed"
+    assert balancer.loss_balancer.rule.min_losses.tolist() == [0, -1]
+    assert balancer.loss_balancer.rule.gamma == 0.5
+    assert balancer.gradient_balancer.rule.order == "fixed"
     assert balancer.scale == "norm"
 
 
@@ -103,7 +103,7 @@ def test_an_option_without_default_must_be_given(monkeypatch):
 
     with pytest.raises(ValueError, match=r"give loss\.exponent=value"):
         build("power", None)
-    assert build("power", None, "loss.exponent=2.0").loss.keywords == {"exponent": 2.0}
+    assert build("power", None, "loss.exponent=2.0").loss_balancer.rule.keywords == {"exponent": 2.0}
 
 
 def test_a_mistake_in_the_settings_is_told():

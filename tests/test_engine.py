@@ -519,7 +519,7 @@ def test_an_estimate_needs_no_step():
 
 
 def test_what_does_not_go_together_is_refused():
-    with pytest.raises(ValueError, match="sees the Jacobian, which memory='gramian' does not hold"):
+    with pytest.raises(ValueError, match="sees the Jacobian, which memory='gramian' does not keep"):
         Balancer(2, gradient="graddrop", memory="gramian")
     with pytest.raises(ValueError, match="engine"):
         Balancer(2, gradient="mgda", engine="vmap")

@@ -282,11 +282,11 @@ def test_composition(golden, rows, key, loss, gradient, options):
     balancer = Balancer(3, loss=loss, gradient=gradient, scale=scale, gradient_options=options).double()
     if loss == "uw":
         with torch.no_grad():
-            for s, value in zip(balancer.loss.log_variances, [0.1, -0.2, 0.3], strict=True):
+            for s, value in zip(balancer.loss_balancer.rule.log_variances, [0.1, -0.2, 0.3], strict=True):
                 s.fill_(value)
     if loss == "igbv1":
         for row in rows[:2]:
-            balancer.loss.end_epoch(tensor(row))
+            balancer.loss_balancer.rule.end_epoch(tensor(row))
     losses = {str(k): rows[2][k] + J[k] @ theta + heads[k] for k in range(3)}
     balancer.backward(losses, shared=[theta])
     factor = 3 if gradient == "cagrad" else 1  # the official code multiplies CAGrad's direction by K
@@ -294,7 +294,7 @@ def test_composition(golden, rows, key, loss, gradient, options):
     torch.testing.assert_close(torch.stack([h.grad for h in heads]), tensor(expected["head_grad_scale"]), rtol=1e-8, atol=1e-9)
     if loss == "uw":  # the plain sum, whatever the gradient balancer; the official code multiplies by its weights
         plain = 0.5 * (1 - (-tensor([0.1, -0.2, 0.3])).exp() * tensor(rows[2]))
-        torch.testing.assert_close(torch.stack([s.grad for s in balancer.loss.log_variances]), plain)
+        torch.testing.assert_close(torch.stack([s.grad for s in balancer.loss_balancer.rule.log_variances]), plain)
 
 
 LOG_CASES = sorted(GOLDEN["log_variants"]["cases"])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import balance
-from balance.rules.registry import Registry, describe
+from balance.rules.options import describe
+from balance.rules.registry import Registry
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_register_returns_what_it_decorates():
     [
         ("hlaf", {}, ValueError, r"Unknown loss balancer 'hlaf'. Did you mean 'half'\? Known: half, stateful."),
         ("xyz", {}, ValueError, r"Unknown loss balancer 'xyz'. Known: half, stateful."),
-        ("half", {"facto": 1.0}, ValueError, r"Unknown option of loss balancer 'half' 'facto'. Did you mean 'factor'\?"),
+        ("half", {"facto": 1.0}, ValueError, r"The loss balancer 'half' has no option 'facto'. Did you mean 'factor'\?"),
         ("half", {"factor": "1"}, TypeError, "Option 'factor' of loss balancer 'half' must be float, but got '1'"),
         ("half", {"factor": True}, TypeError, "must be float"),
         ("stateful", {}, TypeError, "build it with num_tasks=K"),

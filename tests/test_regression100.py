@@ -57,7 +57,7 @@ def test_famo_keeps_a_hundred_weights_near_equal_while_the_losses_fall(batch):
     mean = seen.mean(dim=1)
     assert (mean.diff() < 0).all()
     assert mean[-1] < 0.9 * mean[0]
-    weights = balancer.loss.logits.softmax(dim=0)
+    weights = balancer.loss_balancer.rule.logits.softmax(dim=0)
     assert (weights - 0.01).abs().max() < 0.005
     assert weights.std() > 1e-6  # but they did move
 

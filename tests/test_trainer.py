@@ -233,7 +233,7 @@ def test_every_gramian_rule_trains_with_every_source(gradient, measure, tmp_path
         (["balancer.measure=['*']"], "balancer.measure needs a gradient method that gives weights, but got None"),
         (["--gradient_method=graddrop", "balancer.measure=['*']"], "gives weights, but got graddrop"),
         (["--gradient_method=mgda", "balancer.measure=['*']", "balancer.source=features"], "needs balancer.source=parameters"),
-        (["--gradient_method=graddrop", "balancer.memory=gramian"], "memory='gramian' does not hold"),
+        (["--gradient_method=graddrop", "balancer.memory=gramian"], "memory='gramian' does not keep"),
     ],
 )
 def test_choices_of_the_engine_that_do_not_fit(words, message, tmp_path):
@@ -274,10 +274,10 @@ def test_compositions_reach_the_stage(tmp_path):
     balancer = trainer.prepare(
         trainer.configure(trainer.build_parser().parse_intermixed_args(words)), Console(quiet=True)
     ).balancer
-    assert balancer.loss.rules[1].log_variances[0].item() == 0.5
-    assert balancer.gradient.n == 3
-    assert balancer.gradient.rule.membership.tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
-    assert balancer.gradient.rule.rule.order == "fixed"
+    assert balancer.loss_balancer.rule.rules[1].log_variances[0].item() == 0.5
+    assert balancer.gradient_balancer.rule.n == 3
+    assert balancer.gradient_balancer.rule.rule.rule.membership.tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
+    assert balancer.gradient_balancer.rule.rule.rule.rule.rule.order == "fixed"
     assert balancer.heads == "unweighted"
 
 

@@ -38,16 +38,56 @@ class Rows:
         """For each tensor, whether any task reaches it."""
         return [any(row is not None for row in own) for own in self.pieces]
 
-    def combined(self, weights: Sequence[float]) -> Iterator[Tensor | None]:
-        """Yield the weighted sum of the tasks' gradients for one tensor after the other, flat, at least float32."""
-        for own in self.pieces:
-            total = None
-            for row, weight in zip(own, weights, strict=True):
-                if row is None:
-                    continue
-                row = row.to(torch.promote_types(row.dtype, torch.float32))  # noqa: PLW2901
-                total = row * weight if total is None else total.add_(row, alpha=weight)
-            yield total
+    def combined(self, weights: Sequence[float] | Tensor) -> Iterator[Tensor | None]:
+        """Yield the weighted sum of the tasks' gradients for one tensor after the other, flat, at least float32.
+
+        Args:
+            weights: One for each task; a tensor is not copied to the host. Shape (K,)
+        """
+        for by_task in self.pieces:
+            yield _combined(by_task, weights)
+
+    def squares(self, device: torch.device) -> Tensor:
+        """Return the squared lengths of the tasks' gradients, float64. Shape (K,)."""
+        total = torch.zeros(self.num_tasks, dtype=torch.float64, device=device)
+        for by_task in self.pieces if self.num_tasks else ():
+            norms = [
+                total.new_zeros(()) if row is None else torch.linalg.vector_norm(row, dtype=torch.float64).to(total)
+                for row in by_task
+            ]
+            total += torch.stack(norms).square()
+        return total
+
+    def gramian(self, device: torch.device) -> Gramian:
+        """Return the inner products of the tasks' gradients, float64. Shape (K, K)."""
+        if not self.num_tasks:
+            return torch.zeros(0, 0, dtype=torch.float64, device=device)
+        products = InnerProducts(self.num_tasks, sum(map(_length, self.pieces)), device)
+        for by_task in self.pieces:
+            products.add(by_task)
+        return products.total()
+
+
+def _combined(by_task: Sequence[Tensor | None], weights: Sequence[float] | Tensor) -> Tensor | None:
+    first = next((row for row in by_task if row is not None), None)
+    if first is None:
+        return None
+    total: Tensor | None = None
+    if isinstance(weights, torch.Tensor):
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        for row, factor in zip(by_task, weights.to(first.device, dtype).unbind(), strict=True):
+            if row is not None:
+                total = row.to(dtype) * factor if total is None else total.addcmul_(row.to(dtype), factor)
+        return total
+    for row, weight in zip(by_task, weights, strict=True):
+        if row is not None:
+            wide = row.to(torch.promote_types(row.dtype, torch.float32))
+            total = wide * weight if total is None else total.add_(wide, alpha=weight)
+    return total
+
+
+def _length(by_task: Sequence[Tensor | None]) -> int:
+    return next((len(row) for row in by_task if row is not None), 0)
 
 
 class InnerProducts:
@@ -72,7 +112,7 @@ class InnerProducts:
 
     def add(self, rows: Sequence[Tensor | None]) -> None:
         """Add the tasks' gradients with respect to one tensor, flat; None is zero."""
-        length = next((len(row) for row in rows if row is not None), 0)
+        length = _length(rows)
         taken = 0
         while taken < length:
             stop = min(taken + self._columns.shape[1] - self._filled, length)

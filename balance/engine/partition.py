@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
 from balance.engine.graph import Root, Trace, edge, trace, uses
+from balance.engine.trees import leaves_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +40,7 @@ def read_parts(
     source: Source,
     roots: Sequence[Root | None],
     shared: Iterable[Tensor] | None,
-    features: Tensor | Sequence[Tensor] | None,
+    features: object,
     measure: Iterable[Tensor] | None,
     own: Iterable[Tensor],
 ) -> Parts:
@@ -126,7 +127,7 @@ def read_features(features: Any, *, computed: bool = True) -> list[Tensor]:
     Raises:
         ValueError: If there is none, or one does not require a gradient.
     """
-    tensors = list({id(z): z for z in _flattened(features)}.values())
+    tensors = list({id(z): z for z in leaves_of(features)}.values())
     if not tensors or not all(isinstance(z, Tensor) and (z.requires_grad or not computed) for z in tensors):
         raise ValueError(
             "features must be one tensor or several that require gradients: the output of the shared trunk, from which the "
@@ -160,15 +161,7 @@ def _is_sharded(parameter: Tensor) -> bool:
     return module is not None and isinstance(parameter, module.DTensor)
 
 
-def _flattened(features: Any) -> list[Any]:
-    if isinstance(features, Mapping):
-        features = list(features.values())
-    if isinstance(features, list | tuple):
-        return [tensor for part in features for tensor in _flattened(part)]
-    return [] if features is None else [features]
-
-
 def _described(features: Any) -> str:
     if isinstance(features, Tensor):
         return "one that does not"
-    return "nothing" if not _flattened(features) else "others"
+    return "nothing" if not leaves_of(features) else "others"

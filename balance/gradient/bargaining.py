@@ -9,7 +9,8 @@ from torch import nn
 
 from balance.gradient._host import solve, without_zero_gradients
 from balance.rules.compose import Every
-from balance.rules.registry import check_type, gradient_balancers
+from balance.rules.options import check_type
+from balance.rules.registry import gradient_balancers
 from balance.solvers.solvers import bargaining_weights
 
 if TYPE_CHECKING:

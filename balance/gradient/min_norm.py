@@ -8,7 +8,8 @@ import numpy as np
 from scipy.optimize import nnls
 
 from balance.gradient._host import rounding, solve
-from balance.rules.registry import check_type, gradient_balancers
+from balance.rules.options import check_type
+from balance.rules.registry import gradient_balancers
 from balance.solvers.solvers import conflict_averse_weights, min_norm_weights, square_root
 
 if TYPE_CHECKING:

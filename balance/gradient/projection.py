@@ -9,7 +9,8 @@ from torch import nn
 
 from balance.gradient._host import solve
 from balance.rules.generator import SeededGenerator
-from balance.rules.registry import check_type, gradient_balancers
+from balance.rules.options import check_type
+from balance.rules.registry import gradient_balancers
 
 if TYPE_CHECKING:
     from balance.solvers.solvers import Array, Indices

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from balance.loss._checks import ADD_CONSTANT, DIVISION, require_above, values, weigh
-from balance.rules.registry import check_type, loss_balancers
+from balance.rules.options import check_type
+from balance.rules.registry import loss_balancers
 from balance.solvers.solvers import k_means_1d
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from balance.loss._checks import ADD_CONSTANT, DIVISION, GIVE_BOUNDS, LOGARITHM, require_above, values, weigh, widened
-from balance.rules.registry import check_type, loss_balancers
+from balance.rules.options import check_type
+from balance.rules.registry import loss_balancers
 
 if TYPE_CHECKING:
     from torch import Tensor

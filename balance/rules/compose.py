@@ -1,24 +1,25 @@
 """Compositions of rules: weights used for several steps, averaged, or shared within groups of tasks; chains of loss balancers.
 
-A gradient balancer may have a method ``reuse(present)``. The stage calls it exactly once before each step. It returns the
-weights of an earlier step that this step uses again, or None if the stage must compute a Gramian and call the rule. A
-composition has the method too, and calls the method of its own rule.
+A composition is a rule in an author's form and calls its own rule through the protocol of `balance.rules.protocol`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
-from balance.rules.registry import checked_weights, describe, gradient_balancers, present_keyword, require_callable, takes
+from balance.rules.options import describe, require_callable
+from balance.rules.protocol import AdaptedGradientBalancer, Context, adapt_gradient_balancer, adapt_loss_balancer
+from balance.rules.registry import gradient_balancers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
+    from balance.rules.protocol import GradientBalancer, JacobianBalancer, LossBalancer
     from balance.types import GradientRule, Gramian, Heads, Losses, WeightedLosses, Weights
 
 
@@ -80,24 +81,12 @@ class Wrapped(NamedTuple):
     options: Mapping[str, Any]
 
     @property
-    def heads(self) -> Heads | None:
-        """Treatment of heads; None if the rule does not specify it."""
-        return gradient_balancers.heads(self.rule) if isinstance(self.rule, str) else getattr(self.rule, "heads", None)
-
-    @property
-    def fixed_length(self) -> bool:
-        """Whether the length of the direction does not depend on the lengths of the gradients."""
-        if isinstance(self.rule, str):
-            return gradient_balancers.method(self.rule).traits.ignores_weights
-        return getattr(self.rule, "fixed_length", False)
-
-    @property
     def needs_seed(self) -> bool:
         """Whether the rule draws random numbers and its seed is left to the stage."""
         return isinstance(self.rule, str) and "seed" in gradient_balancers.options(self.rule) and "seed" not in self.options
 
-    def build(self, **seed: int) -> Any:
-        """Return the built rule.
+    def build(self, **seed: int) -> GradientBalancer:
+        """Build the rule.
 
         Raises:
             ValueError: If the name or an option is unknown or out of range, the rule returns no weights, or options are
@@ -106,39 +95,74 @@ class Wrapped(NamedTuple):
         """
         if not isinstance(self.rule, str):
             require_callable(gradient_balancers.kind, self.rule, self.options)
-            return self.rule
-        if gradient_balancers.sees(self.rule) != "gramian":
+            return cast("GradientBalancer", adapt_gradient_balancer(self.rule))
+        traits = gradient_balancers.traits(self.rule)
+        if traits.sees != "gramian":
             raise ValueError(
                 f"A composition needs a rule that returns weights, but '{self.rule}' sees the Jacobian and has none."
             )
-        return gradient_balancers.build(self.rule, num_tasks=self.num_tasks, **self.options, **seed)
+        rule = gradient_balancers.build(self.rule, num_tasks=self.num_tasks, **self.options, **seed)
+        adapted = adapt_gradient_balancer(rule, heads=traits.heads, fixed_length=traits.ignores_weights)
+        return cast("GradientBalancer", adapted)
 
     def __str__(self) -> str:
         return describe(self.rule, self.options)
 
 
-class Every(nn.Module):
+class _Composition(nn.Module):
+    """A rule that calls another rule.
+
+    Attributes:
+        wrapped: The other rule as the user gave it.
+        rule: The same rule, built.
+    """
+
+    rule: GradientBalancer
+
+    def __init__(self, wrapped: Wrapped) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+        self.rule = wrapped.build()
+
+    @property
+    def heads(self) -> Heads:
+        """Treatment of heads."""
+        return self.rule.heads
+
+    @property
+    def fixed_length(self) -> bool:
+        """Whether the length of the direction does not depend on the lengths of the gradients."""
+        return self.rule.fixed_length
+
+    @property
+    def reuses(self) -> bool:
+        """Whether some steps use the weights of earlier steps."""
+        return self.rule.reuses
+
+    def seed(self, seed: int) -> None:
+        """Build the innermost rule anew with a seed, if it draws random numbers and the user gave a name without a seed."""
+        if self.wrapped.needs_seed:
+            self.rule = self.wrapped.build(seed=seed)
+        seed_composition(self.rule, seed)
+
+
+class Every(_Composition):
     """A rule whose weights are used for several steps; see `every`.
 
     Attributes:
-        weights: Weights of the last solve; NaN for tasks that it had no part in. Shape (K,).
-        steps: Number of steps that have used them.
-        heads: Treatment of heads; None if the rule does not specify it.
-        fixed_length: Whether the length of the direction does not depend on the lengths of the gradients.
+        weights: Weights of the last solve; NaN for tasks that took no part in it. Shape (K,).
+        steps: Number of steps that have used these weights.
     """
 
     weights: Tensor
     steps: Tensor
 
     def __init__(self, n: int, rule: str | GradientRule, num_tasks: int, options: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
         if n < 1:
             raise ValueError(f"Weights must be used for at least 1 step, but got {n}.")
+        super().__init__(Wrapped(rule, num_tasks, options or {}))
         self.n = n
-        self.wrapped = Wrapped(rule, num_tasks, options or {})
-        self.rule = self.wrapped.build()
-        self.heads, self.fixed_length = self.wrapped.heads, self.wrapped.fixed_length
-        if n > 1 and _reuses(self.rule):
+        if n > 1 and self.rule.reuses:
             raise ValueError(
                 f"Weights must be reused in one place only, but got {self}. "
                 "Use compose.every(n, rule, num_tasks) alone, with a rule that solves at every step."
@@ -149,11 +173,11 @@ class Every(nn.Module):
     @property
     def reuses(self) -> bool:
         """Whether some steps use the weights of earlier steps."""
-        return self.n > 1 or _reuses(self.rule)
+        return self.n > 1 or self.rule.reuses
 
     def forward(self, gramian: Gramian, present: Tensor | None = None, losses: Tensor | None = None) -> Weights:
         """Solve, and remember the weights in place of all earlier ones. Shape (K, K) -> (K,)."""
-        weights = _apply(self.rule, gramian, present, losses)
+        weights = self.rule(gramian, Context.of(present, len(self.weights), losses))
         solved = torch.full_like(self.weights, torch.nan)
         solved[_indices(present, solved)] = weights.to(solved)
         self.weights.copy_(solved)
@@ -163,7 +187,7 @@ class Every(nn.Module):
     def reuse(self, present: Tensor | None = None) -> Weights | None:
         """Return the remembered weights and count one use of them, or None if it is time to solve. Shape (K,)."""
         if self.n == 1:
-            return _reused(self.rule, present)
+            return self.rule.reuse(Context.of(present, len(self.weights)))
         tasks = _indices(present, self.weights)
         weights = self.weights[tasks]
         solved_for = int((~self.weights.isnan()).sum())  # number of tasks
@@ -176,39 +200,30 @@ class Every(nn.Module):
         return f"every({self.n}, {self.wrapped})"
 
 
-class Smoothed(nn.Module):
+class Smoothed(_Composition):
     """A rule whose weights are averaged over time; see `smoothed`.
 
     Attributes:
         weights: Average of each task; NaN before its first weights. Shape (K,).
-        heads, fixed_length: As of `Every`.
     """
 
     weights: Tensor
 
     def __init__(self, rule: str | GradientRule, beta: float, num_tasks: int, options: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
         if not 0 <= beta < 1:
             raise ValueError(f"beta of a moving average must be in 0..1, 1 excluded, but got {beta}.")
+        super().__init__(Wrapped(rule, num_tasks, options or {}))
         self.beta = beta
-        self.wrapped = Wrapped(rule, num_tasks, options or {})
-        self.rule = self.wrapped.build()
-        self.heads, self.fixed_length = self.wrapped.heads, self.wrapped.fixed_length
         self.register_buffer("weights", _nan(num_tasks))
-
-    @property
-    def reuses(self) -> bool:
-        """Whether some steps use the weights of earlier steps."""
-        return _reuses(self.rule)
 
     def forward(self, gramian: Gramian, present: Tensor | None = None, losses: Tensor | None = None) -> Weights:
         """Average the rule's weights with the weights of the steps before. Shape (K, K) -> (K,)."""
-        weights = _apply(self.rule, gramian, present, losses)
+        weights = self.rule(gramian, Context.of(present, len(self.weights), losses))
         return self._average(weights, present).to(weights)
 
     def reuse(self, present: Tensor | None = None) -> Weights | None:
         """Average the weights that the rule reuses, or return None if it must solve. Shape (K,)."""
-        weights = _reused(self.rule, present)
+        weights = self.rule.reuse(Context.of(present, len(self.weights)))
         return None if weights is None else self._average(weights, present)
 
     def _average(self, weights: Weights, present: Tensor | None) -> Weights:
@@ -222,12 +237,11 @@ class Smoothed(nn.Module):
         return f"smoothed({self.wrapped}, beta={self.beta})"
 
 
-class Grouped(nn.Module):
+class Grouped(_Composition):
     """A rule that is applied to groups of tasks; see `grouped`.
 
     Attributes:
         solved_for: Tasks that were present when the rule last solved. Shape (K,), bool.
-        heads, fixed_length: As of `Every`.
     """
 
     membership: Tensor
@@ -240,29 +254,23 @@ class Grouped(nn.Module):
         num_tasks: int,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        self.groups = [list(group) for group in groups]
-        if sorted(task for group in self.groups for task in group) != list(range(num_tasks)) or not all(self.groups):
-            raise ValueError(f"Every task of 0..{num_tasks - 1} must be in exactly one group, but got {self.groups}.")
-        self.wrapped = Wrapped(rule, len(groups), options or {})
-        self.rule = self.wrapped.build()
-        self.heads, self.fixed_length = self.wrapped.heads, self.wrapped.fixed_length
+        partition = [list(group) for group in groups]
+        if sorted(task for group in partition for task in group) != list(range(num_tasks)) or not all(partition):
+            raise ValueError(f"Every task of 0..{num_tasks - 1} must be in exactly one group, but got {partition}.")
+        super().__init__(Wrapped(rule, len(groups), options or {}))
+        self.groups = partition
         membership = torch.zeros(len(groups), num_tasks, dtype=torch.float64, device="cpu")
         for row, group in zip(membership, self.groups, strict=True):
             row[group] = 1
         self.register_buffer("membership", membership, persistent=False)
         self.register_buffer("solved_for", torch.zeros(num_tasks, dtype=torch.bool, device="cpu"))
 
-    @property
-    def reuses(self) -> bool:
-        """Whether some steps use the weights of earlier steps."""
-        return _reuses(self.rule)
-
     def forward(self, gramian: Gramian, present: Tensor | None = None, losses: Tensor | None = None) -> Weights:
         """Give the weights of the groups to their tasks; a group without a present task has no part. Shape (K, K) -> (K,)."""
         S, groups = self._present_groups(present)
         S = S.to(gramian)
-        weights = _apply(self.rule, S @ gramian @ S.T, groups, None if losses is None else S @ losses.to(S))
+        context = Context.of(groups, len(self.groups), None if losses is None else S @ losses.to(S))
+        weights = self.rule(S @ gramian @ S.T, context)
         self.solved_for.copy_(self._mask(present))
         return weights @ S
 
@@ -271,7 +279,7 @@ class Grouped(nn.Module):
         if not torch.equal(self._mask(present), self.solved_for):  # the same groups can stand for other tasks
             return None
         S, groups = self._present_groups(present)
-        weights = _reused(self.rule, groups)
+        weights = self.rule.reuse(Context.of(groups, len(self.groups)))
         return None if weights is None else weights @ S.to(weights)
 
     def _present_groups(self, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -284,11 +292,6 @@ class Grouped(nn.Module):
         mask = torch.zeros_like(self.solved_for)
         mask[_indices(present, mask)] = True
         return mask
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Checkpoints of version 0.1 have no such entry: their first step solves
-        state_dict.setdefault(f"{prefix}solved_for", torch.zeros_like(self.solved_for))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __repr__(self) -> str:
         return f"grouped({self.wrapped}, groups={self.groups})"
@@ -303,6 +306,7 @@ class Chain(nn.Module):
     Args:
         rules: Built loss balancers.
         names: Their names, for messages.
+        num_tasks: K.
 
     Attributes:
         needs_observation: Whether the first rule must observe the losses after each step.
@@ -312,70 +316,56 @@ class Chain(nn.Module):
         ValueError: If there is no rule, or one that observes is not the first.
     """
 
-    def __init__(self, rules: Sequence[Callable[..., Tensor]], names: Sequence[str]) -> None:
+    def __init__(self, rules: Sequence[Callable[..., WeightedLosses]], names: Sequence[str], num_tasks: int) -> None:
         super().__init__()
         if not rules:
             raise ValueError("A chain of loss balancers must have at least one.")
-        for rule, name in zip(rules[1:], names[1:], strict=True):
-            if hasattr(rule, "observe"):
+        adapted = [adapt_loss_balancer(rule) for rule in rules]
+        for rule, name in zip(adapted[1:], names[1:], strict=True):
+            if rule.observes:
                 raise ValueError(f"'{name}' observes the raw losses, so it must come first, but got {tuple(names)}.")
-        self.stateful = nn.ModuleList(rule for rule in rules if isinstance(rule, nn.Module))
-        self.rules = tuple(rules)
+        self.rules = nn.ModuleList(cast("Iterable[nn.Module]", adapted))
         self.names = tuple(names)
-        self.needs_observation = hasattr(rules[0], "observe") and getattr(rules[0], "needs_observation", True)
-        self.needs_epochs = any(getattr(rule, "needs_epochs", False) for rule in rules)
+        self.num_tasks = num_tasks
+        self.needs_observation = adapted[0].needs_observation
+        self.needs_epochs = any(rule.needs_epochs for rule in adapted)
 
     def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
         """Apply all rules. Shape (K,) -> (K,)."""
-        keywords = [present_keyword(rule, present) for rule in self.rules]  # a refusal must precede all changes of state
-        for rule, keyword in zip(self.rules, keywords, strict=True):
-            losses = rule(losses, **keyword)
+        context = Context.of(present, self.num_tasks)
+        for rule in self._balancers():
+            rule.check(context)  # before any rule changes its state
+        for rule in self._balancers():
+            losses = rule(losses, context)
         return losses
 
     def observe(self, losses: Losses, present: Tensor | None = None) -> None:
         """Pass the losses after the step to the first rule. Shape (K,)."""
-        observe = self.rules[0].observe  # type: ignore[attr-defined]
-        observe(losses, **present_keyword(observe, present))
+        next(self._balancers()).observe(losses, Context.of(present, self.num_tasks))
 
     def end_epoch(self, mean_losses: Tensor) -> None:
         """Pass the mean raw losses of an epoch to every rule that uses them. Shape (K,)."""
-        for rule in self.rules:
-            if hasattr(rule, "end_epoch"):
-                rule.end_epoch(mean_losses)
+        for rule in self._balancers():
+            rule.end_epoch(mean_losses)
+
+    def _balancers(self) -> Iterator[LossBalancer]:
+        return cast("Iterator[LossBalancer]", iter(self.rules))
 
     def __repr__(self) -> str:
         return f"chain({', '.join(self.names)})"
 
 
-def seed_composition(rule: object, seed: int) -> None:
+def seed_composition(rule: GradientBalancer | JacobianBalancer, seed: int) -> None:
     """Seed the rule at the centre of a composition, if it was given by name and without a seed.
 
-    The rule is built anew, so that it draws what a rule by name draws in a stage with that seed.
+    The rule is built anew, so that it draws the numbers that a rule by name draws in a stage with that seed.
 
     Args:
         rule: Any rule; a rule that is no composition keeps its seed.
         seed: Seed of the stage's gradient balancer.
     """
-    while isinstance(rule, Every | Smoothed | Grouped):
-        if rule.wrapped.needs_seed:
-            rule.rule = rule.wrapped.build(seed=seed)
-        rule = rule.rule
-
-
-def _apply(rule: Callable[..., Any], gramian: Gramian, present: Tensor | None, losses: Tensor | None) -> Weights:
-    keywords = present_keyword(rule, present)
-    if losses is not None and takes(rule, "losses"):
-        keywords["losses"] = losses
-    return checked_weights(rule(gramian, **keywords), len(gramian))
-
-
-def _reuses(rule: object) -> bool:
-    return getattr(rule, "reuses", hasattr(rule, "reuse"))
-
-
-def _reused(rule: object, present: Tensor | None) -> Weights | None:
-    weights: Weights | None = rule.reuse(present) if hasattr(rule, "reuse") else None
-    return weights
+    if isinstance(rule, AdaptedGradientBalancer) and isinstance(rule.rule, _Composition):
+        rule.rule.seed(seed)
 
 
 def _indices(present: Tensor | None, state: Tensor) -> Tensor:

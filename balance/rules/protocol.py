@@ -1,12 +1,37 @@
-"""Contract between a rule and the code that calls it."""
+"""Contract between a rule and the code that calls it.
+
+An author writes a rule in the simplest form: a function of one tensor. A rule may also have keywords and methods:
+
+    present=      indices of the tasks of this step; passed only if tasks are absent
+    losses=       gradient balancers: the raw losses of these tasks, detached
+    observe(losses), end_epoch(mean_losses)      loss balancers that learn between steps
+    reuse(present)                               gradient balancers that use weights of earlier steps
+
+`adapt_loss_balancer` and `adapt_gradient_balancer` read that form once, when a stage is built. All other code calls rules
+through the protocols `LossBalancer`, `GradientBalancer` and `JacobianBalancer`.
+"""
 
 from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from balance.types import Direction, Gramian, Heads, Jacobian, Losses, Sees, WeightedLosses, Weights
 
 
 class TaskError(ValueError):
     """A value of one task that lies outside a rule's domain.
 
-    A rule identifies tasks by index; the stage catches this error and raises it again with the task's name.
+    A rule identifies tasks by index; the error is raised again with the task's name where names are available.
 
     Args:
         task: Index of the task among the losses that the rule got.
@@ -21,3 +46,323 @@ class TaskError(ValueError):
     def naming(self, name: str) -> str:
         """Return the message with the task called ``name``."""
         return self.complaint.replace("{task}", f"'{name}'")
+
+
+@dataclass(frozen=True)
+class Context:
+    """Facts about one step that a rule may use. K is the number of tasks that are present.
+
+    Attributes:
+        indices: Indices of these tasks among all tasks. Shape (K,), int64, on the host.
+        num_tasks: Number of all tasks.
+        losses: Their raw losses, detached, float64, on the host; None where nobody has them. Shape (K,).
+        tasks: Their names, for messages; None where nobody has them.
+    """
+
+    indices: Tensor
+    num_tasks: int
+    losses: Losses | None = None
+    tasks: tuple[str, ...] | None = None
+
+    @classmethod
+    def of_all(cls, num_tasks: int, losses: Losses | None = None) -> Context:
+        """Return the context of a step at which all tasks are present."""
+        return cls(torch.arange(num_tasks, device="cpu"), num_tasks, losses)
+
+    @classmethod
+    def of(cls, present: Tensor | None, num_tasks: int, losses: Losses | None = None) -> Context:
+        """Return the context for the keywords that an author's rule gets; ``present`` is None if all tasks are present."""
+        return cls.of_all(num_tasks, losses) if present is None else cls(present, num_tasks, losses)
+
+    @property
+    def present(self) -> Tensor | None:
+        """Indices of the present tasks, for the keyword of an author's rule; None if all tasks are present."""
+        return None if len(self.indices) == self.num_tasks else self.indices
+
+
+class LossBalancer(Protocol):
+    """A rule that maps losses to weighted losses.
+
+    Attributes:
+        observes: Whether the rule has to see the raw losses. In a chain it must be the first.
+        needs_observation: Whether `observe` must be called after every optimizer step.
+        needs_epochs: Whether `end_epoch` must be called after every epoch.
+        learns: Whether steps can change the rule's state.
+    """
+
+    @property
+    def learns(self) -> bool: ...  # noqa: D102 - see the class
+    @property
+    def observes(self) -> bool: ...  # noqa: D102
+    @property
+    def needs_observation(self) -> bool: ...  # noqa: D102
+    @property
+    def needs_epochs(self) -> bool: ...  # noqa: D102
+
+    def __call__(self, losses: Losses, context: Context) -> WeightedLosses:
+        """Return the weighted losses of the present tasks, differentiable. Shape (K,) -> (K,)."""
+
+    def check(self, context: Context) -> None:
+        """Raise an error if the rule cannot be applied without the absent tasks, before any state changes."""
+
+    def observe(self, losses: Losses, context: Context) -> None:
+        """Learn from the losses of the same batch after the optimizer step. Shape (K,)."""
+
+    def end_epoch(self, mean_losses: Tensor) -> None:
+        """Learn from the mean raw losses of an epoch, NaN for tasks that were never present. Shape (all tasks,)."""
+
+
+class GradientBalancer(Protocol):
+    """A rule that maps a Gramian to weights.
+
+    Attributes:
+        sees: The constant ``"gramian"``.
+        heads: Treatment of task-specific heads in the method's paper code.
+        fixed_length: Whether the length of the direction does not depend on the lengths of the gradients.
+        reuses: Whether some steps use the weights of earlier steps.
+        uses_losses: Whether the formula contains the losses.
+        learns: Whether steps can change the rule's state.
+    """
+
+    @property
+    def sees(self) -> Literal["gramian"]: ...  # noqa: D102 - see the class
+    @property
+    def heads(self) -> Heads: ...  # noqa: D102
+    @property
+    def fixed_length(self) -> bool: ...  # noqa: D102
+    @property
+    def reuses(self) -> bool: ...  # noqa: D102
+    @property
+    def uses_losses(self) -> bool: ...  # noqa: D102
+    @property
+    def learns(self) -> bool: ...  # noqa: D102
+
+    def __call__(self, gramian: Gramian, context: Context) -> Weights:
+        """Return one finite weight for each present task, detached. Shape (K, K) -> (K,)."""
+
+    def reuse(self, context: Context) -> Weights | None:
+        """Return the weights of an earlier step for this step, or None if it must compute a Gramian. Shape (K,).
+
+        The stage calls this method exactly once before each step.
+        """
+
+
+class JacobianBalancer(Protocol):
+    """A rule that maps a Jacobian to a direction, for methods that must see every coordinate.
+
+    Attributes:
+        sees: The constant ``"jacobian"``.
+        heads: Treatment of task-specific heads; such a rule has no weights for them.
+        fixed_length: As in `GradientBalancer`.
+        uses_losses: As in `GradientBalancer`.
+        learns: As in `GradientBalancer`.
+    """
+
+    @property
+    def sees(self) -> Literal["jacobian"]: ...  # noqa: D102 - see the class
+    @property
+    def heads(self) -> Heads: ...  # noqa: D102
+    @property
+    def fixed_length(self) -> bool: ...  # noqa: D102
+    @property
+    def uses_losses(self) -> bool: ...  # noqa: D102
+    @property
+    def learns(self) -> bool: ...  # noqa: D102
+
+    def __call__(self, jacobian: Jacobian, context: Context) -> Direction:
+        """Return a finite direction, detached. Shape (K, P) -> (P,)."""
+
+
+def adapt_loss_balancer(rule: Callable[..., WeightedLosses]) -> LossBalancer:
+    """Return a rule in its author's form as a `LossBalancer`; an adapted rule is returned unchanged."""
+    return rule if isinstance(rule, AdaptedLossBalancer) else AdaptedLossBalancer(rule)
+
+
+def adapt_gradient_balancer(
+    rule: Callable[..., Tensor], sees: Sees = "gramian", heads: Heads | None = None, *, fixed_length: bool | None = None
+) -> GradientBalancer | JacobianBalancer:
+    """Return a rule in its author's form as a `GradientBalancer` or `JacobianBalancer`.
+
+    Args:
+        rule: The rule; an adapted rule is returned unchanged.
+        sees: Input of the rule.
+        heads: Treatment of heads; None: the rule's attribute ``heads``, or ``"unweighted"``.
+        fixed_length: Whether the length of the direction does not depend on the lengths of the gradients; None: the
+            rule's attribute ``fixed_length``, or False.
+    """
+    if isinstance(rule, AdaptedGradientBalancer | AdaptedJacobianBalancer):
+        return rule
+    heads = heads or getattr(rule, "heads", None) or "unweighted"
+    fixed_length = bool(getattr(rule, "fixed_length", False) if fixed_length is None else fixed_length)
+    adapted = AdaptedGradientBalancer if sees == "gramian" else AdaptedJacobianBalancer
+    return adapted(rule, heads, fixed_length=fixed_length)
+
+
+class _Adapted(nn.Module):
+    """A rule in its author's form, with the keywords that it takes.
+
+    Attributes:
+        rule: The rule as its author wrote it, with its state.
+    """
+
+    rule: Callable[..., Tensor]
+
+    def __init__(self, rule: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.rule = rule
+        self._keywords = _keywords(rule.forward if isinstance(rule, nn.Module) else rule)
+
+    @property
+    def learns(self) -> bool:
+        """Whether steps can change the rule's state."""
+        return isinstance(self.rule, nn.Module)
+
+    def _call(self, data: Tensor, context: Context, **keywords: Tensor) -> Any:
+        """Call the rule with the keywords that it takes.
+
+        Raises:
+            ValueError: If tasks are absent and the rule keeps state by task without a keyword ``present``, or a value of a
+                task lies outside the rule's domain; the message names the task.
+        """
+        keywords |= self._present(context)
+        with _Naming(context):
+            return self.rule(data, **keywords)
+
+    def _losses(self, context: Context) -> dict[str, Tensor]:
+        return {} if context.losses is None or "losses" not in self._keywords else {"losses": context.losses}
+
+    def _present(self, context: Context) -> dict[str, Tensor]:
+        if context.present is None:
+            return {}
+        if "present" in self._keywords:
+            return {"present": context.present}
+        self._refuse_absent_tasks(context)
+        return {}
+
+    def _refuse_absent_tasks(self, context: Context) -> None:
+        if isinstance(self.rule, nn.Module) and any(True for s in (self.rule.parameters(), self.rule.buffers()) for _ in s):
+            names = context.tasks or f"tasks {context.indices.tolist()}"
+            raise ValueError(
+                f"{type(self.rule).__name__} keeps state by task, so that all tasks must be present, but only {names} are "
+                "present. Give its forward a keyword present=None, the indices of the present tasks."
+            )
+
+
+class AdaptedLossBalancer(_Adapted):
+    """A loss balancer in its author's form, as a `LossBalancer`."""
+
+    def __init__(self, rule: Callable[..., WeightedLosses]) -> None:
+        super().__init__(rule)
+        self.observes = hasattr(rule, "observe")
+        self.needs_epochs = bool(getattr(rule, "needs_epochs", False))
+
+    @property
+    def learns(self) -> bool:
+        """Whether steps can change the rule's state."""
+        return isinstance(self.rule, nn.Module) or self.needs_observation
+
+    @property
+    def needs_observation(self) -> bool:
+        """Whether `observe` must be called after every optimizer step."""
+        return self.observes and bool(getattr(self.rule, "needs_observation", True))
+
+    def forward(self, losses: Losses, context: Context) -> WeightedLosses:
+        """Return the weighted losses, unchecked. Shape (K,) -> (K,)."""
+        return cast("WeightedLosses", self._call(losses, context))
+
+    def check(self, context: Context) -> None:
+        """Raise an error if the rule cannot be applied without the absent tasks, before any state changes."""
+        self._present(context)
+
+    def observe(self, losses: Losses, context: Context) -> None:
+        """Pass the losses after the optimizer step to a rule that observes them. Shape (K,)."""
+        if not self.observes:
+            return
+        observe: Callable[..., None] = cast("Any", self.rule).observe
+        present = context.present
+        with _Naming(context):
+            observe(losses, **({"present": present} if present is not None and "present" in _keywords(observe) else {}))
+
+    def end_epoch(self, mean_losses: Tensor) -> None:
+        """Pass the mean losses of an epoch to a rule that uses them. Shape (all tasks,)."""
+        if hasattr(self.rule, "end_epoch"):
+            self.rule.end_epoch(mean_losses)
+
+
+class AdaptedGradientBalancer(_Adapted):
+    """A gradient balancer in its author's form, as a `GradientBalancer`."""
+
+    sees: Literal["gramian"] = "gramian"
+
+    def __init__(self, rule: Callable[..., Tensor], heads: Heads, *, fixed_length: bool) -> None:
+        super().__init__(rule)
+        self.heads, self.fixed_length = heads, fixed_length
+        self.uses_losses = "losses" in self._keywords
+        self._has_reuse = hasattr(rule, "reuse")
+
+    @property
+    def reuses(self) -> bool:
+        """Whether some steps use the weights of earlier steps."""
+        return bool(getattr(self.rule, "reuses", self._has_reuse))
+
+    def forward(self, gramian: Gramian, context: Context) -> Weights:
+        """Return the weights, checked and detached. Shape (K, K) -> (K,)."""
+        return _checked_weights(self._call(gramian, context, **self._losses(context)), len(gramian))
+
+    def reuse(self, context: Context) -> Weights | None:
+        """Return the weights of an earlier step, checked, or None if the rule must solve. Shape (K,)."""
+        if not self._has_reuse:
+            return None
+        weights = cast("Any", self.rule).reuse(context.present)
+        return None if weights is None else _checked_weights(weights, len(context.indices))
+
+
+class AdaptedJacobianBalancer(_Adapted):
+    """A rule that sees the Jacobian, in its author's form, as a `JacobianBalancer`."""
+
+    sees: Literal["jacobian"] = "jacobian"
+
+    def __init__(self, rule: Callable[..., Tensor], heads: Heads, *, fixed_length: bool) -> None:
+        super().__init__(rule)
+        self.heads, self.fixed_length = heads, fixed_length
+        self.uses_losses = "losses" in self._keywords
+
+    def forward(self, jacobian: Jacobian, context: Context) -> Direction:
+        """Return the direction, checked and detached. Shape (K, P) -> (P,)."""
+        direction = self._call(jacobian, context, **self._losses(context))
+        length = jacobian.shape[1:]
+        if not isinstance(direction, torch.Tensor) or direction.shape != length or not direction.isfinite().all():
+            raise ValueError(f"The gradient balancer must return a finite direction ({length[0]},), but got {direction}.")
+        return direction.detach()
+
+
+class _Naming:
+    """A context in which a `TaskError` of a rule is raised again with the name of the task."""
+
+    def __init__(self, context: Context) -> None:
+        self._tasks = context.tasks
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, TaskError) and self._tasks is not None:
+            raise ValueError(error.naming(self._tasks[error.task])) from None
+
+
+def takes(rule: Callable[..., Any], keyword: str) -> bool:
+    """Return whether a rule in its author's form has a keyword."""
+    return keyword in _keywords(rule.forward if isinstance(rule, nn.Module) else rule)
+
+
+def _keywords(call: Callable[..., Any]) -> frozenset[str]:
+    try:
+        return frozenset(inspect.signature(call).parameters)
+    except (TypeError, ValueError):  # a built-in function without a signature
+        return frozenset()
+
+
+def _checked_weights(weights: object, num_tasks: int) -> Weights:
+    if not isinstance(weights, torch.Tensor) or weights.shape != (num_tasks,) or not weights.isfinite().all():
+        raise ValueError(f"The gradient balancer must return {num_tasks} finite weights, but got {weights}.")
+    return weights.detach()

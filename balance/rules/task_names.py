@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -19,20 +19,17 @@ def encode_tasks(tasks: Sequence[str]) -> Tensor:
     return torch.tensor(list(_SEPARATOR.join(tasks).encode()), dtype=torch.uint8, device="cpu")
 
 
-def check_tasks(state: Tensor | Mapping[str, Any], tasks: Sequence[str], owner: str) -> None:
+def check_tasks(state: Tensor, tasks: Sequence[str], owner: str) -> None:
     """Check that a checkpoint was saved for the same tasks.
 
     Args:
-        state: Saved names, as `encode_tasks` returns them, or in the form of version 0.1, ``{"tasks": names}``.
+        state: Saved names, as `encode_tasks` returns them.
         tasks: Names that the module has.
         owner: Name of the module's class, for the message.
 
     Raises:
         ValueError: If the names or their order differ.
     """
-    if isinstance(state, torch.Tensor):
-        saved = tuple(bytes(state.to("cpu", torch.uint8).tolist()).decode().split(_SEPARATOR))
-    else:
-        saved = tuple(state["tasks"])
+    saved = tuple(bytes(state.to("cpu", torch.uint8).tolist()).decode().split(_SEPARATOR))
     if saved != tuple(tasks):
         raise ValueError(f"The checkpoint is of tasks {saved}, but this {owner} is for {tuple(tasks)}.")

@@ -1,130 +1,84 @@
-"""Task gradients of the features that meet in a `Splitter`, and their sums over all ranks."""
+"""The autograd function of a splitter: K views of the features, whose gradients are merged into one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from balance.engine.gramian import InnerProducts
+from balance.engine.gramian import Rows, flat
+from balance.splitter.feature_gradients import FeatureGradients, num_ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from balance.types import Gramian, Jacobian
+    from torch import Tensor
 
 
-class FeatureGradients(NamedTuple):
-    """Gradients of the feature tensors, of the k tasks that reach them."""
+@dataclass
+class PassMemory:
+    """Results of the first backward pass over a graph, which later passes over it repeat.
 
-    flat: list[list[Tensor]]  # [tensor][task], each flat; zero where the task does not reach the tensor
-    tasks: list[int]  # indices of the k tasks
-    indices: Tensor  # the same indices, on the device of the first tensor
-    batch: int  # number of samples
-
-    def squares(self) -> Tensor:
-        """Return the squared lengths, float64. Shape (k,)."""
-        total = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.indices.device)
-        for rows in self.flat:
-            norms = [torch.linalg.vector_norm(row, dtype=torch.float64) for row in rows]
-            total += torch.stack(norms).square().to(total) if norms else total
-        return total
-
-    def gramian(self) -> Gramian:
-        """Return the inner products, float64. Shape (k, k)."""
-        if not self.tasks:
-            return torch.zeros(0, 0, dtype=torch.float64, device=self.indices.device)
-        products = InnerProducts(len(self.tasks), sum(len(first) for first, *_ in self.flat), self.indices.device)
-        for rows in self.flat:
-            products.add(rows)
-        return products.total()
-
-    def combined(self, weights: Tensor) -> list[Tensor]:
-        """Return the weighted sum of the tasks' gradients of each tensor, flat, at least float32. ``weights``: shape (k,)."""
-        sums = []
-        for rows in self.flat:
-            dtype = torch.promote_types(rows[0].dtype, torch.float32) if rows else torch.float32
-            factors = weights.to(rows[0].device if rows else weights.device, dtype).unbind()
-            total = rows[0].to(dtype) * factors[0] if rows else weights
-            for row, factor in zip(rows[1:], factors[1:], strict=True):
-                total.addcmul_(row.to(dtype), factor)
-            sums.append(total)
-        return sums
-
-    def samples(self) -> list[Tensor]:
-        """Return the gradients of every sample, for each tensor, at least float32. Shape (B, k, f) each."""
-        pieces = []
-        for rows in self.flat:
-            J = torch.stack(rows)
-            J = J.to(torch.promote_types(J.dtype, torch.float32))
-            pieces.append(J.view(len(rows), self.batch, J.shape[1] // max(self.batch, 1)).transpose(0, 1))
-        return pieces
-
-    def jacobian(self) -> Jacobian:
-        """Return the gradients as rows, on one device, in the widest dtype, at least float32. Shape (k, F)."""
-        dtype = torch.float32
-        for rows in self.flat:
-            dtype = torch.promote_types(dtype, rows[0].dtype)
-        return torch.cat([torch.stack(rows).to(self.indices.device, dtype) for rows in self.flat], dim=1)
-
-
-class Sums(NamedTuple):
-    """Sums over all ranks; zero where a task is absent."""
-
-    squares: Tensor  # squared lengths. Shape (K,)
-    gramian: Gramian | None  # (K, K)
-    finite: Tensor  # whether all of them are finite
-    tasks: list[int]  # indices of the tasks that are present on any rank
-    batch: float
-
-
-def flat_gradient(gradient: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a gradient as a vector; zeros without memory for None."""
-    if gradient is None:
-        return torch.zeros((), dtype=dtype, device=device).expand(shape.numel())
-    return (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
-
-
-def sum_over_ranks(squares: Tensor, gramian: Gramian | None, gradients: FeatureGradients, num_tasks: int) -> Sums:
-    """Sum squared lengths and Gramians over the ranks, as those of the gradients of the mean of the ranks' losses.
-
-    Args:
-        squares: Shape (k,).
-        gramian: Shape (k, k), or None.
-        gradients: Gradients of this rank.
-        num_tasks: K.
+    Attributes:
+        rule: State of the gradient balancer before that pass.
+        orders: Random orders of the tasks.
+        averages: For each task whether it has been counted, and the average that its gradient was divided by. Shape (K,) each.
     """
-    q, G = _padded(squares, gramian, gradients.indices, num_tasks)
-    tasks: Sequence[int] = gradients.tasks
-    batch, ranks = float(gradients.batch), num_ranks()
-    if ranks > 1:
-        present = q.new_zeros(num_tasks)
-        present[gradients.indices] = 1
-        parts = [present, q.new_tensor([batch]), q / ranks**2, *([] if G is None else [G.flatten() / ranks**2])]
-        sums = torch.cat(parts)
-        torch.distributed.all_reduce(sums)
-        *counts, batch = sums[: num_tasks + 1].tolist()
-        tasks = [k for k, count in enumerate(counts) if count]
-        q = sums[num_tasks + 1 : 2 * num_tasks + 1]
-        G = None if G is None else sums[2 * num_tasks + 1 :].view(num_tasks, num_tasks)
-    return Sums(q, G, (q if G is None else G).isfinite().all() & q.isfinite().all(), list(tasks), batch)
+
+    rule: dict[str, Any] | None = None
+    orders: list[list[int]] | None = None
+    averages: tuple[Tensor, Tensor] | None = None
 
 
-def num_ranks() -> int:
-    """Return the number of processes that train together."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return 1
+class Merger(Protocol):
+    """A module that merges the tasks' gradients of the features."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks."""
+
+    def merge(self, gradients: FeatureGradients, memory: PassMemory) -> list[Tensor | None]:
+        """Return the gradient of each feature tensor, flat; None for an unreached tensor."""
 
 
-def _padded(squares: Tensor, gramian: Gramian | None, index: Tensor, num_tasks: int) -> tuple[Tensor, Gramian | None]:
-    if len(index) == num_tasks:
-        return squares, gramian
-    q = squares.new_zeros(num_tasks)
-    q[index] = squares
-    if gramian is None:
-        return q, None
-    G = gramian.new_zeros(num_tasks, num_tasks)
-    G[index[:, None], index] = gramian
-    return q, G
+class Split(torch.autograd.Function):
+    """K views of each feature tensor; in the backward pass a `Merger` merges their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, merger: Merger, *features: Tensor) -> tuple[Tensor, ...]:
+        """Return the views, K for the first tensor, K for the second, and so on."""
+        ctx.set_materialize_grads(False)  # an absent task differs from a task whose gradient is zero
+        ctx.merger, ctx.memory = merger, PassMemory()
+        ctx.like = [(z.shape, z.dtype, z.device) for z in features]
+        ctx.batch = num_samples(features[0])
+        return tuple(z.view_as(z) for z in features for _ in merger.tasks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the merged gradient of each feature tensor."""
+        K = len(ctx.merger.tasks)
+        by_tensor = [gradients[i * K : (i + 1) * K] for i in range(len(ctx.like))]
+        tasks = [k for k in range(K) if any(rows[k] is not None for rows in by_tensor)]
+        if not tasks and num_ranks() == 1:
+            return (None,) * (1 + len(by_tensor))
+        device = ctx.like[0][2]
+        pieces = [[None if (g := rows[k]) is None else flat(g) for k in tasks] for rows in by_tensor]
+        lengths = [shape.numel() for shape, _, _ in ctx.like]
+        with torch.autocast(device.type, enabled=False):
+            indices = torch.tensor(tasks, dtype=torch.int64, device=device)
+            arrived = FeatureGradients(Rows(len(tasks), pieces), tasks, indices, lengths, ctx.batch)
+            merged = ctx.merger.merge(arrived, ctx.memory)
+        like = zip(by_tensor, merged, ctx.like, strict=True)
+        return (
+            None,
+            *(
+                None if piece is None or all(row is None for row in rows) else piece.reshape(shape).to(where, dtype)
+                for rows, piece, (shape, dtype, where) in like
+            ),
+        )
+
+
+def num_samples(tensor: Tensor) -> int:
+    """Return the size of a tensor's first dimension; 1 for a scalar."""
+    return tensor.shape[0] if tensor.ndim else 1

@@ -1,4 +1,4 @@
-"""Projections of task gradients, sample by sample, computed from one Gramian for each sample."""
+"""Projections of task gradients, sample by sample, from one Gramian for each sample."""
 
 from __future__ import annotations
 
@@ -7,11 +7,27 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
+def inner_products(samples: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the Gramian of every sample, float64.
+
+    Args:
+        samples: Gradients of each feature tensor. Shape (B, k, f) each.
+        device: Device of the result.
+
+    Returns:
+        Shape (B, k, k).
+    """
+    wide = [J.double() for J in samples]
+    return torch.stack([(J @ J.transpose(1, 2)).to(device) for J in wide]).sum(dim=0)
+
+
 def project_samples(gramians: Tensor, orders: Tensor) -> Tensor:
-    """Project every task's gradient off the gradients that it conflicts with, as combinations of the gradients.
+    """Return every task's gradient, projected off the gradients that it conflicts with, as a combination of the gradients.
 
     Args:
         gramians: Shape (B, k, k).

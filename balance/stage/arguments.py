@@ -12,6 +12,7 @@ from torch import Tensor
 
 from balance.engine.graph import unstacked
 from balance.messages import unknown
+from balance.rules.protocol import Context
 
 if TYPE_CHECKING:
     from balance.engine.graph import Root
@@ -23,14 +24,20 @@ ZeroPolicy = Literal["present", "absent"]
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class Step(NamedTuple):
-    """The losses of one step, of the K tasks that are present."""
+class StepLosses(NamedTuple):
+    """Losses of one step, of the K tasks that are present."""
 
     tasks: tuple[str, ...]
-    present: Tensor | None  # indices of those tasks among all; None where all are present
-    roots: list[Root | None]  # where each is in the graph; None for one without a graph
-    losses: Losses  # their values, with their graphs
-    host: Losses  # their values, float64
+    indices: Tensor  # of these tasks among all tasks. Shape (K,)
+    num_tasks: int  # of all tasks
+    roots: list[Root | None]  # node or tensor of each loss in the graph; None for a loss without a graph
+    losses: Losses  # with their graphs
+    host: Losses  # their values, detached, float64, on the host
+
+    @property
+    def context(self) -> Context:
+        """The context of a rule that is applied to these tasks."""
+        return Context(self.indices, self.num_tasks, self.host, self.tasks)
 
     @property
     def is_half(self) -> bool:
@@ -42,18 +49,21 @@ class Step(NamedTuple):
         pairs = zip(self.tasks, self.host.tolist(), self.host.isfinite().tolist(), strict=True)
         return {task: value for task, value, finite in pairs if not finite}
 
-    def at(self, places: Tensor) -> Step:
-        """Return the step of the tasks at some places, for a rule that concerns these alone."""
-        if len(places) == len(self.tasks):
-            return self
-        at = places.tolist()
-        present = places if self.present is None else self.present[places]
-        losses = self.losses[places.to(self.losses.device)]
-        return Step(tuple(self.tasks[k] for k in at), present, [self.roots[k] for k in at], losses, self.host[places])
+    def context_of(self, positions: Tensor) -> Context:
+        """Return the context of a rule that is applied to some of these tasks, given by their positions. Shape (k,)."""
+        if len(positions) == len(self.tasks):
+            return self.context
+        tasks = tuple(self.tasks[k] for k in positions.tolist())
+        return Context(self.indices[positions], self.num_tasks, self.host[positions], tasks)
 
 
 def task_names(tasks: Sequence[str] | int) -> tuple[str, ...]:
-    """Names of the tasks, which must be distinct and not empty; K gives "0" to "K-1"."""
+    """Return the names of the tasks; their number K gives "0" to "K-1".
+
+    Raises:
+        ValueError: If there is no name, or two names are equal.
+        TypeError: If a name is not a non-empty string.
+    """
     if isinstance(tasks, Integral):
         tasks = [str(k) for k in range(int(tasks))]
     names = tuple(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str) else None
@@ -64,7 +74,7 @@ def task_names(tasks: Sequence[str] | int) -> tuple[str, ...]:
     return names
 
 
-def read_losses(losses: Mapping[str, Tensor] | Tensor, tasks: tuple[str, ...], nan: NanPolicy, zero: ZeroPolicy) -> Step:
+def read_losses(losses: Mapping[str, Tensor] | Tensor, tasks: tuple[str, ...], nan: NanPolicy, zero: ZeroPolicy) -> StepLosses:
     """Return the losses of one step, given by name or as a vector.
 
     Args:
@@ -77,32 +87,45 @@ def read_losses(losses: Mapping[str, Tensor] | Tensor, tasks: tuple[str, ...], n
         ValueError: If a loss has the wrong shape or name, or no task is left.
         TypeError: If a loss is not a tensor of floats.
     """
-    apart: list[Root | None] | None = None
-    if isinstance(losses, Tensor):
-        _check_vector(losses, tasks, nan)
-        apart = unstacked(losses)
-        losses = dict(zip(tasks, losses.unbind(), strict=True))
-    elif not isinstance(losses, Mapping):
-        raise TypeError(f"losses must be a dict by task or a tensor of shape ({len(tasks)},), but got {type(losses).__name__}.")
-    _check_scalars(losses, tasks)
-    given = [k for k, task in enumerate(tasks) if task in losses]
-    scalars = [losses[tasks[k]].reshape(()) for k in given]
-    roots = apart or [scalar if scalar.requires_grad else None for scalar in scalars]
+    by_task, stacked_roots = _by_task(losses, tasks, nan)
+    _check_scalars(by_task, tasks)
+    indices = [k for k, task in enumerate(tasks) if task in by_task]
+    scalars = [by_task[tasks[k]].reshape(()) for k in indices]
+    roots = stacked_roots or [scalar if scalar.requires_grad else None for scalar in scalars]
     stacked = torch.stack(scalars)
     host = stacked.detach().to("cpu", torch.float64)
-    absent = (host.isnan() if nan == "absent" else torch.zeros_like(host, dtype=torch.bool)) | (
-        (host == 0) & (zero == "absent")
-    )
+    absent = _absent(host, nan, zero)
     if absent.any():
-        kept = (~absent).nonzero().flatten().tolist()
-        if not kept:
-            raise ValueError(
-                f"All losses are {'NaN' if host.isnan().all() else 'NaN or zero'}. Look at the data and the learning rate."
-            )
-        given, roots, host = [given[k] for k in kept], [roots[k] for k in kept], host[kept]
-        stacked = torch.stack([scalars[k] for k in kept])
-    present = None if len(given) == len(tasks) else torch.tensor(given, dtype=torch.int64, device="cpu")
-    return Step(tuple(tasks[k] for k in given), present, roots, stacked, host)
+        present = (~absent).nonzero().flatten().tolist()
+        indices, roots, host = [indices[k] for k in present], [roots[k] for k in present], host[present]
+        stacked = torch.stack([scalars[k] for k in present])
+    names = tuple(tasks[k] for k in indices)
+    return StepLosses(names, torch.tensor(indices, dtype=torch.int64, device="cpu"), len(tasks), roots, stacked, host)
+
+
+def _by_task(
+    losses: Mapping[str, Tensor] | Tensor, tasks: tuple[str, ...], nan: NanPolicy
+) -> tuple[Mapping[str, Tensor], list[Root | None] | None]:
+    """Return the losses by task, and for a vector the roots that ``torch.stack`` made it of, where it did."""
+    if isinstance(losses, Tensor):
+        _check_vector(losses, tasks, nan)
+        return dict(zip(tasks, losses.unbind(), strict=True)), unstacked(losses)
+    if not isinstance(losses, Mapping):
+        raise TypeError(f"losses must be a dict by task or a tensor of shape ({len(tasks)},), but got {type(losses).__name__}.")
+    return losses, None
+
+
+def _absent(host: Tensor, nan: NanPolicy, zero: ZeroPolicy) -> Tensor:
+    """Return for each loss whether its value marks the task as absent. Shape (K,), bool."""
+    absent = torch.zeros_like(host, dtype=torch.bool)
+    if nan == "absent":
+        absent |= host.isnan()
+    if zero == "absent":
+        absent |= host == 0
+    if absent.all():
+        values = "NaN" if host.isnan().all() else "NaN or zero"
+        raise ValueError(f"All losses are {values}. Look at the data and the learning rate.")
+    return absent
 
 
 def _check_vector(losses: Tensor, tasks: tuple[str, ...], nan: NanPolicy) -> None:

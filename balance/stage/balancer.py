@@ -1,31 +1,28 @@
-"""Balancer: the one stage between the task losses and the optimizer."""
+"""The Balancer, the one stage between the task losses and the optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from balance.engine.accumulate import accumulate, are_finite, as_leaf, nan_gradients
 from balance.engine.custom_functions import refuse_sharded
 from balance.engine.engine import Engine, Estimate
-from balance.engine.gramian import HeadGradients
-from balance.engine.graph import leaves
 from balance.engine.partition import Parts, read_features, read_parts, read_shared
-from balance.engine.passes import AtLosses, one_by_one
-from balance.messages import warn_caller
-from balance.rules.build import apply_rule, build_chain, build_rule, describe, try_out, warn_of_pairing
+from balance.rules.build import build_gradient_balancer, build_loss_balancer, warn_of_pairing
 from balance.rules.casting import preserving
-from balance.rules.registry import check_type, gradient_balancers, loss_balancers
+from balance.rules.options import check_type, describe
 from balance.rules.snapshot import Snapshot
 from balance.rules.task_names import check_tasks, encode_tasks
-from balance.stage.arguments import NanPolicy, Step, ZeroPolicy, check_factor, read_losses, task_names
-from balance.stage.loss_weighting import weigh, weighing
-from balance.stage.report import Report
-from balance.stage.step import BalancedStep, NotFiniteError
-from balance.types import EngineChoice, GradientRule, Heads, LossRule, Memory, Scale, Sees, Source
+from balance.stage.accumulation import NotFiniteError
+from balance.stage.arguments import NanPolicy, StepLosses, ZeroPolicy, check_factor, read_losses, task_names
+from balance.stage.own_gradients import OwnGradients, restore
+from balance.stage.plain_step import Outcome, leave_to_scaler, seed_of, take_plain_step
+from balance.stage.reminders import Reminders
+from balance.stage.step import BalancedStep
+from balance.types import EngineChoice, GradientRule, Heads, LossRule, Memory, Scale, Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -33,55 +30,51 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.amp.grad_scaler import GradScaler
 
-_SILENT_STEPS = {"observation": 50, "epochs": 200}  # steps after which a missing call is probably forgotten
+    from balance.rules.protocol import GradientBalancer, JacobianBalancer, LossBalancer
+    from balance.stage.report import Report
 
+    Features = Tensor | Sequence[Any] | Mapping[str, Any]
 
-class _Left(NamedTuple):
-    """A parameter of the balancer as a step left it."""
-
-    gradient: int  # id of its ``.grad``
-    version: int
-    value: Tensor
-    skipped: bool  # whether the scaler was to skip the step
+_DEFAULTS = {"source": "parameters", "scale": "paper", "nan": "error", "zero": "present"}
 
 
 class Balancer(nn.Module):
     """A loss balancer and a gradient balancer, composed, in place of ``losses.sum().backward()``.
 
+    The stage is an ``nn.Module``: its ``parameters()`` belong in the optimizer and its ``state_dict()`` in the checkpoint.
+
     Args:
         tasks: Names of the tasks, or their number K (the names are then "0", "1", ...).
-        loss: Name of a registered loss balancer, or several, which are applied from left to right, or any differentiable
-            callable (K,) -> (K,).
+        loss: Name of a registered loss balancer, or several names, which are applied from left to right, or any
+            differentiable callable (K,) -> (K,).
         gradient: Name of a registered gradient balancer, or any callable from a Gramian (K, K) to weights (K,), or None: one
-            ordinary backward of the sum of the weighted losses.
+            ordinary backward pass of the sum of the weighted losses.
         loss_options: Options of a registered loss balancer; of several, options by name.
         gradient_options: Options of a registered gradient balancer.
-        source: Where conflict is measured: gradients with respect to the shared ``"parameters"``, or to the
-            ``"features"`` that they compute (every sample counts on its own; one backward pass through the trunk instead of K).
-        heads: Task-specific parameters get the gradients of the weighted losses as they are (``"unweighted"``) or times
-            the gradient balancer's weights (``"weighted"``); None: as in the paper code of the gradient balancer.
-        scale: Length of the direction: as the ``"paper"`` defines it; weights rescaled to ``"sum"`` to K; or the
-            ``"norm"`` of the summed gradient of the weighted losses, so that the learning rate keeps its meaning.
-        seed: Seed of the rules that draw; the two rules draw different numbers.
-        nan: What a loss of NaN is: an ``"error"``, or a sign that the task is ``"absent"`` from the step.
-        zero: What a loss of exactly zero is: an ordinary loss of a task that is ``"present"``, or a sign that the task is
-            ``"absent"`` from the step, since it has no labels in this batch. With ``"absent"`` the gradient balancer also
-            leaves out a task whose gradient of all shared parameters is exactly zero.
-        engine: How the K backward passes run: one after the other (``"loop"``); all in one batch (``"batched"``), which
-            holds K gradients of the activations on its way, wants ``features`` at every step, so that only the trunk is
-            in it, and goes back to the loop with a warning where an operation cannot be batched; or ``"auto"``: batched on
-            an accelerator, if ``features`` are given and the trunk has more parameters than activations, else the loop.
-        memory: What is held of the gradients with respect to the shared parameters. ``"jacobian"``: all of them, at most K
-            times as many numbers as there are shared parameters; for a linear or convolutional layer whose batch is
-            smaller than its weight only the gradients of its outputs, which say the same. ``"gramian"``: at most 0.4
-            times that, or the largest parameter's; the passes are repeated, each time down to another part of the parameters,
-            and a weighted backward pass follows.
+        source: Tensors on which conflict is measured: the shared ``"parameters"``, or the ``"features"`` that they compute.
+            With features every sample counts separately, and one backward pass goes through the trunk instead of K.
+        heads: Task-specific parameters get the gradients of the weighted losses unchanged (``"unweighted"``) or times the
+            gradient balancer's weights (``"weighted"``). None: as in the paper code of the gradient balancer.
+        scale: Length of the direction. ``"paper"``: as the method's paper defines it. ``"sum"``: the weights are rescaled to
+            sum to K. ``"norm"``: the length of the summed gradient of the weighted losses, so that the learning rate keeps
+            its meaning.
+        seed: Seed of the rules that draw random numbers; the two rules draw different numbers.
+        nan: Meaning of a loss of NaN: an ``"error"``, or a task that is ``"absent"`` from the step.
+        zero: Meaning of a loss of exactly zero. ``"present"``: an ordinary loss. ``"absent"``: the task has no labels in this
+            batch and is absent from the step; the gradient balancer then also leaves out a task whose gradient of all shared
+            parameters is exactly zero.
+        engine: Order of the K backward passes. ``"loop"``: one after the other. ``"batched"``: all in one batch, which keeps
+            K gradients of the activations, needs ``features`` at every step so that only the trunk is batched, and falls
+            back to the loop with a warning where an operation cannot be batched. ``"auto"``: batched on an accelerator, if
+            ``features`` are given and the trunk has more parameters than activations, else the loop.
+        memory: Gradients of the shared parameters that are kept. ``"jacobian"``: all of them, at most K times as many numbers
+            as shared parameters; for a linear or convolutional layer whose batch is smaller than its weight only the
+            gradients of its outputs, which contain the same information. ``"gramian"``: at most 0.4 times as many, or the
+            largest parameter's; the passes are repeated for parts of the parameters, and a weighted backward pass follows.
 
     Raises:
         ValueError: If a name, an option or a choice is unknown, or the task names are not distinct.
         TypeError: If an option has the wrong type.
-
-    The stage is an ``nn.Module``: its ``parameters()`` belong in the optimizer and its ``state_dict()`` in the checkpoint.
     """
 
     loss_sums: Tensor
@@ -106,60 +99,35 @@ class Balancer(nn.Module):
         memory: Memory = "jacobian",
     ) -> None:
         super().__init__()
-        check_type("source", source, Source)
-        check_type("scale", scale, Scale)
-        check_type("nan", nan, NanPolicy)
-        check_type("zero", zero, ZeroPolicy)
-        check_type("engine", engine, EngineChoice)
-        check_type("memory", memory, Memory)
-        if heads is not None:
-            check_type("heads", heads, Heads)
+        _check_choices(source, heads, scale, nan, zero, engine, memory)
         self.tasks = task_names(tasks)
         self.source, self.scale, self.nan, self.zero = source, scale, nan, zero
-        self._described = describe(loss, loss_options), "None" if gradient is None else describe(gradient, gradient_options)
-        if isinstance(loss, Sequence) and not isinstance(loss, str):
-            self.loss: Any = build_chain(loss, loss_options, num_tasks=len(self.tasks), seed=2 * seed)
-        else:
-            self.loss = build_rule(loss_balancers, loss, loss_options, num_tasks=len(self.tasks), seed=2 * seed)
-        self.gradient: Any = None
-        self.sees: Sees = "gramian"
-        self.heads: Heads = heads or getattr(gradient, "heads", None) or "unweighted"
-        self.fixed_length: bool = getattr(gradient, "fixed_length", False)
+        self._descriptions = describe(loss, loss_options), _description(gradient, gradient_options)
+        K = len(self.tasks)
+        self.loss_balancer: LossBalancer = build_loss_balancer(loss, loss_options, K, 2 * seed)
+        self.gradient_balancer: GradientBalancer | JacobianBalancer | None = None
         if gradient is not None:
-            self.gradient = build_rule(
-                gradient_balancers, gradient, gradient_options, num_tasks=len(self.tasks), seed=2 * seed + 1
-            )
+            self.gradient_balancer = build_gradient_balancer(gradient, gradient_options, K, 2 * seed + 1)
         elif gradient_options:
             raise ValueError(f"gradient_options need a gradient balancer, but got {dict(gradient_options)} and gradient=None.")
-        if isinstance(gradient, str):
-            self.sees = gradient_balancers.sees(gradient)
-            if self.sees == "gramian" and gradient_options and not isinstance(self.gradient, nn.Module):
-                try_out(self.gradient, len(self.tasks))
-            self.heads = heads or gradient_balancers.heads(gradient)
-            self.fixed_length = gradient_balancers.method(gradient).traits.ignores_weights
-        if self.sees == "jacobian" and (self.heads == "weighted" or scale == "sum"):
-            raise ValueError(
-                f"'{gradient}' sees the Jacobian and has no weights, but got heads={self.heads!r}, scale={scale!r}. "
-                'Use heads="unweighted" and scale="paper" or "norm".'
-            )
-        if self.sees == "jacobian" and memory == "gramian":
-            raise ValueError(f"'{gradient}' sees the Jacobian, which memory='gramian' does not hold. Use memory='jacobian'.")
+        self.heads: Heads = heads or ("unweighted" if self.gradient_balancer is None else self.gradient_balancer.heads)
+        if self.gradient_balancer is not None and self.gradient_balancer.sees == "jacobian":
+            _check_jacobian_balancer(self._descriptions[1], self.heads, scale, memory)
         self.engine = Engine(engine, memory)
-        warn_of_pairing(loss, gradient, len(self.tasks))
+        self.reminders = Reminders(self._descriptions[0])
+        warn_of_pairing(loss, gradient, K)
         # Sums of the losses of the epoch, for rules that update once per epoch
-        self.register_buffer("loss_sums", torch.zeros(len(self.tasks), dtype=torch.float64, device="cpu"))
-        self.register_buffer("loss_counts", torch.zeros(len(self.tasks), dtype=torch.int64, device="cpu"))
-        # Factor of ``scale`` on the last direction, for steps that use its weights again
+        self.register_buffer("loss_sums", torch.zeros(K, dtype=torch.float64, device="cpu"))
+        self.register_buffer("loss_counts", torch.zeros(K, dtype=torch.int64, device="cpu"))
+        # Factor of ``scale`` on the last direction, for steps that reuse its weights
         self.register_buffer("stretch", torch.ones((), dtype=torch.float64, device="cpu"))
-        self._skipped = False
-        self._silent_steps = {"observation": 0, "epochs": 0}  # -1: called, or warned of
-        self._warned_of_lonely_parameters = False
-        self._left: dict[int, _Left] = {}  # own parameters as the last step left them, by id
+        self._skipped = False  # whether the gradient scaler was to skip the last step
+        self._own_gradients = OwnGradients()
 
     @property
     def needs_observation(self) -> bool:
         """Whether `observe` must be called after each optimizer step."""
-        return hasattr(self.loss, "observe") and getattr(self.loss, "needs_observation", True)
+        return self.loss_balancer.needs_observation
 
     def backward(
         self,
@@ -215,52 +183,70 @@ class Balancer(nn.Module):
         """
         return self._step(losses, shared, features, measure, scaler, factor)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # to trace the stage takes long and fails
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # tracing the stage is slow and fails
     @torch.enable_grad()  # as loss.backward(), which works inside no_grad() too
-    def _step(self, losses: Any, shared: Any, features: Any, measure: Any, scaler: GradScaler | None, factor: float) -> Report:
+    def _step(
+        self,
+        losses: Mapping[str, Tensor] | Tensor,
+        shared: Iterable[Tensor] | None,
+        features: Features | None,
+        measure: Iterable[Tensor] | None,
+        scaler: GradScaler | None,
+        factor: float,
+    ) -> Report:
         _refuse_several_processes()
         check_factor(factor)
         if scaler is not None and not scaler.is_enabled():
             scaler = None
         step = read_losses(losses, self.tasks, self.nan, self.zero)
-        own = list(self.parameters())
-        parts = self._parts(step, shared, features, measure, own)
-        bad = step.not_finite()
-        self._skipped = bool(bad)
-        if bad and scaler is not None:
-            return self._skip(step, scaler)
-        if bad:
-            raise ValueError(f"Losses must be finite, but got {bad}. Look at the data and the learning rate.")
-        if not step.losses.requires_grad:
+        parameters = list(self.parameters())
+        parts = self._partition(step, shared, features, measure, parameters)
+        self._skipped = False
+        if bad := step.not_finite():
+            if scaler is None:
+                raise ValueError(f"Losses must be finite, but got {bad}. Look at the data and the learning rate.")
+            outcome = leave_to_scaler(step, scaler, parameters)
+        elif not step.losses.requires_grad:
             raise ValueError("No loss requires a gradient. Compute the losses with gradients enabled and do not detach them.")
-        before = Snapshot(self.loss, self.gradient), self.stretch.clone(), self._drop_consumed(own)
+        else:
+            outcome = self._take(step, parts, scaler, factor, parameters)
+        self._skipped = outcome.skipped
+        self._own_gradients.remember(parameters, skipped=outcome.skipped)
+        return outcome.report
+
+    def _take(
+        self, step: StepLosses, parts: Parts | None, scaler: GradScaler | None, factor: float, parameters: Sequence[Tensor]
+    ) -> Outcome:
+        """Take a step with finite losses; if it fails or the scaler will skip it, the state of all rules is as before."""
+        state, stretch = Snapshot(self.loss_balancer, self.gradient_balancer), self.stretch.clone()
+        gradients = self._own_gradients.clear_used(parameters)
         try:
-            with torch.autocast(step.losses.device.type, enabled=False):  # the direction is no place for half precision
-                report = self._taken(step, parts, scaler, factor)
+            with torch.autocast(step.losses.device.type, enabled=False):  # half precision is too coarse for the direction
+                outcome = self._outcome(step, parts, scaler, factor)
         except BaseException as error:
-            self._put_back(*before)
+            state.restore()
+            self.stretch.copy_(stretch)
+            restore(gradients)
             if scaler is None or not isinstance(error, NotFiniteError):
                 raise
-            return self._skip(step, scaler)
-        if self._skipped:  # the scaler will skip what an ordinary backward pass has left
-            before[0].restore()
+            return leave_to_scaler(step, scaler, parameters)
+        if outcome.skipped:  # no rule must learn from such a step
+            state.restore()
         else:
-            tasks = slice(None) if step.present is None else step.present
-            self.loss_sums[tasks] += step.host.to(self.loss_sums)
-            self.loss_counts[tasks] += 1
-            self._warn_of_silence()
-        self._remember(own)
-        return report
+            self.loss_sums[step.indices] += step.host.to(self.loss_sums)
+            self.loss_counts[step.indices] += 1
+            self.reminders.after_step(self.loss_balancer)
+        return outcome
 
-    def _taken(self, step: Step, parts: Parts | None, scaler: GradScaler | None, factor: float) -> Report:
-        if parts is None:
-            return self._plain(step, scaler, factor)
-        one, scale = _seed(step, scaler)
-        return BalancedStep(self, step, parts, one, scale, factor).run()
+    def _outcome(self, step: StepLosses, parts: Parts | None, scaler: GradScaler | None, factor: float) -> Outcome:
+        if self.gradient_balancer is None or parts is None:
+            return take_plain_step(self.loss_balancer, step, scaler, factor)
+        seed = seed_of(step, scaler)
+        return Outcome(BalancedStep(self, self.gradient_balancer, step, parts, seed, factor).run())
 
     @torch.no_grad()
     def observe(self, losses: Mapping[str, Tensor] | Tensor) -> None:
-        """Show the losses of the same batch after the optimizer's step to a rule that learns from them (famo).
+        """Pass the losses of the same batch after the optimizer's step to a rule that learns from them (famo).
 
         Args:
             losses: As for `backward`, of the same tasks.
@@ -273,21 +259,24 @@ class Balancer(nn.Module):
         step = read_losses(losses, self.tasks, self.nan, self.zero)
         if bad := step.not_finite():
             raise ValueError(f"Losses must be finite, but got {bad}. Look at the data and the learning rate.")
-        apply_rule(self.loss.observe, step, step.losses)
-        self._silent_steps["observation"] = -1
+        self.loss_balancer.observe(step.losses, step.context)
+        self.reminders.observed()
 
     def end_epoch(self) -> None:
         """Close an epoch: rules that update once per epoch get its mean losses, NaN for a task that was never present."""
-        self._silent_steps["epochs"] = -1
-        if hasattr(self.loss, "end_epoch"):
-            self.loss.end_epoch(self.loss_sums / self.loss_counts)
+        self.reminders.epoch_ended()
+        self.loss_balancer.end_epoch(self.loss_sums / self.loss_counts)
         self.loss_sums.zero_()
         self.loss_counts.zero_()
 
     def estimate(
-        self, shared: Iterable[Tensor] | None = None, *, features: Any = None, measure: Iterable[Tensor] | None = None
+        self,
+        shared: Iterable[Tensor] | None = None,
+        *,
+        features: Features | None = None,
+        measure: Iterable[Tensor] | None = None,
     ) -> Estimate:
-        """Memory that a step will need beyond that of ``losses.sum().backward()``, before any step is made.
+        """Return the memory that a step will need beyond ``losses.sum().backward()``, before any step is made.
 
         Args:
             shared: As for `backward`.
@@ -295,9 +284,10 @@ class Balancer(nn.Module):
             measure: As for `backward`.
 
         Raises:
-            ValueError, TypeError: As `backward`.
+            ValueError: If an argument is missing or empty.
+            TypeError: If an argument contains something other than parameters.
         """
-        if self.gradient is None:
+        if self.gradient_balancer is None:
             return Estimate(0, 0, 0)
         if self.source == "features":
             inputs = trunk = read_features(features, computed=False)
@@ -310,140 +300,46 @@ class Balancer(nn.Module):
         """Return the names of the tasks, so that a checkpoint is not loaded into a stage for others. Shape (n,), uint8."""
         return encode_tasks(self.tasks)
 
-    def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Check the tasks of a checkpoint.
 
         Raises:
-            ValueError: If they differ from this stage's.
+            ValueError: If they differ from the tasks of this stage.
         """
         check_tasks(state, self.tasks, "Balancer")
 
     def __repr__(self) -> str:
-        loss, gradient = self._described
-        choices = {"source": "parameters", "scale": "paper", "nan": "error", "zero": "present"}
-        chosen = [f"{name}={getattr(self, name)!r}" for name, default in choices.items() if getattr(self, name) != default]
-        ways = {"engine": (self.engine.choice, "auto"), "memory": (self.engine.memory, "jacobian")}
-        chosen += [f"{name}={value!r}" for name, (value, default) in ways.items() if value != default]
+        loss, gradient = self._descriptions
+        chosen = [f"{name}={getattr(self, name)!r}" for name, default in _DEFAULTS.items() if getattr(self, name) != default]
+        engine = {"engine": (self.engine.choice, "auto"), "memory": (self.engine.memory, "jacobian")}
+        chosen += [f"{name}={value!r}" for name, (value, default) in engine.items() if value != default]
         return f"Balancer({', '.join([repr(self.tasks), f'loss={loss}', f'gradient={gradient}', *chosen])})"
 
-    def warn_of_lonely_parameters(self, step: Step, parts: Parts, reaches: Sequence[Sequence[bool]]) -> None:
-        """Warn once of shared parameters that one task alone reaches: they are probably a head."""
-        if self._warned_of_lonely_parameters or self.source != "parameters" or sum(map(any, zip(*reaches, strict=True))) < 2:
-            return
-        lonely = [i for i, tasks in enumerate(reaches) if sum(tasks) == 1]
-        if lonely:
-            self._warned_of_lonely_parameters = True
-            first = lonely[0]
-            task, shape = step.tasks[list(reaches[first]).index(True)], tuple(parts.inputs[first].shape)
-            warn_caller(
-                f"shared must hold parameters that several tasks reach, but a parameter of shape {shape} is reached by "
-                f"task '{task}' only ({len(lonely)} such in all). If it belongs to a head, leave it out of shared."
-            )
-
-    def _plain(self, step: Step, scaler: GradScaler | None, factor: float) -> Report:
-        if step.is_half:
-            return self._plain_in_half_precision(step, scaler, factor)
-        step.losses.retain_grad()  # the weights of the losses come with the backward pass
-        weighted = weigh(self.loss, step, step.losses)
-        total = weighted.sum() if factor == 1.0 else factor * weighted.sum()
-        (total if scaler is None else scaler.scale(total)).backward()  # type: ignore[no-untyped-call]
-        loss_weights = step.losses.grad
-        if loss_weights is None:
-            raise ValueError("The loss balancer must return losses that depend on the given ones, but they do not.")
-        loss_weights = loss_weights / (factor * (1.0 if scaler is None else scaler.get_scale()))
-        if scaler is not None and (self.needs_observation or isinstance(self.loss, nn.Module)):
-            gradients = [leaf.grad for leaf in leaves([step.losses]) if leaf.grad is not None]
-            self._skipped = not are_finite(gradients)  # no rule must learn from a step that the scaler will skip
-        weighted = weighted.detach()
-        return Report(step.tasks, step.losses.detach(), weighted, loss_weights, torch.ones_like(weighted))
-
-    def _plain_in_half_precision(self, step: Step, scaler: GradScaler | None, factor: float) -> Report:
-        """Take the step with one backward pass for each task: the weight of a small loss overflows as a seed of a pass."""
-        weighed = weighing(self.loss, step)
-        one, scale = _seed(step, scaler)
-        trained = [leaf for leaf in leaves(step.roots) if leaf.requires_grad]
-        found = HeadGradients([])
-        for gradients in one_by_one(AtLosses(step.roots, one), trained, keep=False):
-            found.append(trained, gradients)
-        pairs = [*found.weighted((factor * weighed.jacobian.sum(dim=0)).tolist()), *weighed.own_pairs(factor * scale)]
-        self._skipped = scaler is not None and not are_finite([as_leaf(gradient, leaf) for leaf, gradient in pairs])
-        accumulate(pairs)
-        return weighed.report(step, torch.ones(len(step.tasks), dtype=torch.float64, device="cpu"), None)
-
-    def _parts(self, step: Step, shared: Any, features: Any, measure: Any, own: Sequence[Tensor]) -> Parts | None:
-        if self.gradient is None:  # arguments that are given are checked, so that a gradient balancer is no surprise later
-            for name, given in (("shared", shared), ("measure", measure)):
-                if given is not None:
-                    read_shared(given, name, measured=False)
-            if features is not None:
-                read_features(features)
+    def _partition(
+        self,
+        step: StepLosses,
+        shared: Iterable[Tensor] | None,
+        features: Features | None,
+        measure: Iterable[Tensor] | None,
+        parameters: Sequence[Tensor],
+    ) -> Parts | None:
+        """Return shared parameters, heads and features, checked; None without a gradient balancer."""
+        if self.gradient_balancer is None:
+            _check_unused(shared, features, measure)
             return None
-        parts = read_parts(self.source, step.roots, shared, features, measure, own)
+        parts = read_parts(self.source, step.roots, shared, features, measure, parameters)
         refuse_sharded((*parts.above.functions, *parts.below.functions), (*parts.trunk, *parts.heads))
-        if self.sees == "jacobian" and measure is not None:
-            raise ValueError("measure is for rules that give weights, but this one sees the Jacobian and gives a direction.")
-        if self.sees == "jacobian" and self.source == "features" and not parts.features:
-            raise ValueError(
-                "A rule that sees the Jacobian of the features needs every path from a loss to a shared parameter to go "
-                "through one of them, and none of them to be computed from another, but that is not so here."
-            )
-        return parts
-
-    def _skip(self, step: Step, scaler: GradScaler) -> Report:
-        """Leave NaN gradients, so that the scaler skips the step; no rule sees it."""
-        self._skipped = True
-        scaler.scale(step.losses.detach())  # initialises the scaler, which scaler.step requires
-        own = list(self.parameters())
-        accumulate(nan_gradients([*leaves(step.roots), *(p for p in own if p.requires_grad)]))
-        self._remember(own)
-        losses = step.losses.detach()
-        nothing = torch.full_like(losses, torch.nan)
-        return Report(step.tasks, losses, nothing, nothing, nothing)
-
-    def _drop_consumed(self, own: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
-        """Drop gradients of own parameters that an optimizer has used, or that belong to a skipped step.
-
-        Not every training loop sets them to zero: it may know the model's parameters only.
-
-        Returns:
-            The parameters and their ``.grad`` before.
-        """
-        before = [(parameter, parameter.grad) for parameter in own]
-        for parameter, gradient in before:
-            left = self._left.get(id(parameter))
-            if gradient is None or left is None or left.gradient != id(gradient):
-                continue
-            # Fused optimizers do not count as a new version, so the values decide
-            if left.skipped or left.version != parameter._version or not torch.equal(left.value, parameter):
-                parameter.grad = None
-        return before
-
-    def _remember(self, own: Sequence[Tensor]) -> None:
-        """Remember the own parameters as this step left them, to see later whether an optimizer has used the gradients."""
-        self._left = {id(p): _Left(id(p.grad), p._version, p.detach().clone(), self._skipped) for p in own if p.requires_grad}
-
-    def _put_back(self, rules: Snapshot, stretch: Tensor, own: list[tuple[Tensor, Tensor | None]]) -> None:
-        rules.restore()
-        self.stretch.copy_(stretch)
-        for parameter, gradient in own:
-            parameter.grad = gradient
-
-    def _warn_of_silence(self) -> None:
-        """Warn once of a call that a loss balancer needs and that never comes."""
-        calls = {
-            "observation": (self.needs_observation, "observe(losses) after each optimizer step"),
-            "epochs": (getattr(self.loss, "needs_epochs", False), "end_epoch() after each epoch"),
-        }
-        for kind, (needed, call) in calls.items():
-            if not needed or self._silent_steps[kind] < 0:
-                continue
-            self._silent_steps[kind] += 1
-            if self._silent_steps[kind] == _SILENT_STEPS[kind]:
-                self._silent_steps[kind] = -1
-                warn_caller(
-                    f"The loss balancer {self._described[0]} needs balancer.{call}, but {_SILENT_STEPS[kind]} steps have "
-                    "passed without: its weights stay as they are. Ignore this if the call is still to come."
+        if self.gradient_balancer.sees == "jacobian":
+            if measure is not None:
+                raise ValueError(
+                    "measure is for rules that give weights, but this one sees the Jacobian and gives a direction."
                 )
+            if self.source == "features" and not parts.features:
+                raise ValueError(
+                    "A rule that sees the Jacobian of the features needs every path from a loss to a shared parameter to go "
+                    "through one of them, and none of them to be computed from another, but that is not so here."
+                )
+        return parts
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Balancer:  # noqa: FBT001, FBT002
         """Move or cast, as ``.to()`` and ``.half()`` ask; the rules' state keeps its values and dtypes."""
@@ -451,10 +347,40 @@ class Balancer(nn.Module):
         return self
 
 
-def _seed(step: Step, scaler: GradScaler | None) -> tuple[Tensor, float]:
-    """Return the gradient with which backward passes begin, as a tensor and as a number."""
-    one = torch.ones_like(step.losses[0].detach())
-    return (one, 1.0) if scaler is None else (scaler.scale(one), scaler.get_scale())
+def _check_choices(
+    source: object, heads: object, scale: object, nan: object, zero: object, engine: object, memory: object
+) -> None:
+    check_type("source", source, Source)
+    check_type("scale", scale, Scale)
+    check_type("nan", nan, NanPolicy)
+    check_type("zero", zero, ZeroPolicy)
+    check_type("engine", engine, EngineChoice)
+    check_type("memory", memory, Memory)
+    if heads is not None:
+        check_type("heads", heads, Heads)
+
+
+def _check_jacobian_balancer(name: str, heads: Heads, scale: Scale, memory: Memory) -> None:
+    if heads == "weighted" or scale == "sum":
+        raise ValueError(
+            f"'{name}' sees the Jacobian and has no weights, but got heads={heads!r}, scale={scale!r}. "
+            'Use heads="unweighted" and scale="paper" or "norm".'
+        )
+    if memory == "gramian":
+        raise ValueError(f"'{name}' sees the Jacobian, which memory='gramian' does not keep. Use memory='jacobian'.")
+
+
+def _check_unused(shared: Iterable[Tensor] | None, features: Features | None, measure: Iterable[Tensor] | None) -> None:
+    """Check arguments that only a gradient balancer uses, so that a gradient balancer added later raises no new error."""
+    for name, parameters in (("shared", shared), ("measure", measure)):
+        if parameters is not None:
+            read_shared(parameters, name, measured=False)
+    if features is not None:
+        read_features(features)
+
+
+def _description(gradient: str | GradientRule | None, options: Mapping[str, Any] | None) -> str:
+    return "None" if gradient is None else describe(gradient, options)
 
 
 def _refuse_several_processes() -> None:

@@ -2,81 +2,127 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from balance.engine.accumulate import without_hooks
 from balance.engine.gramian import loss_jacobian
 from balance.engine.graph import leaves
-from balance.rules.build import apply_rule
 from balance.stage.report import Report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
     from balance.engine.accumulate import LeafGradient
-    from balance.stage.arguments import Step
+    from balance.rules.protocol import LossBalancer
+    from balance.stage.arguments import StepLosses
     from balance.types import Gramian, Losses, WeightedLosses, Weights
 
 
-class Weighing(NamedTuple):
+class Weighting(NamedTuple):
+    """Linear map from the gradients of the raw losses to the gradients of the weighted losses.
+
+    Attributes:
+        matrix: Derivative of the weighted losses with respect to the losses. Shape (K, K), or its diagonal (K,).
+    """
+
+    matrix: Tensor
+
+    def gramian(self, gramian: Gramian) -> Gramian:
+        """Return the Gramian of the weighted losses, given the Gramian of the raw losses. Shape (K, K)."""
+        E = self.matrix
+        return E[:, None] * gramian * E if E.ndim == 1 else E @ gramian @ E.T
+
+    def rows(self, positions: Tensor) -> Weighting:
+        """Return the map to the gradients of some weighted losses only. Shape (k,) -> a matrix (k, K)."""
+        return Weighting(self.matrix[positions])
+
+    def pull_back(self, weights: Weights) -> Weights:
+        """Return weights of raw gradients with the direction of the given weights of weighted gradients. Shape (K,)."""
+        return weights * self.matrix if self.matrix.ndim == 1 else weights @ self.matrix
+
+
+class WeightedStep(NamedTuple):
     """Weighted losses of one step and their derivatives, detached."""
 
     weighted: WeightedLosses
-    jacobian: Tensor  # (K, K), of the weighted losses with respect to the losses
-    own: list[Tensor]  # the loss balancer's parameters
-    own_gradients: Sequence[Tensor | None]  # of the plain sum of the weighted losses
+    weighting: Weighting
+    parameters: list[Tensor]  # of the loss balancer
+    parameter_gradients: Sequence[Tensor | None]  # of the plain sum of the weighted losses
 
-    def own_pairs(self, factor: float = 1.0) -> list[LeafGradient]:
+    @property
+    def loss_weights(self) -> Weights:
+        """Weight of each raw loss in the sum of the weighted losses. Shape (K,), float64."""
+        return self.weighting.matrix.sum(dim=0)
+
+    def parameter_pairs(self, factor: float = 1.0) -> list[LeafGradient]:
         """Return the loss balancer's parameters and the gradients of the plain sum of the weighted losses, times a factor."""
-        pairs = zip(self.own, self.own_gradients, strict=True)
+        pairs = zip(self.parameters, self.parameter_gradients, strict=True)
         return [
             (parameter, gradient if factor == 1.0 else factor * gradient)
             for parameter, gradient in pairs
             if gradient is not None
         ]
 
-    def report(self, step: Step, weights: Weights | None, gramian: Gramian | None, unshared: tuple[str, ...] = ()) -> Report:
+    def report(
+        self, step: StepLosses, weights: Weights | None, gramian: Gramian | None, unshared: tuple[str, ...] = ()
+    ) -> Report:
         """Return the record of a step with these weighted losses."""
         losses = step.losses.detach()
-        loss_weights = self.jacobian.sum(dim=0).to(losses.device, torch.promote_types(losses.dtype, torch.float32))
+        loss_weights = self.loss_weights.to(losses.device, torch.promote_types(losses.dtype, torch.float32))
         weights = None if weights is None else weights.to(losses)
         return Report(step.tasks, losses, self.weighted.to(losses), loss_weights, weights, gramian, unshared)
 
 
-def weighing(rule: Callable[..., Any], step: Step) -> Weighing:
-    """Apply a loss balancer to detached losses, and differentiate it.
+def weighted_step(rule: LossBalancer, step: StepLosses) -> WeightedStep:
+    """Apply a loss balancer to detached losses and differentiate its output.
+
+    Args:
+        rule: The loss balancer.
+        step: The losses of the step.
 
     Raises:
-        ValueError: As `weigh`.
+        ValueError: As `weighted_losses`.
     """
     losses = step.losses.detach()
     if step.is_half and losses.device.type != "mps":  # the only device without float64
         losses = losses.double()  # the weight of a small loss overflows in half precision
     losses.requires_grad_()
-    weighted = weigh(rule, step, losses)
-    own = [tensor for tensor in leaves([weighted.sum()]) if tensor is not losses and tensor.requires_grad]
-    with without_hooks(own):  # which act when the gradients are accumulated
-        gradients = torch.autograd.grad(weighted.sum(), own, retain_graph=True, allow_unused=True) if own else ()
-    return Weighing(weighted.detach(), loss_jacobian(weighted, losses).cpu(), own, gradients)
+    weighted = weighted_losses(rule, step, losses)
+    parameters = [tensor for tensor in leaves([weighted.sum()]) if tensor is not losses and tensor.requires_grad]
+    with without_hooks(parameters):  # these hooks act when the gradients are accumulated
+        gradients = torch.autograd.grad(weighted.sum(), parameters, retain_graph=True, allow_unused=True) if parameters else ()
+    E = loss_jacobian(weighted, losses).cpu()
+    return WeightedStep(weighted.detach(), Weighting(E), parameters, gradients)
 
 
-def weigh(rule: Callable[..., Any], step: Step, losses: Losses) -> WeightedLosses:
-    """Apply a loss balancer.
+def weighted_losses(rule: LossBalancer, step: StepLosses, losses: Losses) -> WeightedLosses:
+    """Apply a loss balancer and check its output.
+
+    Args:
+        rule: The loss balancer.
+        step: The tasks of the step.
+        losses: Losses that require a gradient. Shape (K,).
+
+    Returns:
+        The weighted losses. Shape (K,).
 
     Raises:
-        ValueError: If what it returns is not one finite value per task that depends on the losses.
+        ValueError: If the rule does not return one finite value per task that depends on the losses.
     """
     with torch.enable_grad():
-        weighted = apply_rule(rule, step, losses)
+        weighted = rule(losses, step.context)
     if not isinstance(weighted, torch.Tensor) or weighted.shape != losses.shape:
-        found = tuple(weighted.shape) if isinstance(weighted, torch.Tensor) else type(weighted).__name__
-        raise ValueError(f"The loss balancer must return shape {tuple(losses.shape)}, one value per task, but got {found}.")
+        actual = tuple(weighted.shape) if isinstance(weighted, torch.Tensor) else type(weighted).__name__
+        raise ValueError(f"The loss balancer must return shape {tuple(losses.shape)}, one value per task, but got {actual}.")
     if not weighted.requires_grad:
         raise ValueError("The loss balancer must return losses that depend on the given ones, but they are detached.")
     if not weighted.isfinite().all():
-        raise ValueError(f"The loss balancer made {weighted.tolist()} of the losses {losses.tolist()} of {step.tasks}.")
+        raise ValueError(
+            f"The loss balancer must return finite losses, but got {weighted.tolist()} from the losses {losses.tolist()} "
+            f"of {step.tasks}."
+        )
     return weighted

@@ -1,21 +1,20 @@
-"""One step of the stage with a gradient balancer: weigh, measure, solve, accumulate."""
+"""One step of the stage with a gradient balancer: measure, weigh, solve, accumulate."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from balance.engine.accumulate import accumulate, added, are_finite, as_leaf, delivery, paired, without_hooks
+from balance.engine.accumulate import accumulate, are_finite, paired, without_hooks
 from balance.engine.custom_functions import walks_once
 from balance.engine.gramian import Rows, change_rows, flat
 from balance.engine.graph import Reach
 from balance.engine.passes import AtFeatures, AtLosses, weighted_sum
-from balance.rules.build import apply_rule
-from balance.rules.registry import checked_weights, takes
-from balance.stage.loss_weighting import Weighing, weighing
+from balance.stage.accumulation import NotFiniteError, require_finite, run_ordinary_backward
+from balance.stage.loss_weighting import WeightedStep, Weighting, weighted_step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,19 +22,49 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from balance.engine.accumulate import LeafGradient
-    from balance.engine.engine import TaskGradients
+    from balance.engine.engine import Engine, TaskGradients
     from balance.engine.partition import Parts
     from balance.engine.passes import Start
-    from balance.stage.arguments import Step
-    from balance.stage.balancer import Balancer
+    from balance.rules.protocol import GradientBalancer, JacobianBalancer, LossBalancer
+    from balance.stage.arguments import StepLosses, ZeroPolicy
+    from balance.stage.plain_step import Seed
+    from balance.stage.reminders import Reminders
     from balance.stage.report import Report
-    from balance.types import Direction, Gramian, Jacobian, Source, Weights
+    from balance.types import Direction, Gramian, Heads, Scale, Source, Weights
 
 _ROUNDING = 1e-13  # of the squared length of a direction, relative to the largest that its terms could add up to
 
 
-class NotFiniteError(ValueError):
-    """A gradient has an infinite or NaN entry; ``.grad`` is as before."""
+class Stage(Protocol):
+    """Rules and options of a balancer that a step uses; see `balance.Balancer`.
+
+    Attributes:
+        loss_balancer: Rule of the losses.
+        heads: Treatment of task-specific parameters.
+        scale: Length of the direction.
+        zero: Meaning of a zero loss or gradient.
+        source: Tensors on which conflict is measured.
+        engine: Computation of the task gradients.
+        stretch: Factor of ``scale`` on the last direction, for steps that reuse its weights. Shape ()
+        reminders: Warnings that are given once.
+    """
+
+    loss_balancer: LossBalancer
+    heads: Heads
+    scale: Scale
+    zero: ZeroPolicy
+    source: Source
+    engine: Engine
+    stretch: Tensor
+    reminders: Reminders
+
+
+class _Measurement(NamedTuple):
+    """Inner products and lengths of the gradients of the raw losses, on the host."""
+
+    gramian: Gramian  # without the factor of mixed precision. Shape (K, K)
+    shared_lengths: Tensor  # with that factor. Shape (K,)
+    head_lengths: Tensor  # with that factor. Shape (K,)
 
 
 @dataclass
@@ -43,19 +72,19 @@ class BalancedStep:
     """One step with a gradient balancer.
 
     Attributes:
-        stage: The balancer, for its rules and options.
+        stage: Rules and options.
+        rule: The gradient balancer.
         step: The losses.
-        parts: The leaves of the graph.
-        one: Gradient with which every backward pass begins: 1, or the scale of mixed precision. Shape ()
-        scale: The same as a number.
+        parts: Leaf tensors of the graph.
+        seed: Gradient with which every backward pass begins.
         factor: Factor on what is added to ``.grad``.
     """
 
-    stage: Balancer
-    step: Step
+    stage: Stage
+    rule: GradientBalancer | JacobianBalancer
+    step: StepLosses
     parts: Parts
-    one: Tensor
-    scale: float
+    seed: Seed
     factor: float
 
     def run(self) -> Report:
@@ -66,100 +95,106 @@ class BalancedStep:
             ValueError: If a rule fails, or the losses do not reach what they should.
             RuntimeError: If the graph cannot be walked once for each task.
         """
-        start = AtLosses(self.step.roots, self.one)
-        weighed = weighing(self.stage.loss, self.step)
-        if not are_finite([gradient for _, gradient in weighed.own_pairs()]):
+        start = AtLosses(self.step.roots, self.seed.gradient)
+        weighted = self._weighted()
+        if (reused := self._reused_weights(weighted)) is not None:
+            return self._reuse(start, weighted, *reused)
+        gradients = self.stage.engine.measure(start, self.parts, whole=self.rule.sees == "jacobian")
+        measured = self._measurement(gradients)
+        balanced = self._balanced(gradients, weighted, measured.gramian)
+        self._remind(gradients)
+        gramian = weighted.weighting.gramian(measured.gramian)
+        if gradients.jacobian is None or not self.parts.inputs:
+            weights = self._weights(gradients, weighted, balanced, gramian)
+            self._accumulate_weighted(gradients, weighted, balanced, weights, measured)
+            return weighted.report(self.step, weights, gramian, self._unshared(balanced))
+        direction = self._direction(gradients, weighted, balanced, gramian)
+        self._accumulate_direction(gradients, weighted, direction)
+        return weighted.report(self.step, None, gramian, self._unshared(balanced))
+
+    def _weighted(self) -> WeightedStep:
+        """Return the weighted losses, whose gradients of the loss balancer's own parameters are finite."""
+        weighted = weighted_step(self.stage.loss_balancer, self.step)
+        if not are_finite([gradient for _, gradient in weighted.parameter_pairs()]):
             raise NotFiniteError("Gradients of the loss balancer's parameters must be finite, but got infinite or NaN entries.")
-        if hasattr(self.stage.gradient, "reuse") and self.parts.inputs:
-            reached = Reach(self.parts.above, self.step.roots).of_any(self.parts.inputs)
-            at = _concerned(weighed, reached)
-            weights = self.stage.gradient.reuse(self.step.at(at).present) if len(at) else None
-            if weights is not None:
-                return self._reused(start, weighed, at, weights)
-        return self._measured(start, weighed)
+        return weighted
 
-    def _measured(self, start: AtLosses, weighed: Weighing) -> Report:
-        found = self.stage.engine.measure(start, self.parts, whole=self.stage.sees == "jacobian")
-        G = self._checked_gramian(found)
-        E = weighed.jacobian  # (K, K): gradients of the weighted losses = E @ gradients of the losses
-        at = self._balanced(found, weighed, G)  # indices of the tasks that the rule balances
-        limits = (found.gramian.diagonal().cpu().clamp(min=0).sqrt(), self._head_lengths)
-        G = E @ G @ E.T
-        self.stage.warn_of_lonely_parameters(self.step, self.parts, found.reaches)
-        if found.jacobian is None or not self.parts.inputs:
-            weights = torch.ones_like(G[0])
-            if self.parts.inputs and len(at):
-                weights[at] = self._weights(found, at, G[at][:, at], E[at])
-            shared_weights = self.factor * (weights[at] @ E[at] if self.parts.inputs else weights)
-            head_weights = self.factor * (weights @ E if self.stage.heads == "weighted" else E.sum(dim=0))
-            others = [*found.heads.weighted(head_weights.tolist()), *weighed.own_pairs(self.factor * self.scale)]
-            largest = None if found.needs_pass else _largest((shared_weights, head_weights), limits)
-            self._write(found, shared_weights.tolist(), others, largest)
-            return weighed.report(self.step, weights, G, self._unshared(at))
-        head_weights = self.factor * E.sum(dim=0)
-        others = [*found.heads.weighted(head_weights.tolist()), *weighed.own_pairs(self.factor * self.scale)]
-        change_rows(found.jacobian, E / self.scale)
-        J = found.jacobian if len(at) == len(G) else found.jacobian[at.to(found.jacobian.device)]
-        self._write_direction(found, self.scale * self.factor * self._direction(at, G[at][:, at], J), others)
-        return weighed.report(self.step, None, G, self._unshared(at))
-
-    def _checked_gramian(self, found: TaskGradients) -> Gramian:
-        """Return the Gramian of the raw losses, unscaled, after one copy to the host. Shape (K, K)."""
-        if self.parts.inputs and not any(found.reached):
+    def _measurement(self, gradients: TaskGradients) -> _Measurement:
+        """Return inner products and lengths of finite gradients, after one copy to the host."""
+        if self.parts.inputs and not any(gradients.reached):
             raise ValueError(_unreached(self.stage.source, len(self.parts.inputs)))
-        numbers = torch.cat([found.gramian, found.heads.lengths(found.gramian.device)[None]]).cpu()
-        found.gramian, self._head_lengths = numbers[:-1], numbers[-1]
-        finite = found.gramian.diagonal().isfinite().tolist()
-        lengths = self._head_lengths.isfinite().tolist()
-        bad = [task for k, task in enumerate(self.step.tasks) if not finite[k] or not (lengths[k] or found.heads.is_finite(k))]
+        numbers = torch.cat([gradients.gramian, gradients.heads.lengths(gradients.gramian.device)[None]]).cpu()
+        gradients.gramian, head_lengths = numbers[:-1], numbers[-1]
+        squares = gradients.gramian.diagonal()
+        finite, heads_finite = squares.isfinite().tolist(), head_lengths.isfinite().tolist()
+        bad = [
+            task
+            for k, task in enumerate(self.step.tasks)
+            if not finite[k] or not (heads_finite[k] or gradients.heads.is_finite(k))
+        ]
         if bad:
             raise NotFiniteError(f"Gradients must be finite, but those of {', '.join(bad)} are not. Look at the learning rate.")
-        return found.gramian / self.scale**2
+        return _Measurement(gradients.gramian / self.seed.scale**2, squares.clamp(min=0).sqrt(), head_lengths)
 
-    def _balanced(self, found: TaskGradients, weighed: Weighing, G: Gramian) -> Tensor:
-        """Return the indices of the tasks that the rule balances: those that reach the shared parameters."""
+    def _balanced(self, gradients: TaskGradients, weighted: WeightedStep, gramian: Gramian) -> Tensor:
+        """Return the positions of the tasks that the rule balances, because they reach the shared parameters. Shape (k,)."""
         if not self.parts.inputs:
-            return torch.arange(len(G), device="cpu")
-        reached = found.reaching
+            return torch.arange(len(gramian), device="cpu")
+        reaching = gradients.reaching
         if self.stage.zero == "absent":
-            reached = [there and float(square) > 0 for there, square in zip(reached, G.diagonal(), strict=True)]
-        return _concerned(weighed, reached)
+            reaching = [reaches and float(square) > 0 for reaches, square in zip(reaching, gramian.diagonal(), strict=True)]
+        return _depending(weighted, reaching)
 
-    def _unshared(self, at: Tensor) -> tuple[str, ...]:
-        balanced = set(at.tolist())
-        return tuple(task for k, task in enumerate(self.step.tasks) if k not in balanced)
+    def _unshared(self, balanced: Tensor) -> tuple[str, ...]:
+        positions = set(balanced.tolist())
+        return tuple(task for k, task in enumerate(self.step.tasks) if k not in positions)
 
-    def _weights(self, found: TaskGradients, at: Tensor, G: Gramian, E: Tensor) -> Weights:
-        """Return the weights of the gradients of the weighted losses of the tasks ``at``. Shape (k,)."""
-        step = self.step.at(at)
-        weights = checked_weights(apply_rule(self.stage.gradient, step, G, **self._keywords(step)), len(G)).to(G)
+    def _remind(self, gradients: TaskGradients) -> None:
+        if self.stage.source == "parameters":
+            self.stage.reminders.check_shared(self.step.tasks, self.parts.inputs, gradients.reaches)
+
+    def _weights(self, gradients: TaskGradients, weighted: WeightedStep, balanced: Tensor, gramian: Gramian) -> Weights:
+        """Return the weights of the gradients of all weighted losses; 1 for a task that takes no part. Shape (K,)."""
+        weights = torch.ones_like(gramian[0])
+        if self.parts.inputs and len(balanced):
+            G = gramian[balanced][:, balanced]
+            weights[balanced] = self._solve(gradients.start, weighted.weighting.rows(balanced), balanced, G)
+        return weights
+
+    def _solve(self, start: Start, weighting: Weighting, balanced: Tensor, G: Gramian) -> Weights:
+        """Apply the rule and the option ``scale`` to the balanced tasks. Shape (k,)."""
+        weights = self.rule(G, self.step.context_of(balanced)).to(G)
         if self.stage.scale == "sum":
-            total = float(weights.sum())
-            return weights * (len(G) / total if total > 0 else 1.0)
+            return weights * _stretch_to_sum(weights)
         rounding = float(weights.abs() @ G.diagonal().clamp(min=0).sqrt()) ** 2 * _ROUNDING
         stretch = self._stretch(G, float(weights @ G @ weights), rounding)
         if self.parts.source == "parameters" and len(self.parts.inputs) < len(self.parts.trunk):
-            stretch = self._stretch_of_the_whole(found.start, weights, G, E, stretch)
+            stretch = self._stretch_of_trunk(start, weighting, weights, G, stretch)
         self.stage.stretch.fill_(stretch)
         return weights * stretch
 
-    def _stretch(self, G: Gramian, square: float, rounding: float) -> float:
-        """Return the factor from a direction's length to that of the summed gradient, if that is asked for."""
-        if self.stage.scale != "norm" or square <= rounding:  # a direction that is zero but for rounding stays so
+    def _stretch(self, gramian: Gramian, square: float, rounding: float) -> float:
+        """Return the factor from a direction's length to the length of the summed gradient, with ``scale="norm"``."""
+        if self.stage.scale != "norm" or square <= rounding:  # a direction that is zero but for rounding stays zero
             return 1.0
-        return math.sqrt(max(float(G.sum()), 0.0) / square)
+        return math.sqrt(max(float(gramian.sum()), 0.0) / square)
 
-    def _stretch_of_the_whole(self, start: Start, weights: Weights, G: Gramian, E: Tensor, stretch: float) -> float:
-        """Correct the factor where only some of the shared parameters were measured, so that all get the length meant.
+    def _stretch_of_trunk(
+        self, start: Start, weighting: Weighting, weights: Weights, gramian: Gramian, stretch: float
+    ) -> float:
+        """Correct the factor where only some of the shared parameters were measured, so that all get the intended length.
 
-        That is the length of the summed gradient with ``scale="norm"``, and the length of the measured direction for a rule
-        whose length does not depend on the lengths of the gradients. Costs one or two backward passes.
+        With ``scale="norm"`` it is the length of the summed gradient. For a rule of fixed length it is the length of the
+        measured direction. Costs one or two backward passes.
         """
-        fixed = self.stage.scale == "paper" and self.stage.fixed_length
+        fixed = self.stage.scale == "paper" and self.rule.fixed_length
         if not fixed and self.stage.scale != "norm":
             return stretch
-        length = self._length(start, weights @ E)
-        target = math.sqrt(max(float(weights @ G @ weights), 0.0)) if fixed else self._length(start, E.sum(dim=0))
+        length = self._length(start, weighting.pull_back(weights))
+        if fixed:
+            target = math.sqrt(max(float(weights @ gramian @ weights), 0.0))
+        else:
+            target = self._length(start, weighting.matrix.sum(dim=0))
         return target / length if 0 < length < math.inf and math.isfinite(target) else stretch
 
     def _length(self, start: Start, row_weights: Tensor) -> float:
@@ -167,114 +202,130 @@ class BalancedStep:
         with without_hooks(self.parts.trunk):
             gradients = weighted_sum(start, row_weights.tolist(), self.parts.trunk, keep=True)
         squares = [torch.linalg.vector_norm(g.to_dense()).double().cpu().square() for g in gradients if g is not None]
-        return math.sqrt(float(sum(squares))) / self.scale
+        return math.sqrt(float(sum(squares))) / self.seed.scale
 
-    def _direction(self, at: Tensor, G: Gramian, J: Jacobian) -> Direction:
-        """Return the direction of a rule that sees the Jacobian. Shape (P,)."""
-        step = self.step.at(at)
-        direction = apply_rule(self.stage.gradient, step, J, **self._keywords(step))
-        if not isinstance(direction, torch.Tensor) or direction.shape != J.shape[1:] or not direction.isfinite().all():
-            raise ValueError(f"The gradient balancer must return a finite direction ({J.shape[1]},), but got {direction}.")
-        direction = direction.detach()
+    def _direction(self, gradients: TaskGradients, weighted: WeightedStep, balanced: Tensor, gramian: Gramian) -> Direction:
+        """Return the direction of a rule that sees the Jacobian of the weighted losses, with all factors. Shape (P,)."""
+        assert gradients.jacobian is not None
+        change_rows(gradients.jacobian, weighted.weighting.matrix / self.seed.scale)
+        J = gradients.jacobian
+        if len(balanced) < len(gramian):
+            J = J[balanced.to(J.device)]
+        direction = self.rule(J, self.step.context_of(balanced))
         square = float(torch.linalg.vector_norm(direction, dtype=torch.float64)) ** 2
-        return direction * self._stretch(G, square, 0.0)
+        return self.seed.scale * self.factor * (direction * self._stretch(gramian[balanced][:, balanced], square, 0.0))
 
-    def _keywords(self, step: Step) -> dict[str, Tensor]:
-        return {"losses": step.host} if takes(self.stage.gradient, "losses") else {}
+    def _head_weights(self, weighted: WeightedStep, weights: Weights) -> Weights:
+        """Return the weights of the raw gradients of the heads. Shape (K,)."""
+        if self.stage.heads == "weighted":
+            return self.factor * weighted.weighting.pull_back(weights)
+        return self.factor * weighted.loss_weights
 
-    def _reused(self, start: AtLosses, weighed: Weighing, at: Tensor, solved: Weights) -> Report:
+    def _accumulate_weighted(
+        self,
+        gradients: TaskGradients,
+        weighted: WeightedStep,
+        balanced: Tensor,
+        weights: Weights,
+        measured: _Measurement,
+    ) -> None:
+        """Accumulate the weighted sums of the tasks' gradients."""
+        shared_weights = self.factor * weights
+        if self.parts.inputs:
+            shared_weights = self.factor * weighted.weighting.rows(balanced).pull_back(weights[balanced])
+        head_weights = self._head_weights(weighted, weights)
+        others = [
+            *gradients.heads.weighted(head_weights.tolist()),
+            *weighted.parameter_pairs(self.factor * self.seed.scale),
+        ]
+        bound = None
+        if not gradients.needs_pass:
+            bound = _bound((shared_weights, head_weights), (measured.shared_lengths, measured.head_lengths))
+        self._write(gradients, shared_weights.tolist(), others, bound)
+
+    def _accumulate_direction(self, gradients: TaskGradients, weighted: WeightedStep, direction: Direction) -> None:
+        """Accumulate a direction, of the parameters or of the features, and the gradients of the heads."""
+        head_weights = self.factor * weighted.loss_weights
+        others = [
+            *gradients.heads.weighted(head_weights.tolist()),
+            *weighted.parameter_pairs(self.factor * self.seed.scale),
+        ]
+        pieces = gradients.cut(direction)
+        if self.parts.source == "features":
+            gradients.follow(pieces)
+            self._write(gradients, [1.0], others, None)
+            return
+        pairs = [*paired(self.parts.inputs, pieces), *others]
+        require_finite(pairs, self.step.tasks)
+        accumulate(pairs)
+
+    def _reused_weights(self, weighted: WeightedStep) -> tuple[Tensor, Weights] | None:
+        """Return balanced tasks and weights of an earlier step that the rule uses again; None if it must solve."""
+        if self.rule.sees == "jacobian" or not self.rule.reuses or not self.parts.inputs:
+            return None
+        reaching = Reach(self.parts.above, self.step.roots).of_any(self.parts.inputs)
+        balanced = _depending(weighted, reaching)
+        weights = self.rule.reuse(self.step.context_of(balanced)) if len(balanced) else None
+        return None if weights is None else (balanced, weights)
+
+    def _reuse(self, start: AtLosses, weighted: WeightedStep, balanced: Tensor, solved: Weights) -> Report:
         """Take a step with known weights: one backward pass, and one through unweighted heads."""
-        E, parts = weighed.jacobian, self.parts
-        total = float(solved.sum())
-        by_sum = self.stage.scale == "sum"
-        stretch = (len(solved) / total if total > 0 else 1.0) if by_sum else float(self.stage.stretch)
-        weights = torch.ones(len(E), dtype=torch.float64, device="cpu")
-        weights[at] = solved.cpu().double() * stretch
-        shared_weights = (self.factor * (weights[at] @ E[at])).tolist()
-        head_weights = (self.factor * (weights @ E if self.stage.heads == "weighted" else E.sum(dim=0))).tolist()
-        own = weighed.own_pairs(self.factor * self.scale)
-        if parts.source == "features" and parts.features and walks_once(parts.below.functions):
-            with without_hooks(parts.heads):
-                heads = paired(parts.heads, weighted_sum(start, head_weights, parts.heads, keep=True))
-            through = weighted_sum(start, shared_weights, parts.features)
-            rows = Rows(1, [[None if gradient is None else flat(gradient)] for gradient in through])
-            self._ordinary_backward(AtFeatures(parts.features, rows), [1.0], [*heads, *own])
-            return weighed.report(self.step, weights, None, self._unshared(at))
-        leaves = [*parts.heads, *parts.trunk]
+        weights = torch.ones(len(self.step.tasks), dtype=torch.float64, device="cpu")
+        stretch = _stretch_to_sum(solved) if self.stage.scale == "sum" else float(self.stage.stretch)
+        weights[balanced] = solved.cpu().double() * stretch
+        shared = (self.factor * weighted.weighting.rows(balanced).pull_back(weights[balanced])).tolist()
+        heads = self._head_weights(weighted, weights).tolist()
+        own = weighted.parameter_pairs(self.factor * self.seed.scale)
+        if self.parts.source == "features" and self.parts.features and walks_once(self.parts.below.functions):
+            self._run_through_features(start, shared, heads, own)
+        else:
+            pairs = self._weighted_pairs(start, shared, heads)
+            require_finite(pairs, self.step.tasks)
+            accumulate([*pairs, *own])
+        return weighted.report(self.step, weights, None, self._unshared(balanced))
+
+    def _weighted_pairs(self, start: AtLosses, shared_weights: list[float], head_weights: list[float]) -> list[LeafGradient]:
+        """Return the weighted gradients of heads and trunk, by one backward pass if their weights are equal."""
+        leaves = [*self.parts.heads, *self.parts.trunk]
         with without_hooks(leaves):
             if head_weights == shared_weights:
                 gradients = weighted_sum(start, shared_weights, leaves)
             else:
-                gradients = weighted_sum(start, head_weights, parts.heads, keep=True)
-                gradients += weighted_sum(start, shared_weights, parts.trunk)
-        pairs = paired(leaves, gradients)
-        self._require_finite(pairs)
-        accumulate([*pairs, *own])
-        return weighed.report(self.step, weights, None, self._unshared(at))
+                gradients = weighted_sum(start, head_weights, self.parts.heads, keep=True)
+                gradients += weighted_sum(start, shared_weights, self.parts.trunk)
+        return paired(leaves, gradients)
+
+    def _run_through_features(
+        self, start: AtLosses, shared_weights: list[float], head_weights: list[float], own: list[LeafGradient]
+    ) -> None:
+        """Run passes to the heads and to the features, then one ordinary backward pass below the features."""
+        with without_hooks(self.parts.heads):
+            heads = paired(self.parts.heads, weighted_sum(start, head_weights, self.parts.heads, keep=True))
+        cotangents = weighted_sum(start, shared_weights, self.parts.features)
+        rows = Rows(1, [[None if gradient is None else flat(gradient)] for gradient in cotangents])
+        begin = AtFeatures(self.parts.features, rows)
+        run_ordinary_backward(begin, [1.0], [*heads, *own], self.parts.trunk, self.step.tasks)
 
     def _write(
-        self, found: TaskGradients, shared_weights: list[float], others: list[LeafGradient], largest: float | None
+        self, gradients: TaskGradients, shared_weights: list[float], others: list[LeafGradient], bound: float | None
     ) -> None:
-        """Accumulate a weighted sum of the tasks' gradients, and the gradients of other leaves.
+        """Accumulate a weighted sum of the tasks' gradients, and the gradients of other leaf tensors.
 
         Args:
-            found: The tasks' gradients.
+            gradients: The tasks' gradients.
             shared_weights: Weight of each task's gradient of the shared parameters.
             others: Gradients of heads, and of the balancer's own parameters.
-            largest: Bound on the entries; None if there is none.
+            bound: Bound on the entries; None if unknown.
         """
-        if self._walks_once(found.start):
-            self._ordinary_backward(found.start, shared_weights, others)
+        start = gradients.start
+        if isinstance(start, AtFeatures) and self.parts.source == "features" and walks_once(self.parts.below.functions):
+            run_ordinary_backward(start, shared_weights, others, self.parts.trunk, self.step.tasks)
             return
         with without_hooks(self.parts.trunk):
-            pairs = [*found.weighted(shared_weights), *others]
-        if largest is None or any(largest > torch.finfo(dtype).max for dtype in {leaf.dtype for leaf, _ in pairs}):
-            self._require_finite(pairs)
+            pairs = [*gradients.weighted(shared_weights), *others]
+        if bound is None or any(bound > torch.finfo(dtype).max for dtype in {leaf.dtype for leaf, _ in pairs}):
+            require_finite(pairs, self.step.tasks)
         accumulate(pairs)
-
-    def _write_direction(self, found: TaskGradients, direction: Direction, others: list[LeafGradient]) -> None:
-        """Accumulate a direction, of the parameters or of the features, and the gradients of other leaves."""
-        pieces = found.cut(direction)
-        if self.parts.source == "features":
-            found.follow(pieces)
-            self._write(found, [1.0], others, None)
-            return
-        pairs = [*paired(self.parts.inputs, pieces), *others]
-        self._require_finite(pairs)
-        accumulate(pairs)
-
-    def _walks_once(self, start: Start) -> bool:
-        return isinstance(start, AtFeatures) and self.parts.source == "features" and walks_once(self.parts.below.functions)
-
-    def _ordinary_backward(self, start: Start, weights: list[float], others: list[LeafGradient]) -> None:
-        """Run an ordinary backward pass, in which every leaf accumulates, for functions that need that."""
-        outputs, gradients = start.together(weights)
-        if (total := delivery(others)) is not None:
-            outputs.append(total)
-            gradients.append(torch.ones_like(total))
-        before = [(leaf, leaf.grad) for leaf in (*self.parts.trunk, *(leaf for leaf, _ in others))]
-        for leaf, _ in before:
-            leaf.grad = None
-        try:
-            with start.entered():
-                torch.autograd.backward(outputs, gradients)  # type: ignore[arg-type]
-            self._require_finite([(leaf, leaf.grad) for leaf, _ in before if leaf.grad is not None])
-        except BaseException:
-            for leaf, gradient in before:
-                leaf.grad = gradient
-            raise
-        for leaf, gradient in before:
-            if gradient is not None:
-                new, leaf.grad = leaf.grad, gradient
-                if new is not None:
-                    leaf.grad = added(gradient, new) if gradient.is_sparse else gradient.add_(new)
-
-    def _require_finite(self, pairs: Sequence[LeafGradient]) -> None:
-        if not are_finite([as_leaf(gradient, leaf) for leaf, gradient in pairs]):  # a cast can overflow
-            raise NotFiniteError(
-                f"Gradients must be finite, but the weighted sum of the gradients of {', '.join(self.step.tasks)} is not. "
-                "Look at the learning rate, and at operations whose gradients overflow."
-            )
 
 
 def _unreached(source: Source, count: int) -> str:
@@ -286,13 +337,19 @@ def _unreached(source: Source, count: int) -> str:
     )
 
 
-def _concerned(weighed: Weighing, reached: Sequence[bool]) -> Tensor:
-    """Return the indices of the tasks whose weighted losses reach what the tasks share."""
-    R = torch.tensor(reached, dtype=torch.float64, device="cpu")
-    return ((weighed.jacobian != 0).double() @ R > 0).nonzero().flatten()
+def _depending(weighted: WeightedStep, reaching: Sequence[bool]) -> Tensor:
+    """Return the positions of the tasks whose weighted loss depends on a raw loss that reaches what the tasks share."""
+    R = torch.tensor(reaching, dtype=torch.float64, device="cpu")
+    return ((weighted.weighting.matrix != 0).double() @ R > 0).nonzero().flatten()
 
 
-def _largest(weights: Sequence[Tensor], lengths: Sequence[Tensor]) -> float:
-    """Return a bound on the entries of weighted sums of gradients of the given lengths; NaN and infinity count as such."""
+def _stretch_to_sum(weights: Weights) -> float:
+    """Return the factor that makes weights sum to their number; 1 if their sum is not positive."""
+    total = float(weights.sum())
+    return len(weights) / total if total > 0 else 1.0
+
+
+def _bound(weights: Sequence[Tensor], lengths: Sequence[Tensor]) -> float:
+    """Return a bound on the entries of weighted sums of gradients of the given lengths; infinite if a length is NaN."""
     bounds = [float(w.abs() @ length.nan_to_num(nan=math.inf)) for w, length in zip(weights, lengths, strict=True)]
     return math.inf if any(map(math.isnan, bounds)) else max(bounds)

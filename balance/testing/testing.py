@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from balance.messages import unknown
-from balance.rules.registry import takes
+from balance.rules.protocol import takes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

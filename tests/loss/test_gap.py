@@ -29,7 +29,7 @@ def test_igbv2_resumes_bit_for_bit_while_it_trains_itself(tmp_path):
     straight, first, resumed = build(), build(), build()
     train(*straight, (0, 220))
     train(*first, (0, 130))
-    assert first[0].loss.agent.stored > 80
+    assert first[0].loss_balancer.rule.agent.stored > 80
     torch.save([part.state_dict() for part in first], tmp_path / "checkpoint.pt")
     for part, state in zip(resumed, torch.load(tmp_path / "checkpoint.pt"), strict=True):
         part.load_state_dict(state)
@@ -44,7 +44,7 @@ def test_igbv2_schedule():
     balancer = Balancer(TASKS, loss="igbv2")
     network = Network()
     optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
-    agent = balancer.loss.agent
+    agent = balancer.loss_balancer.rule.agent
     initial = copy.deepcopy(agent.actor.state_dict())
     acts = []
     act = agent.act

@@ -1,0 +1,71 @@
+"""Warnings that a stage gives once: of calls that are probably forgotten, and of parameters that are probably a head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from balance.messages import warn_caller
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from balance.rules.protocol import LossBalancer
+
+_SILENT_STEPS = {"observation": 50, "epochs": 200}  # steps after which a missing call is probably forgotten
+_CALLS = {"observation": "observe(losses) after each optimizer step", "epochs": "end_epoch() after each epoch"}
+
+
+class Reminders:
+    """Warnings of one stage, each given once.
+
+    Args:
+        description: Name and options of the loss balancer, for messages.
+    """
+
+    def __init__(self, description: str) -> None:
+        self._description = description
+        self._silent_steps = {"observation": 0, "epochs": 0}  # -1: called, or warned of
+        self._warned_of_single_reach = False
+
+    def observed(self) -> None:
+        """Note a call of ``observe``."""
+        self._silent_steps["observation"] = -1
+
+    def epoch_ended(self) -> None:
+        """Note a call of ``end_epoch``."""
+        self._silent_steps["epochs"] = -1
+
+    def after_step(self, rule: LossBalancer) -> None:
+        """Count a step, and warn of a call that the loss balancer needs if it has not come for many steps."""
+        for kind, needed in (("observation", rule.needs_observation), ("epochs", rule.needs_epochs)):
+            if not needed or self._silent_steps[kind] < 0:
+                continue
+            self._silent_steps[kind] += 1
+            if self._silent_steps[kind] == _SILENT_STEPS[kind]:
+                self._silent_steps[kind] = -1
+                warn_caller(
+                    f"The loss balancer {self._description} needs balancer.{_CALLS[kind]}, but {_SILENT_STEPS[kind]} steps "
+                    "have passed without it, and its weights do not change. Ignore this if the call is still to come."
+                )
+
+    def check_shared(self, tasks: Sequence[str], inputs: Sequence[Tensor], reaches: Sequence[Sequence[bool]]) -> None:
+        """Warn of shared parameters that only one task reaches: they are probably a head.
+
+        Args:
+            tasks: Names of the K tasks.
+            inputs: The shared parameters.
+            reaches: For each parameter and each task, whether the task reaches the parameter.
+        """
+        if self._warned_of_single_reach or sum(map(any, zip(*reaches, strict=True))) < 2:
+            return
+        single = [i for i, by_task in enumerate(reaches) if sum(by_task) == 1]
+        if single:
+            self._warned_of_single_reach = True
+            first = single[0]
+            task, shape = tasks[list(reaches[first]).index(True)], tuple(inputs[first].shape)
+            warn_caller(
+                f"shared must hold parameters that several tasks reach, but a parameter of shape {shape} is reached by "
+                f"task '{task}' only ({len(single)} such in all). If it belongs to a head, leave it out of shared."
+            )
