@@ -14,10 +14,13 @@ test: $(VENV)/dev.installed  ## the fast tests
 test-all: $(VENV)/dev.installed $(VENV)/ray.installed $(VENV)/dask.installed $(VENV)/server.installed  ## the slow ones too, with more random examples
 	HYPOTHESIS_PROFILE=thorough $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m ""
 
-lint: $(VENV)/dev.installed  ## style and types
+lint: $(VENV)/dev.installed  ## style, types, structure and language
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/codespell balance experiments benchmarks tests README.md CHANGELOG.md Makefile pyproject.toml
+	$(VENV)/bin/python tests/structure.py
+	$(VENV)/bin/python tests/plain_english.py
 
 benchmark: $(VENV)/benchmark.installed  ## time and accuracy beside other libraries
 	$(VENV)/bin/python benchmarks/bench_rules.py
