@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from dataclasses import dataclass, field, make_dataclass
+import operator
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -19,24 +22,111 @@ from balance.stage.balancer import Balancer
 from balance.types import EngineChoice, Heads, Memory, Scale, Source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping
 
     from torch.nn import Parameter
 
 
+T = TypeVar("T")
+
+# Tests of a value against the entries of a field's metadata
+_TESTS: dict[str, Callable[[Any, Any], bool]] = {
+    "minimum": operator.ge,
+    "above": operator.gt,
+    "maximum": operator.le,
+    "below": operator.lt,
+    "choices": lambda value, choices: value in choices,
+}
+
+
+def setting(
+    default: T,
+    *,
+    help: str = "",  # noqa: A002 - argparse's name for it
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+    choices: Collection[object] | None = None,
+    remedy: str = "",
+) -> T:
+    """Declare an entry of a configuration in its dataclass, with its role and its range; see `check_settings`.
+
+    Args:
+        default: Default value. A list or a dict is copied for every instance.
+        help: Role of the entry, in a few words.
+        minimum: Least value of a number, or of every number in a list.
+        above: Bound below all values.
+        maximum: Greatest value.
+        below: Bound above all values.
+        choices: All possible values, where `typing.Literal` cannot list them.
+        remedy: Advice for the error message, a sentence.
+
+    Returns:
+        A field of a dataclass, declared with the type of its default, as by `dataclasses.field`.
+    """
+    described = zip(("help", "remedy", *_TESTS), (help, remedy, minimum, above, maximum, below, choices), strict=True)
+    metadata = {key: value for key, value in described if value not in (None, "")}
+    if isinstance(default, list | dict):
+        return cast("T", field(default_factory=partial(deepcopy, default), metadata=metadata))
+    return field(default=default, metadata=metadata)
+
+
+def check_settings(config: object, name: str = "") -> None:
+    """Check that all entries of a configuration lie in the ranges that `setting` has declared; None is always valid.
+
+    Args:
+        config: An instance of a dataclass, or its form in omegaconf. Groups inside are checked too.
+        name: Name of the configuration in messages, such as ``"data"``.
+
+    Raises:
+        ValueError: If a value lies outside its range; the message names the entry by its dotted key.
+    """
+    schema = OmegaConf.get_type(config) if OmegaConf.is_config(config) else type(config)
+    if schema is None or not is_dataclass(schema):
+        return
+    for entry in fields(schema):
+        if OmegaConf.is_config(config) and OmegaConf.is_missing(config, entry.name):
+            continue
+        value, key = getattr(config, entry.name), f"{name}.{entry.name}" if name else entry.name
+        check_settings(value, key)
+        numbers = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        if any(number is not None and not _in_range(number, entry.metadata) for number in numbers):
+            remedy = f" {entry.metadata['remedy']}" if "remedy" in entry.metadata else ""
+            raise ValueError(f"{key} must {_range_in_words(entry.metadata)}, but got {value}.{remedy}")
+
+
+def _in_range(value: Any, metadata: Mapping[str, Any]) -> bool:
+    """Return whether a value lies in the range of an entry; NaN lies in no range that has a bound."""
+    return all(test(value, metadata[key]) for key, test in _TESTS.items() if key in metadata)
+
+
+def _range_in_words(metadata: Mapping[str, Any]) -> str:
+    """Return the range of an entry, to follow the word "must" in a message."""
+    bounds = {key: metadata[key] for key in _TESTS if key in metadata}
+    if "choices" in bounds:
+        return f"be one of {', '.join(map(str, bounds['choices']))}"
+    if bounds == {"above": 0}:
+        return "be positive"
+    if bounds == {"minimum": 0}:
+        return "not be negative"
+    words = {"minimum": "at least", "maximum": "at most"}
+    return "be " + " and ".join(f"{words.get(key, key)} {bound}" for key, bound in bounds.items())
+
+
 @dataclass
 class StageConfig:
-    """How the stage composes its two rules; see `Balancer`."""
+    """Options of the stage and of the composition of its two rules; see `Balancer`."""
 
-    source: Source = "parameters"
-    heads: Heads | None = None
-    scale: Scale = "paper"
-    engine: EngineChoice = "auto"
-    memory: Memory = "jacobian"
-    measure: list[str] | None = None  # patterns of names of shared parameters, on which alone conflict is measured
-    every: int = 1  # steps for which the gradient balancer's weights are used; see `balance.compose.every`
-    smoothing: float = 0.0  # share of the average so far in a moving average of its weights
-    groups: list[list[str]] | None = None  # tasks by group, for a gradient balancer between groups
+    source: Source = setting("parameters", help="tensors at which conflict is measured")
+    heads: Heads | None = setting(None, help="treatment of task-specific heads; null: as in the method's paper code")
+    scale: Scale = setting("paper", help="scale of the gradient balancer's weights")
+    engine: EngineChoice = setting("auto", help="backward passes one by one or in a batch")
+    memory: Memory = setting("jacobian", help="task gradients or only their inner products in memory")
+    measure: list[str] | None = setting(None, help="patterns of names: only at these shared parameters is conflict measured")
+    every: int = setting(1, minimum=1, help="number of steps that use the same weights; see `balance.compose.every`")
+    smoothing: float = setting(0.0, minimum=0, below=1, help="weight of the past in a moving average of the weights")
+    groups: list[list[str]] | None = setting(None, help="names of the tasks of each group, if whole groups are balanced")
 
 
 def method_names(loss_method: str) -> list[str]:
@@ -70,7 +160,7 @@ def options_schema(registry: Registry, name: str | None) -> type:
 
 
 def compose(schema: object, settings: Mapping[str, Any], overrides: Iterable[str]) -> DictConfig:
-    """Defaults, then settings, then ``key=value`` overrides: typed, and unknown keys are errors.
+    """Return defaults, then settings, then ``key=value`` overrides, typed and in range; unknown keys are errors.
 
     Args:
         schema: A dataclass, or an instance of one.
@@ -78,7 +168,7 @@ def compose(schema: object, settings: Mapping[str, Any], overrides: Iterable[str
         overrides: Such as ``"train.epochs=3"``; values are YAML.
 
     Raises:
-        ValueError: If a key is unknown or a value has the wrong type; the message names the key.
+        ValueError: If a key is unknown, or a value has the wrong type or is out of range; the message names the key.
     """
     config = OmegaConf.structured(schema)
     layers = [("The file", OmegaConf.create(dict(settings)))]
@@ -98,6 +188,7 @@ def compose(schema: object, settings: Mapping[str, Any], overrides: Iterable[str
         except OmegaConfBaseException as error:
             raise ValueError(f"{origin} does not fit '{error.full_key}': {_first_line(error)}.") from None
     assert isinstance(config, DictConfig)
+    check_settings(config)
     return config
 
 

@@ -1,9 +1,10 @@
 from dataclasses import dataclass, field, make_dataclass
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
-from balance.config import StageConfig, build_balancer, compose, flatten, methods_schema
+from balance.config import StageConfig, build_balancer, check_settings, compose, flatten, methods_schema, setting
 from balance.rules.registry import loss_balancers
 
 
@@ -44,6 +45,58 @@ def test_mistakes(override, message):
     with pytest.raises(ValueError, match=message) as caught:
         compose(Schema, {}, [override])
     assert "\n" not in str(caught.value)
+
+
+@dataclass
+class Described:
+    epochs: int = setting(3, help="passes over the data", minimum=1)
+    share: float = setting(0.5, minimum=0, below=1)
+    factor: float = setting(0.5, above=0, maximum=1)
+    rate: float | None = setting(None, above=0, remedy="null turns it off.")
+    seed: int = setting(0, minimum=0)
+    sizes: list[int] = setting([3, 4], minimum=1)
+    source: str = setting("small", choices=("small", "official"))
+    free: str = "anything"
+
+
+@dataclass
+class Whole:
+    data: Described = field(default_factory=Described)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epochs=0", r"data\.epochs must be at least 1, but got 0\."),
+        ("share=1", r"data\.share must be at least 0 and below 1, but got 1\.0\."),
+        ("share=nan", r"data\.share must be at least 0 and below 1, but got nan\."),
+        ("factor=1.5", r"data\.factor must be above 0 and at most 1, but got 1\.5\."),
+        ("rate=0", r"data\.rate must be positive, but got 0\.0\. null turns it off\."),
+        ("seed=-1", r"data\.seed must not be negative, but got -1\."),
+        ("sizes=[3,0]", r"data\.sizes must be at least 1, but got \[3, 0\]\."),
+        ("source=big", r"data\.source must be one of small, official, but got big\."),
+    ],
+)
+def test_a_value_outside_the_range_of_its_field_is_refused(override, message):
+    with pytest.raises(ValueError, match=message):
+        compose(Whole, {}, [f"data.{override}"])
+    config = compose(Whole, {}, [])
+    key, _, value = override.partition("=")
+    OmegaConf.update(config, f"data.{key}", yaml.safe_load(value) if value != "nan" else float("nan"))
+    with pytest.raises(ValueError, match=message):
+        check_settings(config.data, "data")
+    with pytest.raises(ValueError, match=message):
+        check_settings(OmegaConf.to_object(config.data), "data")
+
+
+def test_values_on_the_edge_of_their_range_are_valid():
+    compose(Whole, {}, ["data.epochs=1", "data.share=0", "data.factor=1", "data.rate=null", "data.sizes=[]"])
+    check_settings(Described(rate=1e-9), "data")
+
+
+def test_instances_do_not_share_a_mutable_default():
+    assert Described().sizes == [3, 4]
+    assert Described().sizes is not Described().sizes
 
 
 def build(loss, gradient, *overrides):
@@ -87,6 +140,8 @@ def test_defaults_are_those_of_the_rule(name):
         ("ls", "pcgrad", "gradient.order=sorted", "does not fit"),
         ("ls", None, "balancer.heads=all", "does not fit"),
         ("ls", None, "loss.seed=3", "Unknown key"),
+        ("ls", "mgda", "balancer.every=0", r"balancer\.every must be at least 1, but got 0"),
+        ("ls", "mgda", "balancer.smoothing=1.0", r"balancer\.smoothing must be at least 0 and below 1"),
     ],
 )
 def test_mistakes_in_methods(loss, gradient, override, message):
