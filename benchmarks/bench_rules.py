@@ -4,8 +4,8 @@
 
 Each problem is a random Jacobian of K gradients of different length in 1000 dimensions; both sides get its Gramian in float64.
 Times are medians over calls, which come in short bursts, in turns. Accuracy is a certificate of the rule's own
-definition, the worst of all problems: relative duality gap for mgda, residual of alpha_k (G alpha)_k = 1 for nashmtl, relative
-KKT gap of the dual for cagrad, spread of the projections for imtl.
+definition, the worst of all problems: see `min_norm_error`, `bargaining_error`, `conflict_averse_error` and
+`equal_projection_error` in `balance.solvers`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ import torch
 from record import FOLDER, write
 
 from balance import gradient_balancers
-from balance.solvers.solvers import conflict_averse_weights
+from balance.solvers.bargaining import bargaining_error
+from balance.solvers.conflict_averse import conflict_averse_error, conflict_averse_weights
+from balance.solvers.linear_algebra import equal_projection_error
+from balance.solvers.min_norm import min_norm_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,20 +83,15 @@ def peers(num_tasks: int) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def accuracy(name: str, G: Tensor, w: Tensor) -> float | None:
-    square = float(w @ G @ w)
+    gramian, weights = G.numpy(), w.numpy()
     if name == "mgda":
-        return (square - float((G @ w).min())) / square
+        return min_norm_error(gramian, weights)
     if name == "nashmtl":
-        return float((w * (G @ w) - 1).abs().max())
+        return bargaining_error(gramian, weights)
     if name == "imtl":
-        projections = G @ w / G.diagonal().sqrt()
-        return float((projections.max() - projections.min()) / projections.abs().max())
-    if name == "cagrad":  # the dual weights are what is left beyond the mean
-        dual = w - 1 / len(w)
-        dual = dual / dual.sum()
-        Gb = G.mean(dim=1)
-        r = Gb + 0.4 * Gb.mean().sqrt() * (G @ dual) / (dual @ G @ dual).sqrt()
-        return float((dual @ r - r.min()) / (dual @ r).abs())
+        return equal_projection_error(gramian, weights)
+    if name == "cagrad":
+        return conflict_averse_error(gramian, weights - 1 / len(weights), c=0.4)
     return None
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from balance import Balancer, gradient_balancers
-from balance.solvers.solvers import min_norm_weights
+from balance.solvers.min_norm import min_norm_weights
 
 
 @pytest.mark.filterwarnings("ignore:nashmtl ignores positive loss weights")

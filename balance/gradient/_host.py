@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from balance.solvers.solvers import Array
+    from balance.solvers.linear_algebra import Array
     from balance.types import Gramian, Weights
 
 

@@ -11,12 +11,12 @@ from balance.gradient._host import solve, without_zero_gradients
 from balance.rules.compose import Every
 from balance.rules.options import check_type
 from balance.rules.registry import gradient_balancers
-from balance.solvers.solvers import bargaining_weights
+from balance.solvers.bargaining import bargaining_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.solvers.solvers import Array
+    from balance.solvers.linear_algebra import Array
     from balance.types import Gramian, Weights
 
 Solver = Literal["newton", "cvxpy"]

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from balance.gradient._host import rounding, solve, without_zero_gradients
 from balance.rules.registry import gradient_balancers
-from balance.solvers.solvers import DEPENDENT, equal_projection_weights
+from balance.solvers.linear_algebra import DEPENDENT, equal_projection_weights
 
 if TYPE_CHECKING:
-    from balance.solvers.solvers import Array
+    from balance.solvers.linear_algebra import Array
     from balance.types import Gramian, Weights
 
 

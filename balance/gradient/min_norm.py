@@ -10,12 +10,14 @@ from scipy.optimize import nnls
 from balance.gradient._host import rounding, solve
 from balance.rules.options import check_type
 from balance.rules.registry import gradient_balancers
-from balance.solvers.solvers import conflict_averse_weights, min_norm_weights, square_root
+from balance.solvers.conflict_averse import conflict_averse_weights
+from balance.solvers.linear_algebra import square_root
+from balance.solvers.min_norm import min_norm_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.solvers.solvers import Array
+    from balance.solvers.linear_algebra import Array
     from balance.types import Gramian, Weights
 
 Normalization = Literal["none", "l2", "loss", "loss+"]

@@ -13,7 +13,7 @@ from balance.rules.options import check_type
 from balance.rules.registry import gradient_balancers
 
 if TYPE_CHECKING:
-    from balance.solvers.solvers import Array, Indices
+    from balance.solvers.linear_algebra import Array, Indices
     from balance.types import Gramian, Weights
 
 Order = Literal["random", "fixed"]

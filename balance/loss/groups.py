@@ -11,12 +11,12 @@ from torch import nn
 from balance.loss._checks import ADD_CONSTANT, DIVISION, require_above, values, weigh
 from balance.rules.options import check_type
 from balance.rules.registry import loss_balancers
-from balance.solvers.solvers import k_means_1d
+from balance.solvers.kmeans import k_means_1d
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.solvers.solvers import Array, Indices
+    from balance.solvers.linear_algebra import Array, Indices
     from balance.types import Losses, WeightedLosses
 
 Grouping = Literal["kmeans", "spectral", "sdp"]

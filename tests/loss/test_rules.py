@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from balance import loss_balancers
 from balance.loss import groups as go4align_groups
 from balance.rules.generator import SeededGenerator
-from balance.solvers.solvers import k_means_1d
+from balance.solvers.kmeans import k_means_1d
 from tests.strategies import losses
 from tests.test_balancer import assert_same_state
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Gram: TypeAlias = tuple[Array, Array, Array]  # entries g11, g12, g22 of S Gramians, (S,) each
 
-_STATIONARY = 1e-12  # as in balance.solvers.solvers
+_STATIONARY = 1e-12  # as in balance.solvers.linear_algebra
 
 
 class Rule(Protocol):
