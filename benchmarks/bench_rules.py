@@ -3,9 +3,8 @@
     python benchmarks/bench_rules.py [--repeats 21]
 
 Each problem is a random Jacobian of K gradients of different length in 1000 dimensions; both sides get its Gramian in float64.
-Times are medians over calls, which come in short bursts, in turns. Accuracy is a certificate of the rule's own
-definition, the worst of all problems: see `min_norm_error`, `bargaining_error`, `conflict_averse_error` and
-`equal_projection_error` in `balance.solvers`.
+Times are medians over calls, which come in short bursts, in turns. Accuracy is the certificate in the rule's registration, the
+worst of all problems, for the weights of both sides.
 """
 
 from __future__ import annotations
@@ -25,10 +24,7 @@ import torch
 from record import FOLDER, write
 
 from balance import gradient_balancers
-from balance.solvers.bargaining import bargaining_error
-from balance.solvers.conflict_averse import conflict_averse_error, conflict_averse_weights
-from balance.solvers.linear_algebra import equal_projection_error
-from balance.solvers.min_norm import min_norm_error
+from balance.solvers.conflict_averse import conflict_averse_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,9 +46,8 @@ def problem(num_tasks: int, seed: int) -> Tensor:
 
 
 def ours(num_tasks: int) -> dict[str, Callable[[Tensor], Tensor]]:
-    options: dict[str, dict[str, object]] = {"nashmtl": {"max_norm": None}, "cagrad": {"rescale": 0}}
     names = [name for name in gradient_balancers.names() if gradient_balancers.sees(name) == "gramian"]
-    return {name: gradient_balancers.build(name, num_tasks=num_tasks, **options.get(name, {})) for name in names}
+    return {name: gradient_balancers.build(name, num_tasks=num_tasks) for name in names}
 
 
 def peers(num_tasks: int) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -67,32 +62,25 @@ def peers(num_tasks: int) -> dict[str, Callable[[Tensor], Tensor]]:
     except ImportError as error:
         print(f"torchjd is left out: {error}", file=sys.stderr)
         return {}
+    averse = CAGradWeighting(c=0.4)
     nash = _NashMTLWeighting(n_tasks=num_tasks, max_norm=0.0, update_weights_every=1, optim_niter=20)
 
-    def bargain(gramian: Tensor) -> Tensor:  # it wants the Jacobian: the smallest one with this Gramian
+    def bargain(gramian: Tensor) -> Tensor:  # it takes a Jacobian: the smallest one with this Gramian
         nash.reset()
-        return nash(torch.linalg.cholesky(gramian))
+        return nash(torch.linalg.cholesky(gramian)) / num_tasks**0.5  # the length 1 of our default options
 
     return {
         "mgda": MGDAWeighting(),
         "pcgrad": PCGradWeighting(),
-        "cagrad": CAGradWeighting(c=0.4),
+        "cagrad": lambda gramian: averse(gramian) / (1 + 0.4**2),  # the rescaling of our default options
         "imtl": IMTLGWeighting(),
         "nashmtl": bargain,
     }
 
 
 def accuracy(name: str, G: Tensor, w: Tensor) -> float | None:
-    gramian, weights = G.numpy(), w.numpy()
-    if name == "mgda":
-        return min_norm_error(gramian, weights)
-    if name == "nashmtl":
-        return bargaining_error(gramian, weights)
-    if name == "imtl":
-        return equal_projection_error(gramian, weights)
-    if name == "cagrad":
-        return conflict_averse_error(gramian, weights - 1 / len(weights), c=0.4)
-    return None
+    certificate = gradient_balancers.traits(name).certificate
+    return None if certificate is None else certificate(G, w)
 
 
 def times_of(rules: dict[str, Callable[[Tensor], Tensor]], G: Tensor, repeats: int, limit: float) -> dict[str, list[float]]:

@@ -23,6 +23,27 @@ def test_every_gradient_balancer_answers_every_claim():
         assert set(row) == set(testing.GRADIENT_CLAIMS) - on_weights, name
 
 
+@pytest.mark.parametrize(
+    ("registry", "name", "row"),
+    [(gradient_balancers, *item) for item in claims.GRADIENT_ROWS.items()]
+    + [(loss_balancers, *item) for item in claims.LOSS_ROWS.items()],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_registered_invariances_are_exactly_the_proved_claims(registry, name, row):
+    proved = {claim for claim, entry in row.items() if entry is True or entry == claims.GENERIC}
+    assert set(registry.traits(name).invariances) == proved & testing.INVARIANCES
+
+
+@pytest.mark.parametrize("registry", [gradient_balancers, loss_balancers], ids=lambda registry: registry.kind)
+def test_every_method_has_a_label_and_all_but_the_baselines_have_a_paper(registry):
+    traits = {name: registry.traits(name) for name in registry.names()}
+    labels = [entry.label for entry in traits.values()]
+    assert len(set(labels)) == len(labels)
+    assert all(labels)
+    assert {name for name, entry in traits.items() if not entry.paper} <= {"ls", "stl"}
+    assert all("https://" in entry.paper for name, entry in traits.items() if name not in ("ls", "stl"))
+
+
 def cases(rows, proved):
     return [
         pytest.param(name, claim, entry, id=f"{name}-{claim}")

@@ -38,6 +38,20 @@ def solve(solver: Callable[[Array], Array], gramian: Gramian) -> Weights:
     return torch.from_numpy(solver(G.numpy())).to(gramian)
 
 
+def certificate(error: Callable[[Array, Array], float]) -> Callable[[Gramian, Weights], float]:
+    """Return an error of weights as a function of tensors.
+
+    Args:
+        error: Function of a Gramian (K, K) and weights (K,), as float64 arrays.
+    """
+
+    def error_of_tensors(gramian: Gramian, weights: Weights) -> float:
+        G, w = (tensor.detach().to("cpu", torch.float64).numpy() for tensor in (gramian, weights))
+        return error(G, w)
+
+    return error_of_tensors
+
+
 def rounding(gramian: Gramian) -> float:
     """Return the relative rounding error of the entries of a Gramian: the machine epsilon of its dtype."""
     return torch.finfo(gramian.dtype if gramian.is_floating_point() else torch.float64).eps

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from torch import nn
 
-from balance.gradient._host import solve, without_zero_gradients
+from balance.gradient._host import certificate, solve, without_zero_gradients
 from balance.rules.compose import Every
 from balance.rules.options import check_type
 from balance.rules.registry import gradient_balancers
-from balance.solvers.bargaining import bargaining_weights
+from balance.solvers.bargaining import bargaining_error, bargaining_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,16 @@ if TYPE_CHECKING:
 Solver = Literal["newton", "cvxpy"]
 
 
-@gradient_balancers.register("nashmtl", heads="weighted", ignores_weights=True)
+@gradient_balancers.register(
+    "nashmtl",
+    heads="weighted",
+    ignores_weights=True,
+    label="Nash-MTL",
+    paper="Navon et al. 2022, https://arxiv.org/abs/2202.01017",
+    remedies=("conflict", "gradient length", "domination"),
+    invariances=("permutation_equivariant", "rotation_equivariant", "unchanged_by_scaling_one_task"),
+    certificate=certificate(partial(bargaining_error, length=1.0)),
+)
 class NashMTL(nn.Module):
     r"""The Nash bargaining solution: weights α for which every task gains the same share, :math:`G\alpha = 1/\alpha`.
 

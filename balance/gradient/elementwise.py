@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from balance.types import Direction, Jacobian
 
 
-@gradient_balancers.register("graddrop", sees="jacobian", heads="unweighted")
+@gradient_balancers.register(
+    "graddrop",
+    sees="jacobian",
+    heads="unweighted",
+    label="GradDrop",
+    paper="Chen et al. 2020, https://arxiv.org/abs/2010.06808",
+    remedies=("conflict",),
+    invariances=("permutation_equivariant", "scales_with_the_gradients"),
+)
 class GradDrop(nn.Module):
     r"""Gradient sign dropout: at every coordinate only the gradients of one sign are kept, drawn by their purity.
 

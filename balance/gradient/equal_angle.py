@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from balance.gradient._host import rounding, solve, without_zero_gradients
+from balance.gradient._host import certificate, rounding, solve, without_zero_gradients
 from balance.rules.registry import gradient_balancers
-from balance.solvers.linear_algebra import DEPENDENT, equal_projection_weights
+from balance.solvers.linear_algebra import DEPENDENT, equal_projection_error, equal_projection_weights
 
 if TYPE_CHECKING:
     from balance.solvers.linear_algebra import Array
     from balance.types import Gramian, Weights
 
 
-@gradient_balancers.register("imtl", heads="weighted")
+@gradient_balancers.register(
+    "imtl",
+    heads="weighted",
+    label="IMTL-G",
+    paper="Liu et al. 2021, https://openreview.net/forum?id=IMPnRXEWpvr",
+    remedies=("gradient length", "domination"),
+    invariances=(
+        "permutation_equivariant",
+        "rotation_equivariant",
+        "unchanged_by_scaling_one_task",
+        "scales_with_the_gradients",
+    ),
+    certificate=certificate(equal_projection_error),
+)
 def imtl_g(gramian: Gramian, *, official: bool = False) -> Weights:
     r"""Return weights for IMTL-G, with which the direction has the same projection onto every task gradient.
 

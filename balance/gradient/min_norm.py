@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from scipy.optimize import nnls
 
-from balance.gradient._host import rounding, solve
+from balance.gradient._host import certificate, rounding, solve
 from balance.rules.options import check_type
 from balance.rules.registry import gradient_balancers
-from balance.solvers.conflict_averse import conflict_averse_weights
+from balance.solvers.conflict_averse import conflict_averse_error, conflict_averse_weights
 from balance.solvers.linear_algebra import square_root
-from balance.solvers.min_norm import min_norm_weights
+from balance.solvers.min_norm import min_norm_error, min_norm_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +24,18 @@ Normalization = Literal["none", "l2", "loss", "loss+"]
 Rescale = Literal[0, 1, 2]
 Solver = Literal["exact", "cvxpy"]
 
+RADIUS = 0.4  # CAGrad's default c
 
-@gradient_balancers.register("mgda", heads="weighted")
+
+@gradient_balancers.register(
+    "mgda",
+    heads="weighted",
+    label="MGDA",
+    paper="Désidéri 2012, https://doi.org/10.1016/j.crma.2012.03.014; Sener & Koltun 2018, https://arxiv.org/abs/1810.04650",
+    remedies=("conflict", "gradient length"),
+    invariances=("permutation_equivariant", "rotation_equivariant", "scales_with_the_gradients"),
+    certificate=certificate(min_norm_error),
+)
 def mgda(gramian: Gramian, *, normalization: Normalization = "none", losses: Tensor | None = None) -> Weights:
     r"""Return weights for which the direction is the shortest vector in the convex hull of the task gradients.
 
@@ -73,8 +83,21 @@ def mgda(gramian: Gramian, *, normalization: Normalization = "none", losses: Ten
     return solve(weights, gramian)
 
 
-@gradient_balancers.register("cagrad", heads="unweighted")
-def cagrad(gramian: Gramian, *, c: float = 0.4, rescale: Rescale = 1, solver: Solver = "exact") -> Weights:
+def _cagrad_error(gramian: Array, weights: Array) -> float:
+    """Return the error of CAGrad's weights under its default options. Shapes (K, K), (K,)."""
+    return conflict_averse_error(gramian, weights * (1 + RADIUS**2) - 1 / len(weights), RADIUS)
+
+
+@gradient_balancers.register(
+    "cagrad",
+    heads="unweighted",
+    label="CAGrad",
+    paper="Liu et al. 2021, https://arxiv.org/abs/2110.14048",
+    remedies=("conflict",),
+    invariances=("permutation_equivariant", "rotation_equivariant", "scales_with_the_gradients"),
+    certificate=certificate(_cagrad_error),
+)
+def cagrad(gramian: Gramian, *, c: float = RADIUS, rescale: Rescale = 1, solver: Solver = "exact") -> Weights:
     r"""Return weights for CAGrad: the direction near the mean gradient with the greatest gain for the task that gains least.
 
     .. math:: \max_d \min_k \langle g_k, d \rangle \quad \text{subject to } \lVert d - g_0 \rVert \le c \lVert g_0 \rVert

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 Order = Literal["random", "fixed"]
 
 
-@gradient_balancers.register("pcgrad", heads="unweighted")
+@gradient_balancers.register(
+    "pcgrad",
+    heads="unweighted",
+    label="PCGrad",
+    paper="Yu et al. 2020, https://arxiv.org/abs/2001.06782",
+    remedies=("conflict",),
+    invariances=("rotation_equivariant", "scales_with_the_gradients", "linear_under_scaling"),
+)
 class PCGrad(nn.Module):
     r"""Weights for which every task's gradient is first projected off those that it conflicts with.
 

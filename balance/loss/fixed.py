@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from balance.types import Losses, WeightedLosses
 
 
-@loss_balancers.register("ls")
+@loss_balancers.register(
+    "ls",
+    label="LS",
+    invariances=("loss_permutation_equivariant", "separable"),
+)
 def ls(losses: Losses) -> WeightedLosses:
     """Return the losses as they are: linear scalarisation with equal weights, which minimises their plain sum.
 
@@ -33,7 +37,11 @@ def ls(losses: Losses) -> WeightedLosses:
     return losses
 
 
-@loss_balancers.register("stl")
+@loss_balancers.register(
+    "stl",
+    label="STL",
+    invariances=("gradient_unchanged_by_scaling_a_loss", "separable"),
+)
 class SingleTask:
     """Single-task learning: one task keeps its loss, the others get weight zero.
 
@@ -67,7 +75,13 @@ class SingleTask:
         return weigh(losses, self.weights if present is None else self.weights[present])
 
 
-@loss_balancers.register("rlw")
+@loss_balancers.register(
+    "rlw",
+    label="RLW",
+    paper="Lin et al. 2021, https://arxiv.org/abs/2111.10603",
+    remedies=("local minima",),
+    invariances=("separable",),
+)
 class RandomLossWeighting(nn.Module):
     r"""Weights drawn anew at each step: a softmax of standard normal numbers, times ``scale``.
 

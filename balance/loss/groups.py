@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 Grouping = Literal["kmeans", "spectral", "sdp"]
 
 
-@loss_balancers.register("go4align")
+@loss_balancers.register(
+    "go4align",
+    label="GO4Align",
+    paper="Shen et al. 2024, https://arxiv.org/abs/2404.06486",
+    remedies=("training pace",),
+    needs=("positive losses",),
+    invariances=("loss_permutation_equivariant", "separable"),
+)
 class GO4Align(nn.Module):
     r"""Risk-guided weights, averaged within groups of tasks that are formed anew at each step.
 

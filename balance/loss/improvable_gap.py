@@ -51,7 +51,14 @@ class BaseLosses(nn.Module):
         self.epochs += 1
 
 
-@loss_balancers.register("igbv1")
+@loss_balancers.register(
+    "igbv1",
+    label="IGBv1",
+    paper="Dai et al. 2023, https://proceedings.mlr.press/v216/dai23a.html",
+    remedies=("training pace",),
+    needs=("positive losses", "end_epoch"),
+    invariances=("loss_permutation_equivariant", "gradient_unchanged_by_scaling_a_loss", "separable"),
+)
 class IGBv1(nn.Module):
     r"""Improvable gap balancing: larger weights for the logarithms of losses that are large relative to an early epoch.
 
@@ -105,7 +112,14 @@ class IGBv1(nn.Module):
         self.reference.end_epoch(mean_losses)
 
 
-@loss_balancers.register("igbv2")
+@loss_balancers.register(
+    "igbv2",
+    label="IGBv2",
+    paper="Dai et al. 2023, https://proceedings.mlr.press/v216/dai23a.html",
+    remedies=("training pace",),
+    needs=("positive losses", "end_epoch", "all tasks"),
+    invariances=("separable",),
+)
 class IGBv2(nn.Module):
     r"""Improvable gap balancing by a soft actor-critic agent, which chooses the weights of the logarithms of the losses.
 

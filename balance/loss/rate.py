@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 Mode = Literal["epoch", "window"]
 
 
-@loss_balancers.register("dwa")
+@loss_balancers.register(
+    "dwa",
+    label="DWA",
+    paper="Liu et al. 2019, https://arxiv.org/abs/1803.10704",
+    remedies=("training pace",),
+    needs=("positive losses", "end_epoch"),
+    invariances=("loss_permutation_equivariant", "separable"),
+)
 class DynamicWeightAverage(nn.Module):
     r"""Larger weights for tasks whose loss falls more slowly.
 
@@ -102,7 +109,14 @@ def _ratio(new: Tensor, old: Tensor) -> Tensor:
     return torch.where(known, new / old, 1.0)
 
 
-@loss_balancers.register("famo")
+@loss_balancers.register(
+    "famo",
+    label="FAMO",
+    paper="Liu et al. 2023, https://arxiv.org/abs/2306.03792",
+    remedies=("loss scale", "training pace"),
+    needs=("positive losses", "observe"),
+    invariances=("loss_permutation_equivariant", "gradient_unchanged_by_scaling_a_loss", "separable"),
+)
 class FAMO(nn.Module):
     r"""Weights that let the logarithms of all losses fall equally fast, learned from the losses after each step.
 

@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from balance.types import Losses, WeightedLosses
 
 
-@loss_balancers.register("scaleinvls")
+@loss_balancers.register(
+    "scaleinvls",
+    label="SI",
+    paper="Navon et al. 2022, https://arxiv.org/abs/2202.01017",
+    remedies=("loss scale",),
+    needs=("positive losses",),
+    invariances=("loss_permutation_equivariant", "gradient_unchanged_by_scaling_a_loss", "separable"),
+)
 def scaleinvls(losses: Losses, *, min_losses: list[float] | None = None, present: Tensor | None = None) -> WeightedLosses:
     r"""Take the logarithm of every loss: scale-invariant linear scalarisation.
 

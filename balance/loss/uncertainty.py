@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from balance.types import Losses, WeightedLosses
 
 
-@loss_balancers.register("uw")
+@loss_balancers.register(
+    "uw",
+    label="UW",
+    paper="Kendall et al. 2018, https://arxiv.org/abs/1705.07115",
+    remedies=("loss scale",),
+    needs=("optimizer",),
+    invariances=("loss_permutation_equivariant", "separable"),
+)
 class UncertaintyWeighting(nn.Module):
     r"""Uncertainty weighting: every task has a learned log-variance s.
 

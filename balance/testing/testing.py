@@ -24,6 +24,19 @@ if TYPE_CHECKING:
 
     Factory = Callable[[int], Callable[..., Tensor]]
 
+# Claims about scaling, order and rotation, which a rule lists in its registration
+INVARIANCES = frozenset(
+    {
+        "permutation_equivariant",
+        "rotation_equivariant",
+        "unchanged_by_scaling_one_task",
+        "scales_with_the_gradients",
+        "linear_under_scaling",
+        "loss_permutation_equivariant",
+        "gradient_unchanged_by_scaling_a_loss",
+        "separable",
+    }
+)
 KINDS = ("generic", "integer", "duplicate", "opposite", "near_parallel", "zero_row", "low_rank", "rounded", "stationary")
 
 
