@@ -1,9 +1,5 @@
 import json
 import re
-import shlex
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +9,7 @@ import balance
 from balance.diagnosis import diagnose as diagnosis
 from balance.diagnosis.statistics import Pair
 from balance.profiling import Cost
-from experiments import diagnose as script
-from experiments import trainer
 
-ROOT = Path(__file__).parents[1]
 FEW = {"loss_methods": (), "gradient_methods": ()}
 RULES = {"loss_methods": ("scaleinvls", "famo", "uw"), "gradient_methods": ("mgda", "imtl", "pcgrad", "cagrad")}
 
@@ -618,80 +611,3 @@ def test_mistakes(change, error, message):
         balance.diagnose(arguments.pop("losses"), arguments.pop("batches"), **arguments)
     assert QUADRATICS.theta.tolist() == [0]
     assert QUADRATICS.theta.grad is None
-
-
-# --- the script -------------------------------------------------------------------------------------------------------
-
-
-TINY = ["data.train_pairs=256", "data.validation_pairs=100", "data.test_pairs=100"]
-QUICK = [*TINY, "--batches=3", "--steps=2"]
-
-
-def test_the_script_on_digits(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(diagnosis, "measure", Meter())
-    assert script.main([*QUICK, "--seed=4"]) == 0
-    printed = capsys.readouterr().out
-    assert "digits, seed 4" in printed
-    assert "4 tasks on 23296 shared parameters, seen on 3 batches" in printed
-    program, path, *words = shlex.split(printed.splitlines()[-1])
-    assert (program, path) == ("python", "experiments/sweep.py")
-    assert words[0] == "--experiment=digits"
-    assert re.fullmatch(r"--loss_method=ls,scaleinvls,famo,uw", words[1])  # the losses of digits differ by hundreds
-    assert re.fullmatch(r"--gradient_method=none(,\w+)*", words[2])
-    assert words[3:] == ["--seeds=3", *TINY]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_script_as_json_sees_what_the_trainer_begins_with(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(diagnosis, "measure", Meter())
-    assert script.main([*QUICK, "--format=json", "seed=2", "train.batch_size=32", "train.lr=0.01"]) == 0
-    numbers = json.loads(capsys.readouterr().out)
-    assert (numbers["experiment"], numbers["seed"], numbers["lr"]) == ("digits", 2, 0.01)
-    assert numbers["command"].endswith(f"--seeds=3 {' '.join(TINY)} train.batch_size=32 train.lr=0.01")
-    words = [*TINY, "--seed=2", "train.batch_size=32"]
-    run = trainer.build(trainer.configure(trainer.build_parser().parse_intermixed_args(words)))
-    firsts = [batch for batch, _ in zip(run.batches, range(3), strict=False)]
-    losses = [run.experiment.losses(run.model(batch[0]), batch)["left"].item() for batch in firsts]
-    assert numbers["start"]["loss_median"]["left"] == pytest.approx(sorted(losses)[1])
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--experiment=digit"], "Did you mean 'digits'?"),
-        (["train.epoch=3"], "Did you mean 'train.epochs'?"),
-        (["--seed=one"], "does not fit 'seed'"),
-        (["--batches=1"], "num_batches must be an int, at least 2"),
-        (["--batches=few"], "invalid int value: 'few'"),
-        (["--steps=0"], "steps must be an int, at least 1"),
-        (["--format=xml"], "invalid choice: 'xml'"),
-        (["device=gpu"], "device=gpu is not to be had"),
-        (["train.batch_size=256", *TINY], "batches must hold at least two"),
-        (["--loss_method=uw"], "unrecognized arguments: --loss_method=uw"),
-        (["batches"], "must read key=value"),
-    ],
-)
-def test_mistakes_of_the_command_line(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        script.main(arguments)
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert "Traceback" not in error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_help_has_an_example_that_runs(tmp_path, monkeypatch, capsys):
-    command = [sys.executable, str(ROOT / "experiments/diagnose.py"), "--help"]
-    text = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    program, path, *words = shlex.split(text.split("example:")[1])
-    assert (program, path) == ("python", "experiments/diagnose.py")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(diagnosis, "measure", Meter())
-    assert script.main([*words, *TINY, "--steps=2"]) == 0
-    assert "digits, seed 0" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,50 @@
+import time
+
+import pytest
+from torch.utils.data import SequentialSampler
+
+from experiments import trainer
+from experiments.problems.dense.augmentation import Augmented
+from experiments.training.data import Batches, Waiting
+from tests.experiments.short_runs import prepare
+
+
+def test_training_data_are_told_the_epoch(tiny, monkeypatch):
+    told = []
+    monkeypatch.setattr(Augmented, "set_epoch", lambda self, epoch: told.append(epoch))
+    trainer.train(prepare(*tiny("nyuv2", "train.epochs=3")))
+    assert told == [1, 2, 3]
+
+
+def test_a_single_last_sample_joins_the_batch_before():
+    def lists(count, size):
+        batches = Batches(SequentialSampler(range(count)), size, drop_last=False)
+        found = list(batches)
+        assert len(batches) == len(found)
+        assert [i for indices in found for i in indices] == list(range(count))
+        return [len(indices) for indices in found]
+
+    assert lists(7, 3) == [3, 4]
+    assert lists(8, 3) == [3, 3, 2]
+    assert lists(6, 3) == [3, 3]
+    assert lists(1, 3) == [1]
+    assert lists(3, 1) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("protocol", "sizes"), [("sound", [4]), ("paper", [3, 1])])
+def test_batches_of_the_papers_are_not_joined(protocol, sizes, tiny):
+    words = [f"protocol={protocol}", "train.batch_size=3", "model.name=small", "train.report_last=null"]
+    assert [len(batch[0]) for batch in prepare(*tiny("nyuv2", *words)).batches] == sizes
+
+
+def test_waiting_is_measured():
+    def slow():
+        for _ in range(3):
+            time.sleep(0.02)
+            yield None
+
+    waiting = Waiting(slow())
+    for _ in waiting:
+        time.sleep(0.02)
+    assert waiting.seconds >= 0.06
+    assert 0.2 < waiting.share() < 0.8
