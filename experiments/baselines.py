@@ -16,7 +16,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
-from experiments.cli import add_output, add_overrides, command_line, overrides_of, seeds_of
+from experiments.cli import add_output, add_overrides, all_overrides, command_parser, parse_seeds
 from experiments.problems import base as experiments
 from experiments.recording.store import Store
 from experiments.sweep import baseline_jobs, run_all
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: 0 if all runs finished, 1 if some failed, 2 for a mistake in the command."""
-    parser = command_line(__doc__)
+    parser = command_parser(__doc__)
     add_output(parser)
     parser.add_argument("--seeds", default="3", metavar="N", help="how many, such as 3, or which: 4,7 (default: 3)")
     parser.add_argument(
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_overrides(parser, "for every run, such as train.epochs=3")
     options = parser.parse_intermixed_args(arguments)
     try:
-        jobs = baseline_jobs(overrides_of(options), seeds_of(options.seeds))
+        jobs = baseline_jobs(all_overrides(options), parse_seeds(options.seeds))
         config = jobs[0].config
         if not config.track:
             raise ValueError("Baselines are read from the recorded runs, but track=false.")

@@ -1,8 +1,10 @@
-"""What the command lines share: flags for what every run chooses, ``key=value`` for any entry of the configuration."""
+"""Flags, ``key=value`` overrides, exit codes and error messages that all commands share."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
@@ -11,14 +13,61 @@ from balance import gradient_balancers, loss_balancers
 from experiments.problems import base as experiments
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 FLAGS = ("experiment", "loss_method", "gradient_method", "seed", "output_dir")
-METAVAR = "key=value"
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+MISTAKES = (ValueError, TypeError, OSError, ImportError)
+
+Work = Callable[[], int]  # the work of a command whose options are valid; returns the exit code
 
 
-def command_line(description: str | None) -> argparse.ArgumentParser:
-    """A parser whose help says in one line what the command does, and ends with the example of the module's docstring."""
+def run_command(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    prepare: Callable[[argparse.Namespace], Work],
+    *,
+    interrupted: str = "Interrupted.",
+) -> int:
+    """Parse a command line, check it, do its work.
+
+    Args:
+        parser: Parser of the command.
+        arguments: Words of the command line; None for those of the process.
+        prepare: Checks the options and returns the work. Its exceptions of the kinds `MISTAKES` are printed with the usage, and
+            the command exits with code 2. Exceptions of the work are errors of the program and keep their traceback.
+        interrupted: Message after Ctrl-C during the work.
+
+    Returns:
+        The exit code of the work, or 130 after Ctrl-C.
+    """
+    options = parser.parse_intermixed_args(arguments)
+    message = "Interrupted."
+    try:
+        with mistakes_refused(parser):
+            work = prepare(options)
+        message = interrupted
+        return work()
+    except KeyboardInterrupt:
+        print(message)
+        return INTERRUPTED
+
+
+@contextmanager
+def mistakes_refused(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Exit with code 2, the usage and the message of the exception, if an exception of the kinds `MISTAKES` is raised."""
+    try:
+        yield
+    except MISTAKES as error:
+        parser.error(str(error))
+
+
+def command_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the flag ``--experiment``.
+
+    Args:
+        description: Docstring of the command's module: a sentence for the help, an empty line, an example.
+    """
     sentence, _, example = (description or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=" ".join(sentence.split()),
@@ -27,20 +76,20 @@ def command_line(description: str | None) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--experiment", metavar="NAME", help=f"what is trained: {', '.join(experiments.names())} (default: digits)"
+        "--experiment", metavar="NAME", help=f"problem to train on: {', '.join(experiments.names())} (default: digits)"
     )
     return parser
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """The flag for the folder of the runs."""
-    parser.add_argument("--output_dir", metavar="FOLDER", help="where runs are written, MLflow's file included (default: runs)")
+    """Add the flag for the folder of the runs."""
+    parser.add_argument("--output_dir", metavar="FOLDER", help="folder for runs and for MLflow's file (default: runs)")
 
 
 def add_methods(parser: argparse.ArgumentParser, *, several: bool) -> None:
-    """Flags for the two methods, one name each or lists with commas."""
+    """Add flags for the two methods: one name each, or lists with commas."""
     many = "NAME,NAME,..." if several else "NAME"
-    chain = "; several that are applied one after the other: scaleinvls+rlw"
+    chain = "; a chain is written with plus signs: scaleinvls+rlw"
     parser.add_argument("--loss_method", metavar=many, help=f"{', '.join(loss_balancers.names())} (default: ls){chain}")
     parser.add_argument(
         "--gradient_method", metavar=many, help=f"none, {', '.join(gradient_balancers.names())} (default: none)"
@@ -48,21 +97,21 @@ def add_methods(parser: argparse.ArgumentParser, *, several: bool) -> None:
 
 
 def add_overrides(parser: argparse.ArgumentParser, use: str) -> None:
-    """The words ``key=value``, which may stand anywhere."""
-    parser.add_argument("overrides", nargs="*", metavar=METAVAR, help=use)
+    """Add the words ``key=value``, which may appear anywhere in the command line."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=use)
 
 
-def overrides_of(options: argparse.Namespace) -> list[str]:
-    """Flags that were given, as overrides, before the overrides themselves."""
-    given = {flag: getattr(options, flag, None) for flag in FLAGS}
-    return [f"{flag}={value}" for flag, value in given.items() if value is not None] + list(options.overrides)
+def all_overrides(options: argparse.Namespace) -> list[str]:
+    """Return the flags of a command line as overrides, followed by its overrides."""
+    flags = {flag: getattr(options, flag, None) for flag in FLAGS}
+    return [f"{flag}={value}" for flag, value in flags.items() if value is not None] + list(options.overrides)
 
 
-def choices(overrides: Sequence[str]) -> dict[str, str]:
-    """Overrides by key.
+def values_by_key(overrides: Sequence[str]) -> dict[str, str]:
+    """Return overrides as a dict; the last value of a key counts.
 
     Raises:
-        ValueError: If one does not read ``key=value``.
+        ValueError: If an override does not have the form ``key=value``.
     """
     for override in overrides:
         if not override.partition("=")[0] or "=" not in override:
@@ -71,15 +120,15 @@ def choices(overrides: Sequence[str]) -> dict[str, str]:
 
 
 def as_recorded(value: str) -> str:
-    """A value as MLflow shows it: ``1e-3`` is ``0.001``."""
+    """Return the value of an override in the form that MLflow shows: ``1e-3`` is ``0.001``."""
     return str(OmegaConf.from_dotlist([f"value={value}"]).value)
 
 
-def seeds_of(words: str) -> list[int]:
-    """``3`` is the seeds 0, 1, 2; ``4,7`` are these two.
+def parse_seeds(words: str) -> list[int]:
+    """Return the seeds 0, 1, 2 for ``3``, and the seeds 4 and 7 for ``4,7``.
 
     Raises:
-        ValueError: If the words are neither.
+        ValueError: If the words are neither a number nor a list of different numbers.
     """
     try:
         numbers = [int(word) for word in words.split(",") if word]

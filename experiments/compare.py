@@ -25,7 +25,7 @@ from experiments.analysis import published as papers
 from experiments.analysis import published_tables as published
 from experiments.analysis.figures import figures
 from experiments.analysis.tables import METRICS_IN_TERMINAL, Format, for_terminal, render
-from experiments.cli import add_output, add_overrides, as_recorded, choices, command_line
+from experiments.cli import add_output, add_overrides, as_recorded, command_parser, values_by_key
 from experiments.problems import base as experiments
 from experiments.recording.store import Store, curves_of
 
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """What to compare, with what, and in which form."""
-    parser = command_line(__doc__)
+    parser = command_parser(__doc__)
     add_output(parser)
     parser.add_argument(
         "--runs", nargs="+", metavar="ID", help="MLflow ids of the runs, or of sweeps (default: all that have ended)"
@@ -234,7 +234,7 @@ def _filters(options: argparse.Namespace) -> dict[str, str]:
     """Settings that runs must have; words such as ``train.epochs=3`` may have landed among the ids."""
     words = [*options.overrides, *(word for word in options.runs or () if "=" in word)]
     options.runs = [word for word in options.runs or () if "=" not in word]
-    return choices(words)
+    return values_by_key(words)
 
 
 def _setting(run: Run, key: str, every: Sequence[Run]) -> str | None:

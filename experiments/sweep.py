@@ -30,8 +30,8 @@ from balance.tracking import Tracker
 from experiments import trainer
 from experiments.analysis import baselines as reference
 from experiments.analysis.comparison import OF_METHODS
-from experiments.cli import add_methods, add_output, add_overrides, choices, command_line, overrides_of, seeds_of
-from experiments.config.schema import RunConfig, configure
+from experiments.cli import add_methods, add_output, add_overrides, all_overrides, command_parser, parse_seeds, values_by_key
+from experiments.config.schema import RunConfig
 from experiments.problems import base as experiments
 from experiments.recording.store import Store, common_of, digest, fingerprint
 from experiments.sweeps import backends as cluster
@@ -130,7 +130,7 @@ def carry_out(jobs: Sequence[Job], workers: int, backend: str, console: Console)
 
 def build_parser() -> argparse.ArgumentParser:
     """Lists of methods and seeds; everything else is as for the trainer."""
-    parser = command_line(__doc__)
+    parser = command_parser(__doc__)
     add_output(parser)
     add_methods(parser, several=True)
     parser.add_argument("--seeds", default="1", metavar="N", help="how many, such as 3 for 0, 1, 2, or which: 4,7 (default: 1)")
@@ -160,11 +160,11 @@ def plan(options: argparse.Namespace) -> list[Job]:
         raise ValueError(f"--jobs must be at least 1, but got {options.jobs}.")
     if options.cluster and options.backend == "loky":
         raise ValueError("--cluster needs --backend=ray or --backend=dask.")
-    for key in choices(options.overrides).keys() & GRID:
+    for key in values_by_key(options.overrides).keys() & GRID:
         raise ValueError(f"A sweep has lists of those: use {GRID[key]} in place of {key}=....")
-    seeds = seeds_of(options.seeds)
+    seeds = parse_seeds(options.seeds)
     losses, gradients = _names(options.loss_method, "ls"), _names(options.gradient_method, "none")
-    common = overrides_of(argparse.Namespace(**vars(options) | {"loss_method": None, "gradient_method": None}))
+    common = all_overrides(argparse.Namespace(**vars(options) | {"loss_method": None, "gradient_method": None}))
     grid = [
         _job([f"--loss_method={loss}", f"--gradient_method={gradient}", f"--seed={seed}", *common])
         for loss, gradient, seed in itertools.product(losses, gradients, seeds)
@@ -193,7 +193,7 @@ def recorded(config: DictConfig, *, create: bool) -> list[Run]:
 def baseline_jobs(overrides: Sequence[str], seeds: Sequence[int]) -> list[Job]:
     """One single-task run for each task and seed, with the overrides that do not belong to the methods."""
     common = [override for override in overrides if not override.startswith(OF_METHODS)]
-    name = choices(overrides).get("experiment", RunConfig.experiment)
+    name = values_by_key(overrides).get("experiment", RunConfig.experiment)
     tasks = range(len(experiments.find(name).TASKS))
     return [
         _job(["--loss_method=stl", f"loss.main_task={k}", f"--seed={seed}", *common])
@@ -336,9 +336,8 @@ def run_one(
         from rich.console import Console  # noqa: PLC0415
 
         from experiments import trainer  # noqa: PLC0415
-        from experiments.config import schema as settings  # noqa: PLC0415
 
-        config = settings.configure(trainer.build_parser().parse_intermixed_args(list(arguments)))
+        config = trainer.parse(arguments)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the plan has told them
             run = trainer.prepare(config, Console(quiet=True))
@@ -373,7 +372,7 @@ def _progress(outcomes: Iterable[Any], total: int, console: Console) -> Iterator
 
 
 def _job(arguments: list[str]) -> Job:
-    config = configure(trainer.build_parser().parse_intermixed_args(arguments))
+    config = trainer.parse(arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # _warnings tells them once
         build_balancer(config, experiments.find(config.experiment).TASKS)

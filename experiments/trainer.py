@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from balance.config import build_balancer, measured
 from balance.profiling import peak_memory
 from balance.tracking import connect
-from experiments.cli import add_methods, add_output, add_overrides, command_line
+from experiments.cli import add_methods, add_output, add_overrides, all_overrides, command_parser, run_command
 from experiments.config.schema import configure
 from experiments.problems import base as experiments
 from experiments.recording.run_log import log_data, log_model, tracker_of
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from balance import Balancer, Report
+    from experiments.cli import Work
     from experiments.problems.base import Batch, Experiment, Network, Splits
 
 
@@ -59,28 +61,32 @@ class Run(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: 0 after a finished run, 2 for a mistake in the command, 130 after Ctrl-C."""
-    parser = build_parser()
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        config = configure(options)
-        if options.print_config:
-            print(OmegaConf.to_yaml(config), end="")
-            return 0
-        run = prepare(config)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        parser.error(str(error))
-    try:
-        train(run)
-    except KeyboardInterrupt:
-        run.console.print("Interrupted. What was logged stays; the run is marked KILLED.")
-        return 130
+    """Run the command line; return 0 after a finished run, 2 for a mistake in the command, 130 after Ctrl-C."""
+    interrupted = "Interrupted. What was logged stays; the run is marked KILLED."
+    return run_command(build_parser(), arguments, prepare_work, interrupted=interrupted)
+
+
+def prepare_work(options: argparse.Namespace) -> Work:
+    """Return the work of the command: to train, or only to print the configuration."""
+    config = configure(all_overrides(options))
+    return partial(print_config, config) if options.print_config else partial(train_once, prepare(config))
+
+
+def print_config(config: DictConfig) -> int:
+    """Print a configuration as YAML; return the exit code."""
+    print(OmegaConf.to_yaml(config), end="")
+    return 0
+
+
+def train_once(run: Run) -> int:
+    """Train; return the exit code."""
+    train(run)
     return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags for what every run chooses; everything else is a key of the schema."""
-    parser = command_line(__doc__)
+    parser = command_parser(__doc__)
     add_output(parser)
     add_methods(parser, several=False)
     parser.add_argument(
@@ -89,6 +95,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--print_config", action="store_true", help="print the configuration as YAML, and train nothing")
     add_overrides(parser, "any entry of the configuration, such as train.epochs=3 loss.num_groups=2")
     return parser
+
+
+def parse(arguments: Sequence[str]) -> DictConfig:
+    """Return the configuration that a command line describes.
+
+    Raises:
+        ValueError: If a name or a key is unknown, or a value has the wrong type or is out of range.
+        ModuleNotFoundError: If the experiment needs a library that is not installed.
+    """
+    return configure(all_overrides(build_parser().parse_intermixed_args(list(arguments))))
 
 
 def prepare(config: DictConfig, console: Console | None = None) -> Run:

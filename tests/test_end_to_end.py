@@ -50,9 +50,7 @@ def drop(tmp_path_factory):
     def of(methods):
         loss, _, gradient = methods.partition("+")
         words = [f"--loss_method={loss}", *([f"--gradient_method={gradient}"] if gradient else [])]
-        config = trainer.configure(
-            trainer.build_parser().parse_intermixed_args([*words, "track=false", f"output_dir={folder}"])
-        )
+        config = trainer.parse([*words, "track=false", f"output_dir={folder}"])
         return trainer.train(trainer.prepare(config, Console(quiet=True)))["delta_m"]
 
     return of

@@ -16,7 +16,6 @@ import yaml
 from mlflow import MlflowClient
 
 from experiments import baselines, compare, sweep, trainer
-from experiments.cli import seeds_of
 from experiments.recording.store import Store
 from experiments.sweeps import runtime as estimate
 
@@ -204,15 +203,10 @@ def test_chains_and_options_of_a_method(tmp_path, capfd):
 
 def test_an_estimate_follows_the_number_of_epochs(tmp_path):
     def seconds(epochs):
-        config = trainer.configure(trainer.build_parser().parse_intermixed_args([*TINY[:3], f"train.epochs={epochs}"]))
+        config = trainer.parse([*TINY[:3], f"train.epochs={epochs}"])
         return estimate.of_a_run(config)
 
     assert 10 < seconds(1000) / seconds(10) < 1000
-
-
-@pytest.mark.parametrize(("words", "seeds"), [("3", [0, 1, 2]), ("1", [0]), ("4,7", [4, 7]), ("5,", [5]), ("0,", [0])])
-def test_seeds(words, seeds):
-    assert seeds_of(words) == seeds
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,11 @@ import yaml
 from omegaconf import OmegaConf
 
 from balance.config import StageConfig, compose, flatten, method_names, methods_schema
-from experiments.cli import choices, overrides_of
+from experiments.cli import values_by_key
 from experiments.problems import base as experiments
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from omegaconf import DictConfig
 
@@ -75,22 +74,24 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def configure(options: argparse.Namespace) -> DictConfig:
+def configure(overrides: Sequence[str]) -> DictConfig:
     """Defaults, then the experiment's file, then the command line.
+
+    Args:
+        overrides: Words of the form ``key=value``.
 
     Raises:
         ValueError: If a name or a key is unknown, or a value has the wrong type or is out of range.
         ModuleNotFoundError: If the experiment needs a library that is not installed.
     """
-    overrides = overrides_of(options)
-    choice = choices(overrides)
+    choice = values_by_key(overrides)
     name = choice.get("experiment", RunConfig.experiment)
     experiment = experiments.find(name)
     of_experiment, of_methods = of_file(name, experiment, choice)
     loss_method = choice.get("loss_method", RunConfig.loss_method)
     gradient_method = choice.get("gradient_method")
     if gradient_method in ("none", "None", "null", ""):
-        overrides.append("gradient_method=null")
+        overrides = [*overrides, "gradient_method=null"]
         gradient_method = None
     names = method_names(loss_method)
     of_loss = of_methods.get(loss_method, {}) if len(names) == 1 else {part: of_methods.get(part, {}) for part in names}

@@ -34,7 +34,7 @@ DIGITS = ["data.train_pairs=256", "data.validation_pairs=100", "data.test_pairs=
 
 
 def configure(*words):
-    return trainer.configure(trainer.build_parser().parse_intermixed_args(list(words)))
+    return trainer.parse(words)
 
 
 def prepare(*words):
@@ -42,7 +42,7 @@ def prepare(*words):
 
 
 def train(*arguments, quiet=True):
-    config = trainer.configure(trainer.build_parser().parse_intermixed_args(list(arguments)))
+    config = trainer.parse(arguments)
     return trainer.train(trainer.prepare(config, Console(quiet=quiet)))
 
 

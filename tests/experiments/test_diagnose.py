@@ -53,7 +53,7 @@ def test_the_script_as_json_sees_what_the_trainer_begins_with(tmp_path, monkeypa
     assert (numbers["experiment"], numbers["seed"], numbers["lr"]) == ("digits", 2, 0.01)
     assert numbers["command"].endswith(f"--seeds=3 {' '.join(TINY)} train.batch_size=32 train.lr=0.01")
     words = [*TINY, "--seed=2", "train.batch_size=32"]
-    run = trainer.build(trainer.configure(trainer.build_parser().parse_intermixed_args(words)))
+    run = trainer.build(trainer.parse(words))
     firsts = [batch for batch, _ in zip(run.batches, range(3), strict=False)]
     losses = [run.experiment.losses(run.model(batch[0]), batch)["left"].item() for batch in firsts]
     assert numbers["start"]["loss_median"]["left"] == pytest.approx(sorted(losses)[1])

@@ -27,7 +27,7 @@ GRADIENTS = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) 
 def test_every_pairing_trains_digits_for_one_epoch(loss, gradient, tmp_path):
     chosen = [f"--loss_method={loss}", *([f"--gradient_method={gradient}"] if gradient else [])]
     arguments = [*chosen, "train.epochs=1", "data.train_pairs=3000", "track=false", f"output_dir={tmp_path}"]
-    run = trainer.prepare(trainer.configure(trainer.build_parser().parse_intermixed_args(arguments)), Console(quiet=True))
+    run = trainer.prepare(trainer.parse(arguments), Console(quiet=True))
     assert run.balancer.heads == (gradient_balancers.heads(gradient) if gradient else "unweighted")
     final = trainer.train(run)
     assert all(torch.tensor(value).isfinite() for value in final.values())

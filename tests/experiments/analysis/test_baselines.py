@@ -54,5 +54,5 @@ def test_baselines_cover_every_metric():
     stored = yaml.safe_load(text)
     assert stored["command"].startswith("python experiments/baselines.py")
     assert all(len(row["runs"]) == 3 for row in stored["metrics"].values())
-    config = trainer.configure(trainer.build_parser().parse_intermixed_args([]))
+    config = trainer.parse([])
     assert settings == dict(common_of(config))  # they were measured with what is the default now

@@ -29,7 +29,7 @@ def test_methods_have_the_options_of_the_papers(name, gamma, groups):
 
 
 def test_none_is_a_gradient_method(tmp_path):
-    config = trainer.configure(trainer.build_parser().parse_intermixed_args(["--gradient_method=none"]))
+    config = trainer.parse(["--gradient_method=none"])
     assert config.gradient_method is None
 
 

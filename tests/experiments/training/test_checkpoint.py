@@ -53,7 +53,7 @@ def test_the_best_epoch_of_celeba_has_the_largest_mean_f1(tiny):
 
 
 def test_the_best_epoch_on_validation_is_kept(tmp_path):
-    config = trainer.configure(trainer.build_parser().parse_intermixed_args(["track=false", *DIGITS, f"output_dir={tmp_path}"]))
+    config = trainer.parse(["track=false", *DIGITS, f"output_dir={tmp_path}"])
     run = trainer.prepare(config, Console(quiet=True))
     selection = trainer.Selection(run)
     good = {"left/accuracy": 0.9, "right/accuracy": 0.9, "sum/mae": 1.0, "reconstruction/rmse": 0.1}
@@ -67,7 +67,7 @@ def test_the_best_epoch_on_validation_is_kept(tmp_path):
 
 def test_single_task_learning_is_judged_by_its_task(tmp_path):
     arguments = ["--loss_method=stl", "loss.main_task=2", "track=false", *DIGITS, f"output_dir={tmp_path}"]
-    run = trainer.prepare(trainer.configure(trainer.build_parser().parse_intermixed_args(arguments)), Console(quiet=True))
+    run = trainer.prepare(trainer.parse(arguments), Console(quiet=True))
     selection = trainer.Selection(run)
     metrics = {"left/accuracy": 0.1, "right/accuracy": 0.1, "reconstruction/rmse": 9.0}
     assert selection.drop(metrics | {"sum/mae": selection.baselines["sum/mae"]}) == pytest.approx(0)
