@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from balance import Diagnosis, diagnose
 from experiments import trainer
 from experiments.cli import add_overrides, all_overrides, command_parser, run_command
-from experiments.config.schema import configure
+from experiments.config.layers import configure
 from experiments.training.data import brought
 
 if TYPE_CHECKING:

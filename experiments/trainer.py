@@ -25,7 +25,8 @@ from balance.config import build_balancer, measured
 from balance.profiling import peak_memory
 from balance.tracking import connect
 from experiments.cli import add_methods, add_output, add_overrides, all_overrides, command_parser, run_command
-from experiments.config.schema import configure
+from experiments.config.description import table
+from experiments.config.layers import configure
 from experiments.problems import base as experiments
 from experiments.recording.run_log import log_data, log_model, tracker_of
 from experiments.training.checkpoint import Selection
@@ -69,12 +70,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def prepare_work(options: argparse.Namespace) -> Work:
     """Return the work of the command: to train, or only to print the configuration."""
     config = configure(all_overrides(options))
-    return partial(print_config, config) if options.print_config else partial(train_once, prepare(config))
+    if options.print_config:
+        return partial(print_config, config)
+    if options.list_settings:
+        return partial(list_settings, config)
+    return partial(train_once, prepare(config))
 
 
 def print_config(config: DictConfig) -> int:
     """Print a configuration as YAML; return the exit code."""
     print(OmegaConf.to_yaml(config), end="")
+    return 0
+
+
+def list_settings(config: DictConfig) -> int:
+    """Print all entries of a configuration with value, range and role; return the exit code."""
+    Console(width=None if sys.stdout.isatty() else 160).print(table(config))
     return 0
 
 
@@ -93,6 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--seed", metavar="N", help="seed of the model, of the order of the data and of the balancer (default: 0)"
     )
     parser.add_argument("--print_config", action="store_true", help="print the configuration as YAML, and train nothing")
+    parser.add_argument(
+        "--list_settings", action="store_true", help="print all entries with value, range and role, and train nothing"
+    )
     add_overrides(parser, "any entry of the configuration, such as train.epochs=3 loss.num_groups=2")
     return parser
 

@@ -69,9 +69,9 @@ def test_a_tracking_server_that_cannot_be_used_costs_no_training(tmp_path, monke
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["protocol=paper"], "'digits' has no protocol=paper"),
+        (["protocol=paper"], "protocol must be sound for 'digits'"),
         (["protocol=papers"], "does not fit 'protocol'"),
-        (["--experiment=nyuv2", "data.protocol=paper"], "give protocol=paper alone"),
+        (["--experiment=nyuv2", "data.protocol=paper"], "data.protocol must equal protocol, but got paper"),
         (["--experiment=nyuv2", *DENSE, "model.name=mtann"], "Did you mean 'mtan'?"),
         (["--experiment=nyuv2", "modell.name=mtan"], "Unknown key 'modell'"),
         (["--experiment=nyuv2", "data.source=files"], "needs data.path=FOLDER"),
@@ -82,7 +82,7 @@ def test_a_tracking_server_that_cannot_be_used_costs_no_training(tmp_path, monke
         (["train.max_norm=0"], "train.max_norm must be positive, but got 0.0. null turns clipping off."),
         (["train.num_workers=-1"], "train.num_workers must not be negative"),
         (["train.eval_batch_size=0"], "train.eval_batch_size must be at least 1"),
-        (["train.factor=1"], "train.factor must be between 0 and 1"),
+        (["train.factor=1"], "train.factor must be above 0 and below 1"),
         (["train.report_last=31"], "train.report_last must be at most train.epochs=30"),
     ],
 )

@@ -1,0 +1,139 @@
+"""Layers of a run's configuration, each of which overrides the layers before it.
+
+    defaults < problem's file < its block on_disk < its block paper < command line
+
+The block ``on_disk`` applies where the data set itself is read, the block ``paper`` with ``protocol=paper``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import yaml
+from omegaconf import OmegaConf
+
+from balance.config import compose, method_names
+from experiments.cli import values_by_key
+from experiments.config.schema import RunConfig, config_schema
+from experiments.problems import base as experiments
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from omegaconf import DictConfig
+
+    from experiments.problems.base import Experiment
+
+Settings = dict[str, Any]  # nested as the configuration is
+
+NO_METHOD = ("none", "None", "null", "")  # words for no gradient method on a command line
+
+
+class ProblemFile(NamedTuple):
+    """Blocks of a problem's ``config.yaml``."""
+
+    settings: Settings
+    methods: Settings  # options of methods that suit the problem, by the name of the method
+    on_disk: Settings
+    paper: Settings | None  # None: no published protocol
+    paper_methods: Settings  # settings of a run in the published protocol, by the name of one of its methods
+
+
+def configure(overrides: Sequence[str]) -> DictConfig:
+    """Return the typed configuration of a run.
+
+    Args:
+        overrides: Words of the form ``key=value``.
+
+    Raises:
+        ValueError: If a name or a key is unknown, a value has the wrong type or is out of range, or two values contradict
+            each other.
+        ModuleNotFoundError: If the problem needs a library that is not installed.
+    """
+    values = values_by_key(overrides)
+    name = values.get("experiment", RunConfig.experiment)
+    experiment, file = experiments.find(name), read_file(name)
+    loss_method = values.get("loss_method", RunConfig.loss_method)
+    gradient_method = values.get("gradient_method")
+    if gradient_method in NO_METHOD:
+        gradient_method, overrides = None, [*overrides, "gradient_method=null"]
+    check_protocol(name, file, values)
+    settings = merge(file.settings, *on_disk_layers(experiment, file, values), *paper_layers(experiment, file, values))
+    options = method_options(file, loss_method, gradient_method)
+    config = compose(config_schema(experiment, loss_method, gradient_method), settings | options, overrides)
+    check_report_last(config)
+    return config
+
+
+def read_file(name: str) -> ProblemFile:
+    """Read the ``config.yaml`` of a problem."""
+    content = yaml.safe_load((experiments.FOLDER / name / "config.yaml").read_text(encoding="utf-8"))
+    methods, on_disk, paper = (content.pop(block, None) for block in ("methods", "on_disk", "paper"))
+    paper_methods = paper.pop("methods", {}) if paper is not None else {}
+    return ProblemFile(content, methods or {}, on_disk or {}, paper, paper_methods)
+
+
+def on_disk_layers(experiment: Experiment, file: ProblemFile, values: Mapping[str, str]) -> list[Settings]:
+    """Return the layers for the data set itself, which ``data.path``, ``data.source`` or ``protocol=paper`` select."""
+    on_disk = getattr(experiment, "ON_DISK", None)
+    if on_disk is None:
+        return []
+    implied = "data.source" not in values and values.get("data.path", "null") not in ("null", "")
+    reads_data_set = implied or values.get("data.source") == on_disk
+    layers: list[Settings] = [{"data": {"source": on_disk}}] if implied else []
+    return [*layers, file.on_disk] if reads_data_set or is_paper(values) else layers
+
+
+def paper_layers(experiment: Experiment, file: ProblemFile, values: Mapping[str, str]) -> list[Settings]:
+    """Return the layers for the published protocol and for the chosen methods in it."""
+    if not is_paper(values) or file.paper is None:
+        return []
+    follows = any(entry.name == "protocol" for entry in fields(experiment.DataConfig))
+    chosen = [file.paper_methods.get(values.get(kind, ""), {}) for kind in ("loss_method", "gradient_method")]
+    return [file.paper, {"data": {"protocol": "paper"}} if follows else {}, *chosen]
+
+
+def method_options(file: ProblemFile, loss_method: str, gradient_method: str | None) -> Settings:
+    """Return the options that the problem's file has for the two methods, as the groups ``loss`` and ``gradient``."""
+    names = method_names(loss_method)
+    options = {name: file.methods.get(name, {}) for name in names}
+    loss = options if len(names) > 1 else options[names[0]]
+    return {"loss": loss, "gradient": file.methods.get(gradient_method or "", {})}
+
+
+def merge(*layers: Settings) -> Settings:
+    """Return nested settings in which a later layer overrides an earlier one."""
+    merged = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.create, layers)))
+    assert isinstance(merged, dict)
+    return {str(key): value for key, value in merged.items()}
+
+
+def is_paper(values: Mapping[str, str]) -> bool:
+    """Return whether the command line selects the published protocol."""
+    return values.get("protocol") == "paper"
+
+
+def check_protocol(name: str, file: ProblemFile, values: Mapping[str, str]) -> None:
+    """Check that the problem has the protocol, and that the data follow it.
+
+    Raises:
+        ValueError: If the problem has no published protocol, or ``data.protocol`` differs from ``protocol``.
+    """
+    if "data.protocol" in values and values["data.protocol"] != values.get("protocol", RunConfig.protocol):
+        raise ValueError(
+            f"data.protocol must equal protocol, but got {values['data.protocol']}. Set protocol, which sets both."
+        )
+    if is_paper(values) and file.paper is None:
+        raise ValueError(f"protocol must be sound for '{name}', which has no published protocol, but got paper.")
+
+
+def check_report_last(config: DictConfig) -> None:
+    """Check that as many epochs are trained as are reported.
+
+    Raises:
+        ValueError: If ``train.report_last`` exceeds ``train.epochs``.
+    """
+    epochs, reported = config.train.epochs, config.train.report_last
+    if reported is not None and reported > epochs:
+        raise ValueError(f"train.report_last must be at most train.epochs={epochs}, but got {reported}.")
