@@ -1,7 +1,7 @@
 """Named shapes, used in every signature. K tasks, P shared parameters.
 
-A loss balancer maps `Losses` to `WeightedLosses`; a gradient balancer maps a `Gramian` to `Weights`
-(or, where it must see every coordinate, a `Jacobian` to a `Direction`).
+A loss balancer maps `Losses` to `WeightedLosses`. A gradient balancer maps a `Gramian` to `Weights`; one that must see
+every coordinate maps a `Jacobian` to a `Direction`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 Losses: TypeAlias = Tensor  # (K,), one value per task
-WeightedLosses: TypeAlias = Tensor  # (K,), what the loss balancer makes of them, differentiable
+WeightedLosses: TypeAlias = Tensor  # (K,), the output of a loss balancer, differentiable
 Jacobian: TypeAlias = Tensor  # (K, P), rows are task gradients
 Gramian: TypeAlias = Tensor  # (K, K), inner products of the rows
 Weights: TypeAlias = Tensor  # (K,), coefficients of the rows
-Direction: TypeAlias = Tensor  # (P,), what is added to .grad (parameters move along its negative)
+Direction: TypeAlias = Tensor  # (P,), added to .grad; parameters move along its negative
 
 LossRule: TypeAlias = Callable[..., WeightedLosses]
-GradientRule: TypeAlias = Callable[..., Tensor]  # Gramian -> Weights, or Jacobian -> Direction
+GradientRule: TypeAlias = Callable[..., Tensor]  # maps a Gramian to Weights, or a Jacobian to a Direction
 
 Heads: TypeAlias = Literal["unweighted", "weighted"]
 Scale: TypeAlias = Literal["paper", "sum", "norm"]

@@ -60,8 +60,8 @@ ABBREVIATED = re.compile(r"\b(e\.g|i\.e|et al|eqs?|cf|vs|secs?|figs?|no|approx|r
 # fmt: off
 TO_DO: set[str] = {
     "CHANGELOG.md", "README.md", "balance/config.py", "balance/diagnosis/", "balance/engine/", "balance/gradient/",
-    "balance/loss/", "balance/metrics.py", "balance/profiling.py", "balance/rules/", "balance/solvers/", "balance/splitter/",
-    "balance/stage/", "balance/testing/", "balance/tracking.py", "balance/types.py", "benchmarks/README.md",
+    "balance/loss/", "balance/metrics.py", "balance/profiling.py", "balance/solvers/",
+    "balance/testing/", "balance/tracking.py", "benchmarks/README.md",
     "benchmarks/bench_jacobian.py", "benchmarks/bench_rules.py", "benchmarks/bench_step.py", "benchmarks/networks.py",
     "benchmarks/peers.py", "benchmarks/record.py", "experiments/README.md", "experiments/analysis/", "experiments/baselines.py",
     "experiments/cli.py", "experiments/compare.py", "experiments/config/", "experiments/datasets/", "experiments/diagnose.py",

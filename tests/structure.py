@@ -65,11 +65,9 @@ TO_DO: dict[str, set[str]] = {
         "experiments.sweeps.runtime -> experiments.trainer", "experiments.training.checkpoint -> experiments.trainer",
         "experiments.training.console -> experiments.trainer", "experiments.training.evaluation -> experiments.trainer",
     },
-    "circles": {
-        "balance.stage.balancer -> balance.stage.step", "experiments.recording.run_log -> experiments.trainer",
-    },
+    "circles": {"experiments.recording.run_log -> experiments.trainer"},
     "function": {
-        "balance/engine/engine.py", "balance/stage/balancer.py", "experiments/analysis/figures/figures.py",
+        "balance/engine/engine.py", "experiments/analysis/figures/figures.py",
         "experiments/analysis/published.py", "experiments/compare.py", "experiments/problems/multimnist/comparison.py",
         "experiments/problems/multimnist/figure.py", "experiments/problems/toy/__main__.py",
         "experiments/problems/toy/figure.py", "experiments/recording/model.py", "experiments/sweep.py",
@@ -80,14 +78,14 @@ TO_DO: dict[str, set[str]] = {
         "experiments/recording/store.py", "experiments/sweeps/runtime.py", "experiments/trainer.py",
     },
     "file": {
-        "balance/diagnosis/diagnose.py", "balance/splitter/splitter.py", "balance/stage/balancer.py", "experiments/sweep.py",
+        "balance/diagnosis/diagnose.py", "experiments/sweep.py",
         "tests/test_balancer.py", "tests/test_compose.py", "tests/test_diagnosis.py", "tests/test_engine.py",
         "tests/test_experiments.py", "tests/test_multimnist.py", "tests/test_splitter.py", "tests/test_steps.py",
         "tests/test_sweep.py", "tests/test_trainer.py",
     },
     "docstring": {
         "balance/config.py", "balance/diagnosis/", "balance/engine/", "balance/gradient/", "balance/profiling.py",
-        "balance/rules/", "balance/stage/", "balance/testing/", "balance/tracking.py", "experiments/analysis/",
+        "balance/testing/", "balance/tracking.py", "experiments/analysis/",
         "experiments/cli.py", "experiments/compare.py", "experiments/config/", "experiments/datasets/", "experiments/problems/",
         "experiments/problems/celeba/", "experiments/problems/cityscapes/", "experiments/problems/dense/",
         "experiments/problems/digits/", "experiments/problems/multimnist/", "experiments/problems/nyuv2/",
@@ -95,13 +93,7 @@ TO_DO: dict[str, set[str]] = {
         "experiments/recording/", "experiments/sweep.py", "experiments/sweeps/", "experiments/trainer.py",
         "experiments/training/",
     },
-    "any": {
-        "balance/config.py", "balance/rules/build.py", "balance/rules/compose.py", "balance/rules/registry.py",
-        "balance/splitter/splitter.py", "balance/stage/balancer.py", "balance/stage/loss_weighting.py",
-    },
-    "question": {
-        "balance/rules/compose.py", "balance/splitter/splitter.py", "balance/stage/balancer.py", "balance/stage/step.py",
-    },
+    "any": {"balance/config.py"},
 }
 # fmt: on
 

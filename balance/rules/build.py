@@ -33,6 +33,9 @@ def build_loss_balancer(
         num_tasks: K.
         seed: Seed of every rule that draws random numbers, unless its options contain a seed.
 
+    Returns:
+        The adapted rule.
+
     Raises:
         ValueError: If a name or an option is unknown or out of range, or options are given with a callable.
         TypeError: If an option has the wrong type, or the rule is neither a name nor a callable.
@@ -60,6 +63,9 @@ def build_gradient_balancer(
         num_tasks: K.
         seed: Seed of a rule that draws random numbers, inside compositions too, unless its options contain a seed.
 
+    Returns:
+        The adapted rule.
+
     Raises:
         ValueError: If the name or an option is unknown or out of range, or options are given with a callable.
         TypeError: If an option has the wrong type, or the rule is neither a name nor a callable.
@@ -85,7 +91,7 @@ def warn_of_pairing(loss: object, gradient: object, num_tasks: int) -> None:
     if loss == "stl" and gradient == "mgda":
         warnings.warn(
             "mgda gives all weight to the zero gradients of the tasks that stl switches off: the shared parameters "
-            "will not train. Use stl alone.",
+            "will not train. Use stl without a gradient balancer.",
             stacklevel=3,
         )
     if loss not in ("ls", "stl") and gradient_balancers.traits(gradient).ignores_weights:

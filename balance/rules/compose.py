@@ -34,6 +34,9 @@ def every(n: int, rule: str | GradientRule, num_tasks: int, **options: Any) -> E
         num_tasks: K.
         **options: Options of a rule that is given by name.
 
+    Returns:
+        A gradient balancer whose weights are used for n steps.
+
     Raises:
         ValueError: If n is less than 1, the rule returns no weights, or n > 1 and the rule reuses its weights already.
     """
@@ -51,6 +54,9 @@ def smoothed(rule: str | GradientRule, beta: float, num_tasks: int, **options: A
         num_tasks: K.
         **options: Options of a rule that is given by name.
 
+    Returns:
+        A gradient balancer whose weights are averaged.
+
     Raises:
         ValueError: If beta is out of range, or the rule returns no weights.
     """
@@ -67,6 +73,9 @@ def grouped(rule: str | GradientRule, groups: Sequence[Sequence[int]], num_tasks
         num_tasks: K.
         **options: Options of a rule that is given by name.
 
+    Returns:
+        A gradient balancer whose weights are shared within groups.
+
     Raises:
         ValueError: If the groups are not a partition of the tasks, or the rule returns no weights.
     """
@@ -82,11 +91,14 @@ class Wrapped(NamedTuple):
 
     @property
     def needs_seed(self) -> bool:
-        """Whether the rule draws random numbers and its seed is left to the stage."""
+        """True if the rule draws random numbers and the user gave no seed."""
         return isinstance(self.rule, str) and "seed" in gradient_balancers.options(self.rule) and "seed" not in self.options
 
     def build(self, **seed: int) -> GradientBalancer:
         """Build the rule.
+
+        Returns:
+            The adapted rule.
 
         Raises:
             ValueError: If the name or an option is unknown or out of range, the rule returns no weights, or options are
@@ -131,12 +143,12 @@ class _Composition(nn.Module):
 
     @property
     def fixed_length(self) -> bool:
-        """Whether the length of the direction does not depend on the lengths of the gradients."""
+        """True if the length of the direction does not depend on the lengths of the gradients."""
         return self.rule.fixed_length
 
     @property
     def reuses(self) -> bool:
-        """Whether some steps use the weights of earlier steps."""
+        """True if some steps use the weights of earlier steps."""
         return self.rule.reuses
 
     def seed(self, seed: int) -> None:
@@ -165,14 +177,14 @@ class Every(_Composition):
         if n > 1 and self.rule.reuses:
             raise ValueError(
                 f"Weights must be reused in one place only, but got {self}. "
-                "Use compose.every(n, rule, num_tasks) alone, with a rule that solves at every step."
+                "Use only compose.every(n, rule, num_tasks), with a rule that solves at every step."
             )
         self.register_buffer("weights", _nan(num_tasks))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     @property
     def reuses(self) -> bool:
-        """Whether some steps use the weights of earlier steps."""
+        """True if some steps use the weights of earlier steps."""
         return self.n > 1 or self.rule.reuses
 
     def forward(self, gramian: Gramian, present: Tensor | None = None, losses: Tensor | None = None) -> Weights:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _FROM_STAGE = ("num_tasks", "present", "losses")  # passed by the stage, never options of a user
 
 
-def parameters(rule: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+def parameters(rule: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of a rule; none for a built-in function without a signature."""
     try:
         return inspect.signature(rule).parameters
@@ -24,7 +24,7 @@ def parameters(rule: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
         return {}
 
 
-def options(rule: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def options(rule: Callable[..., object]) -> dict[str, inspect.Parameter]:
     """Return the options that a user may give to a rule, with annotations resolved to types.
 
     Args:
@@ -89,7 +89,7 @@ def _call(name: str, args: Sequence[Any], keywords: Mapping[str, Any]) -> str:
     return f"{name}({listed})" if listed else name
 
 
-def _resolved(annotation: Any, rule: Callable[..., Any]) -> Any:
+def _resolved(annotation: Any, rule: Callable[..., object]) -> Any:
     """Return an annotation as a type, or Any where the rule's module imports its names for type checkers only."""
     if annotation is inspect.Parameter.empty:
         return Any

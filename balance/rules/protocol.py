@@ -214,15 +214,15 @@ class _Adapted(nn.Module):
 
     @property
     def learns(self) -> bool:
-        """Whether steps can change the rule's state."""
+        """True if steps can change the rule's state."""
         return isinstance(self.rule, nn.Module)
 
     def _call(self, data: Tensor, context: Context, **keywords: Tensor) -> Any:
-        """Call the rule with the keywords that it takes.
+        """Return the result of the rule, called with the keywords that it takes.
 
         Raises:
-            ValueError: If tasks are absent and the rule keeps state by task without a keyword ``present``, or a value of a
-                task lies outside the rule's domain; the message names the task.
+            ValueError: If tasks are absent and the rule keeps state by task without a keyword ``present``. Also if a value
+                of a task lies outside the rule's domain; the message names the task.
         """
         keywords |= self._present(context)
         with _Naming(context):
@@ -258,12 +258,12 @@ class AdaptedLossBalancer(_Adapted):
 
     @property
     def learns(self) -> bool:
-        """Whether steps can change the rule's state."""
+        """True if steps can change the rule's state."""
         return isinstance(self.rule, nn.Module) or self.needs_observation
 
     @property
     def needs_observation(self) -> bool:
-        """Whether `observe` must be called after every optimizer step."""
+        """True if `observe` must be called after every optimizer step."""
         return self.observes and bool(getattr(self.rule, "needs_observation", True))
 
     def forward(self, losses: Losses, context: Context) -> WeightedLosses:
@@ -302,7 +302,7 @@ class AdaptedGradientBalancer(_Adapted):
 
     @property
     def reuses(self) -> bool:
-        """Whether some steps use the weights of earlier steps."""
+        """True if some steps use the weights of earlier steps."""
         return bool(getattr(self.rule, "reuses", self._has_reuse))
 
     def forward(self, gramian: Gramian, context: Context) -> Weights:
@@ -350,12 +350,12 @@ class _Naming:
             raise ValueError(error.naming(self._tasks[error.task])) from None
 
 
-def takes(rule: Callable[..., Any], keyword: str) -> bool:
+def takes(rule: Callable[..., object], keyword: str) -> bool:
     """Return whether a rule in its author's form has a keyword."""
     return keyword in _keywords(rule.forward if isinstance(rule, nn.Module) else rule)
 
 
-def _keywords(call: Callable[..., Any]) -> frozenset[str]:
+def _keywords(call: Callable[..., object]) -> frozenset[str]:
     try:
         return frozenset(inspect.signature(call).parameters)
     except (TypeError, ValueError):  # a built-in function without a signature

@@ -37,8 +37,8 @@ class Traits:
             direction (P,).
         heads: Gradient balancers only: whether the method's paper code multiplies the loss of a task-specific head with the
             task's weight.
-        ignores_weights: Gradient balancers only: whether positive weights of the losses make no difference to its step,
-            heads included; the stage then warns of a loss balancer that has no effect.
+        ignores_weights: Gradient balancers only: True if positive weights of the losses do not change the step, heads
+            included. The stage then warns of a loss balancer that has no effect.
         label: The method's name in its paper and in published tables, such as ``"PCGrad"``.
         paper: Authors, year and web address, such as ``"Yu et al. 2020, https://arxiv.org/abs/2001.06782"``; several are
             separated by semicolons.
@@ -46,7 +46,7 @@ class Traits:
         needs: Conditions that training must meet, beyond a call at each step.
         invariances: Names of the claims of `balance.testing` about scaling, order and rotation that the method satisfies.
         certificate: Gradient balancers with exact solutions: a function of the Gramian (K, K) and of the weights (K,) under
-            default options, which returns the relative error of the weights in the method's own optimality conditions.
+            default options. It returns the relative error of the weights in the method's optimality conditions.
     """
 
     sees: Sees = "gramian"
@@ -72,7 +72,7 @@ class Traits:
 class Method:
     """A registered rule: the callable that builds or is the rule, and its traits."""
 
-    rule: Callable[..., Any]  # the rule itself, or the class whose instances are rules
+    rule: Callable[..., object]  # the rule itself, or the class whose instances are rules
     traits: Traits
 
 

@@ -20,12 +20,12 @@ class PassMemory:
     """Results of the first backward pass over a graph, which later passes over it repeat.
 
     Attributes:
-        rule: State of the gradient balancer before that pass.
+        rule_state: State of the gradient balancer before that pass.
         orders: Random orders of the tasks.
         averages: For each task whether it has been counted, and the average that its gradient was divided by. Shape (K,) each.
     """
 
-    rule: dict[str, Any] | None = None
+    rule_state: dict[str, Any] | None = None
     orders: list[list[int]] | None = None
     averages: tuple[Tensor, Tensor] | None = None
 

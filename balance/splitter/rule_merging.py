@@ -60,6 +60,9 @@ def merge_by_rule(
         tasks: Names of all K tasks.
         scale: Scale factor of mixed precision in the gradients.
 
+    Returns:
+        The merged gradients of this rank.
+
     Raises:
         RuntimeError: If the rule sees the Jacobian and several processes train together.
     """
@@ -112,13 +115,13 @@ def _repeating(rule: GradientBalancer | JacobianBalancer, memory: PassMemory) ->
     """Start the rule from its state before the first pass over this graph; only that pass may change the state."""
     module = cast("nn.Module", rule)
     state: dict[str, Any] = copy.deepcopy(module.state_dict())
-    if memory.rule is None:
+    if memory.rule_state is None:
         with restored_on_error(module):
             yield
-        memory.rule = state
+        memory.rule_state = state
         return
     if state:
-        module.load_state_dict(memory.rule)
+        module.load_state_dict(memory.rule_state)
     try:
         yield
     finally:

@@ -50,34 +50,35 @@ class Splitter(nn.Module):
               m_k \leftarrow \beta m_k + (1 - \beta) q_k
 
     where :math:`q_k` is the squared length of a sample's gradient, averaged over the batch, and :math:`t_k` counts the updates
-    of :math:`m_k`. So a constant positive factor on a task's loss changes only the gradients of its head: give the weights to
-    the splitter, not to the losses. Lengths are of order 1 for every sample and every size of the batch. So the trunk's
+    of :math:`m_k`. A constant positive factor on a task's loss changes only the gradients of its head. So give the weights
+    to the splitter, not to the losses. Lengths are of order 1 for every sample and every size of the batch. So the trunk's
     learning rate gets another meaning, unless the optimizer ignores the scale, as Adam does.
 
-    With a gradient balancer, :math:`d = \sum_k w_k g_k` with its weights for the Gramian of the :math:`g_k`, in which
-    every sample counts separately: the step of ``Balancer(source="features", heads="unweighted")``, in one backward pass.
+    With a gradient balancer, :math:`d = \sum_k w_k g_k`. The weights are for the Gramian of the :math:`g_k`, in which every
+    sample counts separately. It is the step of ``Balancer(source="features", heads="unweighted")``, in one backward pass.
 
     A splitter is an autograd function. So a network can have several splitters, at any place, even one below the other, with
     any optimizer and under autocast. Gradients of half precision are merged in float32, Gramians are float64. The gradients of
     all tasks are kept until the last has arrived. Heads get their ordinary gradients.
 
-    State changes once for each forward pass, in the first backward pass that brings a task's gradient; so with gradient
-    accumulation it changes once for each ``backward()``. A second backward pass over the same graph changes nothing and
-    gives the same gradients again. Gradients taken one task at a time (``torch.autograd.grad`` of each loss) are each balanced
-    alone: with the normalisation and without projections they add up to the gradients of one pass, and the state changes once.
-    A task whose view no loss reaches is absent: a gradient balancer sees the smaller problem, the normalisation still
-    divides by the weights of all tasks, and the task's state does not change. Nor does a moving average where the gradient
+    State changes once for each forward pass, in the first backward pass that brings a task's gradient. So with gradient
+    accumulation it changes once for each ``backward()``. A second backward pass over a graph changes nothing and gives equal
+    gradients again. Gradients taken one task at a time (``torch.autograd.grad`` of each loss) are balanced separately. With
+    the normalisation and without projections they add up to the gradients of one pass, and the state changes once.
+
+    A task whose view no loss reaches is absent: a gradient balancer sees the smaller problem, and the task's state does not
+    change. The normalisation still divides by the weights of all tasks. A moving average does not change where the gradient
     is exactly zero. Where any gradient is infinite or NaN no state changes, and the trunk gets NaN, which a GradScaler needs.
 
-    Under ``torch.distributed`` squared lengths and Gramians are summed over all ranks, in every backward pass, which
-    is exact since different samples are different coordinates: all ranks use the same weights as one process with the
-    whole batch. The losses must be means over the local batch, the gradients of the ranks must be averaged, as
-    DistributedDataParallel does, and every rank must run the backward pass.
+    Under ``torch.distributed`` squared lengths and Gramians are summed over all ranks, in every backward pass. The sum is
+    exact, since different samples are different coordinates: all ranks use the weights of one process with the whole batch.
+    The losses must be means over the local batch, and the gradients of the ranks must be averaged, as
+    DistributedDataParallel does. Every rank must run the backward pass.
 
     Args:
         tasks: Names of the tasks, or their number K (the names are then "0", "1", ...).
-        gradient: ``"normalized"``, the formula above; None: the same without :math:`\sqrt{v_k}`, a weighted mean;
-            a registered gradient balancer; or any callable from a Gramian (K, K) to weights (K,).
+        gradient: ``"normalized"``: the formula above. None: the formula without :math:`\sqrt{v_k}`, a weighted mean.
+            Otherwise a registered gradient balancer, or any callable from a Gramian (K, K) to weights (K,).
         gradient_options: Options of a registered gradient balancer.
         weights: Weight of each task, not negative, by name or in order; ones by default. A gradient balancer sees the
             gradients times these weights, as if the losses were weighted.
@@ -145,9 +146,9 @@ class Splitter(nn.Module):
     def report(self) -> Report | None:
         """Record of the last backward pass; None before the first.
 
-        The direction is the sum of the gradients times ``loss_weights`` (the weights of the tasks) times ``gradient_weights``,
-        which is None if the batch as a whole has no such weights. ``gramian`` is of the gradients times ``loss_weights``. The
-        losses are NaN, since a splitter gets no losses.
+        The direction is the sum of the gradients times ``loss_weights`` (the weights of the tasks) times
+        ``gradient_weights``. These are None if the batch as a whole has no such weights. ``gramian`` is of the gradients
+        times ``loss_weights``. The losses are NaN, since a splitter gets no losses.
         """
         return self._report
 

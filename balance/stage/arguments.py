@@ -41,7 +41,7 @@ class StepLosses(NamedTuple):
 
     @property
     def is_half(self) -> bool:
-        """Whether a loss is of half precision, in which the weight of a small loss can overflow."""
+        """True if a loss is of half precision, in which the weight of a small loss can overflow."""
         return any(isinstance(root, Tensor) and root.dtype in _HALF for root in self.roots) or self.losses.dtype in _HALF
 
     def not_finite(self) -> dict[str, float]:

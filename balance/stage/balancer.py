@@ -47,7 +47,7 @@ class Balancer(nn.Module):
         tasks: Names of the tasks, or their number K (the names are then "0", "1", ...).
         loss: Name of a registered loss balancer, or several names, which are applied from left to right, or any
             differentiable callable (K,) -> (K,).
-        gradient: Name of a registered gradient balancer, or any callable from a Gramian (K, K) to weights (K,), or None: one
+        gradient: Name of a registered gradient balancer, or any callable from a Gramian (K, K) to weights (K,). None: one
             ordinary backward pass of the sum of the weighted losses.
         loss_options: Options of a registered loss balancer; of several, options by name.
         gradient_options: Options of a registered gradient balancer.
@@ -61,16 +61,16 @@ class Balancer(nn.Module):
         seed: Seed of the rules that draw random numbers; the two rules draw different numbers.
         nan: Meaning of a loss of NaN: an ``"error"``, or a task that is ``"absent"`` from the step.
         zero: Meaning of a loss of exactly zero. ``"present"``: an ordinary loss. ``"absent"``: the task has no labels in this
-            batch and is absent from the step; the gradient balancer then also leaves out a task whose gradient of all shared
+            batch and is absent from the step. The gradient balancer then also leaves out a task whose gradient of all shared
             parameters is exactly zero.
         engine: Order of the K backward passes. ``"loop"``: one after the other. ``"batched"``: all in one batch, which keeps
-            K gradients of the activations, needs ``features`` at every step so that only the trunk is batched, and falls
-            back to the loop with a warning where an operation cannot be batched. ``"auto"``: batched on an accelerator, if
+            K gradients of the activations. It uses ``features`` at every step, so that only the trunk is batched. Where an
+            operation cannot be batched, it falls back to the loop with a warning. ``"auto"``: batched on an accelerator, if
             ``features`` are given and the trunk has more parameters than activations, else the loop.
         memory: Gradients of the shared parameters that are kept. ``"jacobian"``: all of them, at most K times as many numbers
-            as shared parameters; for a linear or convolutional layer whose batch is smaller than its weight only the
-            gradients of its outputs, which contain the same information. ``"gramian"``: at most 0.4 times as many, or the
-            largest parameter's; the passes are repeated for parts of the parameters, and a weighted backward pass follows.
+            as shared parameters. For a linear or convolutional layer whose batch is smaller than its weight, only the
+            gradients of its outputs are kept, which suffice. ``"gramian"``: at most 0.4 times as many numbers, or the gradients
+            of the largest parameter. The passes are repeated for parts of the parameters, and a weighted backward pass follows.
 
     Raises:
         ValueError: If a name, an option or a choice is unknown, or the task names are not distinct.
@@ -126,7 +126,7 @@ class Balancer(nn.Module):
 
     @property
     def needs_observation(self) -> bool:
-        """Whether `observe` must be called after each optimizer step."""
+        """True if `observe` must be called after each optimizer step."""
         return self.loss_balancer.needs_observation
 
     def backward(
@@ -141,43 +141,45 @@ class Balancer(nn.Module):
     ) -> Report:
         """Balance the losses and add the result to ``.grad`` of every parameter, like ``losses.sum().backward()``.
 
-        The graph is freed. Parameters that no task reaches keep ``.grad`` as it is, None included; frozen ones are
-        no error. Without a gradient balancer this is one ordinary backward pass, whose gradients are not checked. A hook on a
+        The graph is freed. A parameter that no task reaches keeps its ``.grad``, None included; frozen parameters are no
+        error. Without a gradient balancer this is one ordinary backward pass, whose gradients are not checked. A hook on a
         tensor inside the graph acts once in the backward pass of each task. A hook on a parameter, or on its ``.grad``, acts
-        once, on the final gradient. Parameters of the balancer itself get the gradient of the plain sum of the weighted losses;
-        once an optimizer has used it, the next step begins anew, also if nobody has set it to zero. Where no shared parameter
-        requires a gradient there is nothing to balance, and all gradient weights are one. If a step fails, ``.grad`` and the
-        state of all rules are as before.
+        once, on the final gradient. Where no shared parameter requires a gradient, all gradient weights are one.
+
+        Parameters of the balancer itself get the gradient of the plain sum of the weighted losses. Once an optimizer has used
+        that gradient, the next step begins anew, even if nobody has set the gradient to zero. If a step fails, ``.grad`` and
+        the state of all rules are as before.
 
         A gradient balancer walks the graph once for each task. Where that is impossible (reentrant checkpoints, functions that
-        add to ``.grad`` themselves, compiled functions with donated buffers) an error says so, and what works instead. At
-        the first step a graph with custom or compiled functions is walked twice more, to see whether the gradients repeat.
+        add to ``.grad`` themselves, compiled functions with donated buffers) an error names the cause and the remedy. At the
+        first step a graph with custom or compiled functions is walked twice more, to check that the gradients repeat.
 
         Args:
-            losses: One scalar per task: a dict by name, from which tasks that are absent from this step are left out, or
-                a tensor of shape (K,). From a dict, or what ``torch.stack`` made, each task's backward pass visits the
-                graph of its own loss only.
+            losses: One scalar per task, by name; tasks that are absent from this step are left out. Or a tensor of shape
+                (K,). Given a dict, or the output of ``torch.stack``, each task's backward pass visits only the graph of its
+                loss.
             shared: Parameters that the tasks share. All others that the losses reach are task-specific heads. Needed with
                 ``source="parameters"`` and a gradient balancer. A task that reaches none of them takes no part in the
-                gradient balancer; its head is trained with weight one, and ``report.unshared`` names it.
+                gradient balancer. Its head is trained with weight one, and ``report.unshared`` names the task.
             features: The shared representation: one tensor, or several in sequences or dicts, of which a task may use some.
-                With ``source="features"`` conflict is measured on them alone, also where a path from a loss to a shared
+                With ``source="features"`` conflict is measured only on them, even where a path from a loss to a shared
                 parameter goes around them. With ``source="parameters"`` a hint: passes that all tasks can share begin there.
-            measure: Measure conflict on these of the shared parameters alone (those of the last layers, say: the passes then
-                stop there), and give the weights so found to the gradients of all shared parameters, in one backward pass.
-                An approximation: ``report.gramian`` is that of these parameters. A rule that fixes the length of its direction
-                (nashmtl), and ``scale="norm"``, get that length for all shared parameters, by one or two further passes.
+            measure: Some of the shared parameters, for example of the last layers. Conflict is measured only on them, and the
+                passes stop there. The resulting weights apply to the gradients of all shared parameters, in one further
+                backward pass. An approximation: ``report.gramian`` is the Gramian of these parameters. A rule that fixes the
+                length of its direction (nashmtl), and ``scale="norm"``, get that length for all shared parameters, by one or
+                two further passes.
             scaler: The GradScaler of mixed-precision training; give unscaled losses. The gradients are left scaled, for
-                ``scaler.step``. A step with an infinite or NaN loss or gradient is left for it to skip.
-            factor: Factor on everything that is added to ``.grad``, positive; for accumulation over n micro-batches 1 / n. The
-                rules see the losses without it.
+                ``scaler.step``. A step with an infinite or NaN loss or gradient is left for the scaler to skip.
+            factor: Positive factor on all gradients that are added to ``.grad``; for accumulation over n micro-batches 1 / n.
+                The rules see the losses without it.
 
         Returns:
             The record of the step.
 
         Raises:
-            ValueError: If a loss has the wrong shape or name, a loss or gradient is not finite, or the losses do not
-                reach what they should; ``.grad`` is then as before.
+            ValueError: If a loss has the wrong shape or name, or a loss or gradient is not finite. Also if the losses do not
+                reach the shared parameters or features. ``.grad`` is then as before.
             TypeError: If a loss is not a tensor, or ``shared`` is not an iterable of parameters.
             RuntimeError: If several processes train together, or the graph cannot be walked once for each task.
         """

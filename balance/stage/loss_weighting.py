@@ -84,6 +84,9 @@ def weighted_step(rule: LossBalancer, step: StepLosses) -> WeightedStep:
         rule: The loss balancer.
         step: The losses of the step.
 
+    Returns:
+        Weighted losses and derivatives.
+
     Raises:
         ValueError: As `weighted_losses`.
     """

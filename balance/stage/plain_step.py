@@ -50,7 +50,10 @@ def take_plain_step(rule: LossBalancer, step: StepLosses, scaler: GradScaler | N
         rule: The loss balancer.
         step: The losses.
         scaler: The gradient scaler, if any.
-        factor: Factor on what is added to ``.grad``.
+        factor: Factor on all gradients that are added to ``.grad``.
+
+    Returns:
+        The record of the step, and whether the scaler will skip the step.
 
     Raises:
         ValueError: As `weighted_losses`.
@@ -98,6 +101,9 @@ def leave_to_scaler(step: StepLosses, scaler: GradScaler, parameters: Iterable[T
         step: The losses.
         scaler: The gradient scaler.
         parameters: The balancer's parameters.
+
+    Returns:
+        A record without weights.
     """
     scaler.scale(step.losses.detach())  # initialises the scaler, which scaler.step requires
     accumulate(nan_gradients([*leaves(step.roots), *(p for p in parameters if p.requires_grad)]))

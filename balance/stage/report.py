@@ -1,4 +1,4 @@
-"""Report: what one step of the stage did."""
+"""Record of one step of the stage."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What one step of the stage did, all detached. K is the number of tasks that were present.
+    """Record of one step of the stage, all detached. K is the number of tasks that were present.
 
     Attributes:
         tasks: Names of the tasks that were present.
         losses: As given. Shape (K,).
-        weighted_losses: As the loss balancer made them. Shape (K,).
+        weighted_losses: Output of the loss balancer. Shape (K,).
         loss_weights: Weight of each loss in the sum of the weighted losses, that is, its derivative. Shape (K,).
-        gradient_weights: Weights of the gradients of the weighted losses in the direction; ones without a gradient
-            balancer; None where that sees the Jacobian and has no weights. Shape (K,).
+        gradient_weights: Weights of the gradients of the weighted losses in the direction. Ones without a gradient
+            balancer; None for a rule that sees the Jacobian and has no weights. Shape (K,).
         gramian: Inner products of the gradients of the weighted losses, float64; None without a gradient balancer.
             Shape (K, K).
         unshared: Names of the tasks that reach no shared parameter (or feature). They took no part in the gradient balancer;

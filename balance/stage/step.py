@@ -77,7 +77,7 @@ class BalancedStep:
         step: The losses.
         parts: Leaf tensors of the graph.
         seed: Gradient with which every backward pass begins.
-        factor: Factor on what is added to ``.grad``.
+        factor: Factor on all gradients that are added to ``.grad``.
     """
 
     stage: Stage
@@ -89,6 +89,9 @@ class BalancedStep:
 
     def run(self) -> Report:
         """Take the step.
+
+        Returns:
+            The record of the step.
 
         Raises:
             NotFiniteError: If a gradient is not finite; ``.grad`` is then as before.
@@ -133,7 +136,9 @@ class BalancedStep:
             if not finite[k] or not (heads_finite[k] or gradients.heads.is_finite(k))
         ]
         if bad:
-            raise NotFiniteError(f"Gradients must be finite, but those of {', '.join(bad)} are not. Look at the learning rate.")
+            raise NotFiniteError(
+                f"Gradients must be finite, but the gradients of {', '.join(bad)} are not. Look at the learning rate."
+            )
         return _Measurement(gradients.gramian / self.seed.scale**2, squares.clamp(min=0).sqrt(), head_lengths)
 
     def _balanced(self, gradients: TaskGradients, weighted: WeightedStep, gramian: Gramian) -> Tensor:
@@ -186,6 +191,9 @@ class BalancedStep:
 
         With ``scale="norm"`` it is the length of the summed gradient. For a rule of fixed length it is the length of the
         measured direction. Costs one or two backward passes.
+
+        Returns:
+            The factor.
         """
         fixed = self.stage.scale == "paper" and self.rule.fixed_length
         if not fixed and self.stage.scale != "norm":
