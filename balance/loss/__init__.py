@@ -1,6 +1,5 @@
 """Loss balancers: losses (K,) -> weighted losses (K,). Importing this package registers them."""
 
-from balance.loss import fixed, groups, rate, scale, uncertainty
-from balance.loss import improvable_gap as gap
+from balance.loss import dwa, famo, fixed, groups, improvable_gap, scale, uncertainty
 
-__all__ = ["fixed", "gap", "groups", "rate", "scale", "uncertainty"]
+__all__ = ["dwa", "famo", "fixed", "groups", "improvable_gap", "scale", "uncertainty"]

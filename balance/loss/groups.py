@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from balance.loss._checks import ADD_CONSTANT, DIVISION, require_above, values, weigh
-from balance.rules.options import check_type
 from balance.rules.registry import loss_balancers
 from balance.solvers.kmeans import k_means_1d
 
@@ -66,7 +65,6 @@ class GO4Align(nn.Module):
 
     def __init__(self, num_tasks: int, num_groups: int = 2, step_size: float = 1e-4, grouping: Grouping = "kmeans") -> None:
         super().__init__()
-        check_type("grouping of 'go4align'", grouping, Grouping)
         if num_groups < 1:
             raise ValueError(f"num_groups of 'go4align' must be at least 1, but got {num_groups}.")
         if not step_size >= 0:
