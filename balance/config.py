@@ -280,11 +280,6 @@ def _composed(
 ) -> Any:
     if name is None:
         raise ValueError("balancer.groups, balancer.smoothing and balancer.every need a gradient method, but there is none.")
-    if every != 1 and options.get("update_every", 1) != 1:
-        raise ValueError(
-            f"balancer.every must be the only option that reuses weights, but got balancer.every={every} and "
-            f"gradient.update_every={options['update_every']}. Leave out gradient.update_every, which does the same."
-        )
     if groups is None:
         rule: Any = compose_rules.every(1, name, len(tasks), **options)
     else:

@@ -29,10 +29,16 @@ MODES = [
     {"gradient": None},
     {"gradient": None, "projection": 1},
     *({"gradient": name} for name in RULES),
-    {"gradient": "nashmtl", "gradient_options": {"update_every": 2}},
+    {"gradient": "every"},
 ]
 
 ROTATABLE = [mode for mode in MODES if mode.get("gradient") != "graddrop"]  # that draws a number for each coordinate
+
+
+def splitter_of(tasks, mode, **options):
+    if mode.get("gradient") == "every":
+        mode = {"gradient": every(2, "nashmtl", tasks if isinstance(tasks, int) else len(tasks))}
+    return Splitter(tasks, **mode, **options)
 
 
 def name_of(mode):
@@ -287,11 +293,11 @@ Pair = namedtuple("Pair", "left right")
 @pytest.mark.parametrize("mode", ROTATABLE, ids=name_of)
 def test_several_feature_tensors_are_balanced_as_one(mode, pack):
     J = gradients(2, 3, 4, 10)
-    whole = merged(Splitter(TASKS, **mode), J)
+    whole = merged(splitter_of(TASKS, mode), J)
     pieces = [torch.zeros(4, 3, 2, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)]
     for piece in pieces:
         piece.requires_grad_()
-    views = Splitter(TASKS, **mode)(pack(pieces))
+    views = splitter_of(TASKS, mode)(pack(pieces))
     total = 0
     for task, rows in zip(TASKS, J, strict=True):
         left, right = views[task].values() if isinstance(views[task], dict) else views[task]
@@ -348,7 +354,7 @@ def test_below_a_checkpoint():
 @pytest.mark.parametrize("shape", [(), (4,), (1, 3), (0, 3)], ids=str)
 def test_any_shape_of_features(mode, shape):
     J = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    direction = merged(Splitter(TASKS, **mode), J)
+    direction = merged(splitter_of(TASKS, mode), J)
     assert direction.shape == shape
     assert direction.isfinite().all()
 
@@ -362,15 +368,15 @@ def test_one_dimension_is_a_sample_of_one_number():
 @modes
 def test_one_task(mode):
     g = gradients(0, 1)
-    direction = merged(Splitter(1, **mode), g)
+    direction = merged(splitter_of(1, mode), g)
     norm = g[0].square().sum(dim=1).mean().sqrt()
-    factor = {"normalized": 1 / norm, "cagrad": (1 + 0.4) / (1 + 0.4**2), "nashmtl": 1 / g.norm()}
+    factor = {"normalized": 1 / norm, "cagrad": (1 + 0.4) / (1 + 0.4**2), "nashmtl": 1 / g.norm(), "every": 1 / g.norm()}
     torch.testing.assert_close(direction, g[0] * factor.get(mode.get("gradient", "normalized"), 1.0))
 
 
 @modes
 def test_zero_gradients(mode):
-    splitter = Splitter(TASKS, **mode)
+    splitter = splitter_of(TASKS, mode)
     assert not merged(splitter, torch.zeros(3, 4, 3)).any()
     assert splitter.counts.tolist() == [0, 0, 0]
 
@@ -440,7 +446,7 @@ def test_a_rule_with_state_by_task_must_know_who_is_present():
 
 @modes
 def test_a_second_backward_over_the_same_graph_repeats_the_first(mode):
-    network = Network(Splitter(TASKS, **mode))
+    network = Network(splitter_of(TASKS, mode))
     network.step(data(1))
     other = sum(network.losses(data(3)).values())
     total = sum(network.losses(data(2)).values())
@@ -501,10 +507,10 @@ def test_gradients_of_gradients_are_refused():
 
 @modes
 def test_resuming_is_not_stopping(mode):
-    network = Network(Splitter(TASKS, **mode))
+    network = Network(splitter_of(TASKS, mode))
     for t in range(3):
         network.step(data(t))
-    resumed = Network(Splitter(TASKS, **mode, seed=7), seed=1)
+    resumed = Network(splitter_of(TASKS, mode, seed=7), seed=1)
     resumed.load_state_dict(copy.deepcopy(network.state_dict()))
     for t in range(3, 6):
         assert_same(resumed.step(data(t)), network.step(data(t)), rtol=0, atol=0)
@@ -519,7 +525,7 @@ def test_a_checkpoint_of_other_tasks_is_refused():
 
 @modes
 def test_a_state_dict_holds_tensors_only(mode, tmp_path):
-    network = Network(Splitter(("a", "Größe", "深さ"), **mode), tasks=("a", "Größe", "深さ"))
+    network = Network(splitter_of(("a", "Größe", "深さ"), mode), tasks=("a", "Größe", "深さ"))
     network.step(data())
     copied = {name: value.clone() for name, value in network.state_dict().items()}
     torch.save(copied, tmp_path / "network.pt")
@@ -632,9 +638,9 @@ def test_casts_change_parameters_and_no_state(cast, dtype):
 @modes
 def test_state_has_its_values_on_any_default_device(mode):
     with torch.device("meta"):
-        network = nn.ModuleDict({"trunk": nn.Linear(2, 2), "splitter": Splitter(TASKS, **mode)})
+        network = nn.ModuleDict({"trunk": nn.Linear(2, 2), "splitter": splitter_of(TASKS, mode)})
     J = gradients(0, 3)
-    torch.testing.assert_close(merged(network.to_empty(device="cpu")["splitter"], J), merged(Splitter(TASKS, **mode), J))
+    torch.testing.assert_close(merged(network.to_empty(device="cpu")["splitter"], J), merged(splitter_of(TASKS, mode), J))
 
 
 def test_state_moves_with_the_module():
@@ -647,9 +653,9 @@ def test_state_moves_with_the_module():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_squares_of_half_precision_do_not_underflow(mode, dtype):
     J = (gradients(0, 3) * 1e-3).to(dtype)
-    direction = merged(Splitter(TASKS, **mode), J)
+    direction = merged(splitter_of(TASKS, mode), J)
     assert direction.dtype == dtype
-    expected = merged(Splitter(TASKS, **mode), J.double())
+    expected = merged(splitter_of(TASKS, mode), J.double())
     torch.testing.assert_close(direction.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
 
 
@@ -675,7 +681,7 @@ def test_features_of_different_dtypes():
 
 @pytest.mark.parametrize("mode", [{}, {"projection": 1}, {"gradient": "mgda"}], ids=name_of)
 def test_autocast(mode):
-    network = Network(Splitter(TASKS, **mode)).float()
+    network = Network(splitter_of(TASKS, mode)).float()
     twin = copy.deepcopy(network)
     x = data().float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -698,14 +704,14 @@ def test_autocast(mode):
 def test_autocast_around_backward_changes_nothing(mode):
     J = gradients(0, 3).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = merged(Splitter(TASKS, **mode), J)
-    torch.testing.assert_close(found, merged(Splitter(TASKS, **mode), J), rtol=0, atol=0)
+        found = merged(splitter_of(TASKS, mode), J)
+    torch.testing.assert_close(found, merged(splitter_of(TASKS, mode), J), rtol=0, atol=0)
 
 
 @modes
 def test_grad_scaler(mode):
     """Scaled, balanced and unscaled, the step is the one without a scaler, also when the scale changes."""
-    network, twin = (Network(Splitter(TASKS, **mode)).float() for _ in range(2))
+    network, twin = (Network(splitter_of(TASKS, mode)).float() for _ in range(2))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1)
     network.splitter.scaler, twin.splitter.scaler = scaler, torch.amp.GradScaler("cpu", enabled=False)
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (network, twin)]
@@ -731,7 +737,7 @@ def test_without_the_scaler_the_normalisation_undoes_the_scale():
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @modes
 def test_what_is_not_finite_leaves_no_trace_and_is_passed_on(mode, value):
-    network = Network(Splitter(TASKS, **mode))
+    network = Network(splitter_of(TASKS, mode))
     network.step(data(0))
     state = copy.deepcopy(network.splitter.state_dict())
     network.zero_grad()
@@ -890,7 +896,7 @@ def run_rank(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     results = []
     for mode in DISTRIBUTED:
-        network = Network(Splitter(TASKS, **mode))
+        network = Network(splitter_of(TASKS, mode))
         half = slice(8 * rank, 8 * rank + 8)
         results.append(train(network, DistributedDataParallel(network), [data(t)[half] for t in range(3)]))
     try:
@@ -912,7 +918,7 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path):
     torch.multiprocessing.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     for mode, first, second in zip(DISTRIBUTED, *ranks, strict=False):
-        network = Network(Splitter(TASKS, **mode))
+        network = Network(splitter_of(TASKS, mode))
         alone = train(network, network, [data(t) for t in range(3)])
         assert_same(tensors(first["state"]), tensors(alone["state"]), rtol=1e-9, atol=1e-12)
         assert_same(tensors(first["state"]), tensors(second["state"]), rtol=0, atol=0)

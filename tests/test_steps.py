@@ -58,7 +58,7 @@ def layers():
 KINDS = {
     "plain": {},
     "reused": {"gradient": "every"},
-    "nashmtl": {"gradient": "nashmtl", "gradient_options": {"update_every": 5}},
+    "nashmtl": {"gradient": "every_nashmtl"},
     "measure": {},
     "features": {"source": "features"},
     "gramian": {"memory": "gramian"},
@@ -67,8 +67,8 @@ KINDS = {
 
 def stage_of(kind, **options):
     options = {"gradient": "mgda"} | KINDS[kind] | options
-    if options["gradient"] == "every":
-        options["gradient"] = compose.every(5, "mgda", 3)
+    if options["gradient"] in ("every", "every_nashmtl"):
+        options["gradient"] = compose.every(5, "mgda" if options["gradient"] == "every" else "nashmtl", 3)
     return Balancer(TASKS, **options)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from scipy.optimize import nnls
 
 from balance.gradient._host import certificate, rounding, solve
-from balance.rules.options import check_type
 from balance.rules.registry import gradient_balancers
 from balance.solvers.conflict_averse import conflict_averse_error, conflict_averse_weights
 from balance.solvers.linear_algebra import square_root
@@ -21,10 +20,11 @@ if TYPE_CHECKING:
     from balance.types import Gramian, Weights
 
 Normalization = Literal["none", "l2", "loss", "loss+"]
-Rescale = Literal[0, 1, 2]
+Rescale = Literal["none", "paper", "bound", 0, 1, 2]
 Solver = Literal["exact", "cvxpy"]
 
 RADIUS = 0.4  # CAGrad's default c
+_RESCALE_BY_NUMBER: dict[Any, Any] = {0: "none", 1: "paper", 2: "bound"}  # in the authors' code
 
 
 @gradient_balancers.register(
@@ -66,7 +66,6 @@ def mgda(gramian: Gramian, *, normalization: Normalization = "none", losses: Ten
         Sener & Koltun, "Multi-Task Learning as Multi-Objective Optimization", NeurIPS 2018. Differs: solved exactly,
         where their code iterates (projected gradient or Frank-Wolfe) and stops early.
     """
-    check_type("normalization of 'mgda'", normalization, Normalization)
     if normalization in ("loss", "loss+") and (losses is None or not (losses > 0).all()):
         found = "nothing" if losses is None else losses.tolist()
         raise ValueError(f"normalization='{normalization}' of 'mgda' needs positive losses, but got {found}.")
@@ -97,7 +96,7 @@ def _cagrad_error(gramian: Array, weights: Array) -> float:
     invariances=("permutation_equivariant", "rotation_equivariant", "scales_with_the_gradients"),
     certificate=certificate(_cagrad_error),
 )
-def cagrad(gramian: Gramian, *, c: float = RADIUS, rescale: Rescale = 1, solver: Solver = "exact") -> Weights:
+def cagrad(gramian: Gramian, *, c: float = RADIUS, rescale: Rescale = "paper", solver: Solver = "exact") -> Weights:
     r"""Return weights for CAGrad: the direction near the mean gradient with the greatest gain for the task that gains least.
 
     .. math:: \max_d \min_k \langle g_k, d \rangle \quad \text{subject to } \lVert d - g_0 \rVert \le c \lVert g_0 \rVert
@@ -116,7 +115,9 @@ def cagrad(gramian: Gramian, *, c: float = RADIUS, rescale: Rescale = 1, solver:
     Args:
         gramian: Inner products of the task gradients. Shape (K, K), positive semi-definite.
         c: Radius of the search, relative to the length of the mean gradient; not negative.
-        rescale: Divide the direction by 1 (``0``), by 1 + c² (``1``) or by 1 + c (``2``).
+        rescale: Divisor of the direction: 1 (``"none"``); 1 + c² (``"paper"``, the default of the authors' code); or 1 + c
+            (``"bound"``), so that the direction is no longer than the mean gradient. The authors' numbers 0, 1 and 2 for
+            these choices are aliases.
         solver: ``"exact"``, or ``"cvxpy"``, an independent convex program, far slower, for comparison.
 
     Returns:
@@ -130,8 +131,6 @@ def cagrad(gramian: Gramian, *, c: float = RADIUS, rescale: Rescale = 1, solver:
         exactly, where the code's solver returns the mean for gradients shorter than about 1e-3; no epsilons, by which the code
         returns the mean where 0 is in the convex hull.
     """
-    check_type("rescale of 'cagrad'", rescale, Rescale)
-    check_type("solver of 'cagrad'", solver, Solver)
     if not c >= 0:
         raise ValueError(f"c of 'cagrad' must not be negative, but got {c}.")
 
@@ -139,7 +138,8 @@ def cagrad(gramian: Gramian, *, c: float = RADIUS, rescale: Rescale = 1, solver:
         total = np.full(len(G), 1 / len(G))
         if c > 0:
             total += conflict_averse_weights(G, c, rounding(gramian)) if solver == "exact" else _beyond_the_mean_by_cvxpy(G, c)
-        return total / (1, 1 + c**2, 1 + c)[rescale]
+        divisor: float = {"none": 1, "paper": 1 + c**2, "bound": 1 + c}[_RESCALE_BY_NUMBER.get(rescale, rescale)]
+        return total / divisor
 
     return solve(weights, gramian)
 

@@ -9,7 +9,6 @@ from torch import nn
 
 from balance.gradient._host import solve
 from balance.rules.generator import SeededGenerator
-from balance.rules.options import check_type
 from balance.rules.registry import gradient_balancers
 
 if TYPE_CHECKING:
@@ -52,7 +51,6 @@ class PCGrad(nn.Module):
 
     def __init__(self, order: Order = "random", seed: int = 0) -> None:
         super().__init__()
-        check_type("order", order, Order)
         self.order = order
         self.random = SeededGenerator(seed)
 

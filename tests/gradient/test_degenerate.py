@@ -125,11 +125,11 @@ def test_mgda_needs_positive_losses_to_divide_by(losses):
         build("mgda", 2, normalization="loss")(torch.eye(2), losses=losses)
 
 
-@pytest.mark.parametrize("rescale", [0, 1, 2])
+@pytest.mark.parametrize("rescale", ["none", "paper", "bound"])
 def test_cagrad_stays_within_its_radius(rescale):
     J = make_jacobian(5, "generic", 2)
     mean = J.mean(dim=0)
-    d = direction("cagrad", J, c=0.7, rescale=rescale) * (1, 1 + 0.7**2, 1.7)[rescale]
+    d = direction("cagrad", J, c=0.7, rescale=rescale) * {"none": 1, "paper": 1 + 0.7**2, "bound": 1.7}[rescale]
     assert (d - mean).norm().item() == pytest.approx(0.7 * mean.norm().item())
     torch.testing.assert_close(direction("cagrad", J, c=0.0, rescale=rescale), mean)
 
@@ -159,9 +159,9 @@ def test_cvxpy_agrees_where_there_is_no_solution(name):
     ("name", "options", "message"),
     [
         ("cagrad", {"c": -0.1}, "not be negative"),
-        ("cagrad", {"rescale": 3}, "must be one of 0, 1, 2"),
+        ("cagrad", {"rescale": 3}, "must be one of 'none', 'paper', 'bound', 0, 1, 2"),
         ("nashmtl", {"max_norm": 0.0}, "must be positive or None"),
-        ("nashmtl", {"update_every": 0}, "at least 1 step"),
+        ("nashmtl", {"update_every": 5}, "Unknown option of gradient balancer 'nashmtl' 'update_every'"),
         ("graddrop", {"leak": 1.5}, r"must be in 0\.\.1"),
         ("mgda", {"normalization": "l1"}, "must be one of"),
     ],
@@ -171,6 +171,12 @@ def test_mistakes(name, options, message):
 
     with pytest.raises(ValueError, match=message):
         Balancer(3, gradient=name, gradient_options=options)
+
+
+@pytest.mark.parametrize(("number", "name"), list(enumerate(["none", "paper", "bound"])))
+def test_numbers_of_the_papers_code_are_aliases_of_cagrads_rescale(number, name):
+    J = make_jacobian(3, "generic", 0)
+    assert torch.equal(direction("cagrad", J, rescale=number), direction("cagrad", J, rescale=name))
 
 
 def test_graddrop_wants_a_matrix():
