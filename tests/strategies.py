@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from balance.testing.testing import KINDS, make_jacobian, make_losses
+from balance.testing import KINDS, make_jacobian, make_losses
 
 SEEDS = st.integers(0, 2**31 - 1)
 

@@ -7,7 +7,7 @@ from balance import Balancer, compose, gradient_balancers, loss_balancers
 from balance.gradient import bargaining
 from balance.rules.build import build_loss_balancer
 from balance.rules.options import describe
-from balance.testing.testing import check_gradient_balancer, check_loss_balancer
+from balance.testing import check_gradient_balancer, check_loss_balancer
 from tests.strategies import jacobians
 from tests.test_balancer import TASKS, Network, assert_same, assert_same_state
 from tests.test_config import build

@@ -1,10 +1,40 @@
-"""Properties of rules, for authors of new ones: the checks that this library's own rules pass. Needs hypothesis.
+"""Properties of rules, for authors of new rules: the checks that all rules of this library pass. Needs hypothesis.
 
     from balance.testing import check_gradient_balancer
     check_gradient_balancer(lambda num_tasks: my_rule, claims=("conflict_free",))
 
-A factory builds a fresh rule for K tasks; a rule that draws must start from the same seed each time. A claim that does not hold
-raises an AssertionError with the simplest counter-example that was found.
+A factory builds a fresh rule for K tasks; a rule that draws must start from one seed each time. A claim that fails raises an
+AssertionError with the simplest counter-example.
 """
 
-from balance.testing.testing import *  # noqa: F403 - split below
+from balance.testing.gradient_claims import GRADIENT_CLAIMS, WEIGHT_CLAIMS, RuleUnderTest, check_gradient_balancer
+from balance.testing.inputs import KINDS, make_jacobian, make_losses
+from balance.testing.loss_claims import LOSS_CLAIMS, check_loss_balancer, derivatives
+
+# Claims about scaling, order and rotation, which a rule lists in its registration
+INVARIANCES = frozenset(
+    {
+        "permutation_equivariant",
+        "rotation_equivariant",
+        "unchanged_by_scaling_one_task",
+        "scales_with_the_gradients",
+        "linear_under_scaling",
+        "loss_permutation_equivariant",
+        "gradient_unchanged_by_scaling_a_loss",
+        "separable",
+    }
+)
+
+__all__ = [
+    "GRADIENT_CLAIMS",
+    "INVARIANCES",
+    "KINDS",
+    "LOSS_CLAIMS",
+    "WEIGHT_CLAIMS",
+    "RuleUnderTest",
+    "check_gradient_balancer",
+    "check_loss_balancer",
+    "derivatives",
+    "make_jacobian",
+    "make_losses",
+]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from balance import gradient_balancers
-from balance.testing.testing import KINDS, make_jacobian
+from balance.testing import KINDS, make_jacobian
 
 NAMES = gradient_balancers.names()
 
