@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import balance
-from balance.diagnosis import diagnose as diagnosis
+from balance.diagnosis import measurement
 from experiments import sweep
 from experiments.problems.base import find
 from experiments.sweeps import runtime as estimate
@@ -87,13 +87,13 @@ def run(command, capfd):
 def test_commands(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(estimate, "BUDGET", 0.01)
-    monkeypatch.setattr(diagnosis, "_ROUNDS", 1)
+    monkeypatch.setattr(measurement, "ROUNDS", 1)
     scripts = [command for command in COMMANDS if command.startswith("python ") and "--backend=" not in command]
     assert len(scripts) == 10
     printed = [run(command, capfd) for command in scripts]
     assert (tmp_path / "runs/digits").is_dir()
     assert (tmp_path / "runs/short/mlflow.db").exists()
-    assert "What to compare, and why" in printed[6]
+    assert "Recommendation" in printed[6]
     assert "16 runs finished, 0 failed" in printed[7]
     assert (tmp_path / "runs/digits/comparison/report.html").exists()
 

@@ -1,149 +1,207 @@
-"""Numbers of a diagnosis -> what to compare, in plain words, with the reasons."""
+"""Recommendation of methods to compare: registered methods whose remedies are problems that the statistics show."""
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from balance.diagnosis.statistics import NEGLIGIBLE, Look, Price, median, ratio
+from balance.diagnosis.findings import find_problems, quoted
+from balance.diagnosis.statistics import median
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from torch import Tensor
+    from balance.diagnosis.findings import Finding
+    from balance.diagnosis.statistics import Price, Statistics
+    from balance.rules.registry import Registry, Traits
+    from balance.types import Need, Remedy
 
-IMBALANCE = 10.0  # ratio of gradient lengths: the longest has 100 times the squared length of the shortest, and drowns it
-UNLEVEL = 3.0  # the same where each gradient is divided by its loss: about 10 times, which a loss balancer leaves behind
-DOMINANT = 0.9  # share of one task in the squared length of the summed gradient, from which on the sum is that task
-EXPENSIVE = 2.0  # times a plain step: from here on it is worth while to balance rarely, or by features
-RARELY = 10  # steps for which weights are kept, in that advice: nine of ten then cost a plain step
+EXPENSIVE = 2.0  # times a plain step: reusing weights, or measuring at the features, then saves half of the cost or more
+REUSING_STEPS = 10  # steps that use the same weights: nine of ten then cost a plain step
+FEW = 3  # methods of each kind that are recommended against a problem
 
-BY_SIZE = ("scaleinvls", "famo", "uw")  # loss balancers that divide each loss by its size, in one way or another
-BY_LENGTH = ("mgda", "imtl")  # gradient balancers that give larger weights to shorter gradients
-BY_CONFLICT = ("pcgrad", "cagrad")  # gradient balancers that repair or bound conflict
-
-
-class Advice(NamedTuple):
-    """Sentences, and the names that they suggest."""
-
-    recommendation: tuple[str, ...]
-    loss_methods: tuple[str, ...] = ()
-    gradient_methods: tuple[str, ...] = ()
+CONDITIONS: dict[Need, str] = {
+    "positive losses": "positive losses",
+    "optimizer": "its parameters in the optimizer",
+    "observe": "observe() after every optimizer step",
+    "end_epoch": "end_epoch() once per epoch",
+    "all tasks": "all tasks at every step",
+}
 
 
-def advise(start: Look, end: Look, of_losses: Mapping[str, Price], of_gradients: Mapping[str, Price]) -> Advice:
-    """What to compare, and why.
+class Candidate(NamedTuple):
+    """A registered method, with its price if it was priced."""
+
+    name: str
+    traits: Traits
+    price: Price | None
+
+
+class Recommendation(NamedTuple):
+    """Sentences, and the names of the methods to compare."""
+
+    sentences: tuple[str, ...]
+    loss_methods: tuple[str, ...]
+    gradient_methods: tuple[str, ...]
+
+
+class Candidates:
+    """The methods of one registry, the best first.
+
+    Methods that address more of the problems come first, then cheaper ones. A method is usable if it was priced, runs and
+    trains the shared parameters. A method that needs positive losses is not usable if some were not positive.
 
     Args:
-        start: Before some training.
-        end: After it, on which most of the advice rests.
-        of_losses: Prices by loss balancer.
-        of_gradients: Prices by gradient balancer.
+        registry: Registered methods. Entry points that cannot be imported are left out.
+        prices: Prices by name.
+        problems: Problems that the statistics show.
+        negative: Tasks whose losses were not always positive.
     """
-    parts = [_on_scale(start, end, of_losses), _on_length(end, of_gradients), _on_conflict(start, end, of_gradients)]
-    methods = tuple(name for part in parts for name in part.gradient_methods)
-    sentences = [sentence for part in parts for sentence in part.recommendation]
-    if idle := [task for task, norm in zip(end.tasks, median(end.norms).tolist(), strict=True) if norm == 0]:
-        sentences.append(f"The gradient of {quoted(idle)} is zero on the shared parameters: no rule can balance that.")
-    if methods:
-        sentences += _on_price(methods[0], of_gradients[methods[0]], len(end.tasks))
-    sentences.append(
-        "This is a guess from the start of training. Only a comparison of finished runs over several seeds, equal weights "
-        "among them, can confirm it."
-    )
-    return Advice(tuple(sentences), parts[0].loss_methods, methods)
+
+    def __init__(
+        self, registry: Registry, prices: Mapping[str, Price], problems: Sequence[Remedy], negative: Sequence[str]
+    ) -> None:
+        self.kind = registry.kind
+        self.problems = problems
+        self.methods = _importable(registry, prices)
+        priced = [(candidate, price) for candidate in self.methods if (price := candidate.price) is not None and price.usable]
+        priced.sort(key=lambda pair: (-self.addressed(pair[0]), round(pair[1].time, 1), pair[0].name))
+        self.usable = [candidate for candidate, _ in priced if not (negative and "positive losses" in candidate.traits.needs)]
+
+    def against(self, problem: Remedy) -> list[Candidate]:
+        """Return the usable methods against a problem."""
+        return [candidate for candidate in self.usable if problem in candidate.traits.remedies]
+
+    def recommended(self) -> list[Candidate]:
+        """Return a few methods against each of the problems, each method once."""
+        listed = [candidate for problem in self.problems for candidate in self.against(problem)[:FEW]]
+        return list({candidate.name: candidate for candidate in listed}.values())
+
+    def addressed(self, candidate: Candidate) -> int:
+        """Return the number of the problems that a method addresses."""
+        return len(set(self.problems).intersection(candidate.traits.remedies))
 
 
-def _on_scale(start: Look, end: Look, prices: Mapping[str, Price]) -> Advice:
-    """Whether the tasks need other weights than equal ones."""
-    long, short = _extremes(end.norms, end.tasks)
-    factor, left = ratio(end.norms), ratio(end.relative_norms)
-    if factor < IMBALANCE:
-        text = f"Task gradients are of similar length: the longest, of '{long}', is {number(factor)} times the shortest."
-        if ratio(end.losses) >= IMBALANCE:
-            text += " The losses differ more, but it is their gradients that count."
-        return Advice((f"{text} Scale is no reason for a loss balancer.",))
-    text = f"The gradient of '{long}' is {number(factor)} times as long as that of '{short}'."
-    share, leader = end.shares.max(dim=0)
-    if share >= DOMINANT:
-        text += f" With equal weights the shared parameters follow '{end.tasks[int(leader)]}' alone."
-    if left >= factor:
-        return Advice((f"{text} Dividing by the losses does not help, so loss balancers that do so are no remedy.",))
-    offer, methods = _offer("loss", BY_SIZE, prices)
-    text += f" Divided by their losses, the gradients differ by a factor of {number(left)}: {offer}."
+def recommend(
+    start: Statistics, end: Statistics, registries: Sequence[Registry], prices: Sequence[Mapping[str, Price]]
+) -> Recommendation:
+    """Recommend methods to compare, with reasons.
+
+    Args:
+        start: Statistics before some training.
+        end: Statistics after it, on which most of the recommendation rests.
+        registries: Registry of the loss balancers, registry of the gradient balancers.
+        prices: Prices by name, for each registry.
+    """
+    findings = find_problems(start, end)
+    problems = [finding.problem for finding in findings if finding.present]
     lowest = torch.cat([start.losses, end.losses]).amin(dim=0).tolist()
-    if negative := [task for task, low in zip(end.tasks, lowest, strict=True) if low <= 0]:
-        text += f" The loss of {quoted(negative)} is not always positive, as rules with a logarithm need: give lower bounds."
-    return Advice((text,), methods)
+    negative = [task for task, loss in zip(end.tasks, lowest, strict=True) if loss <= 0]
+    both = [Candidates(registry, priced, problems, negative) for registry, priced in zip(registries, prices, strict=True)]
+    loss_methods, gradient_methods = (candidates.recommended() for candidates in both)
+    sentences = [
+        *(_sentence(finding, both) for finding in findings),
+        *([] if problems else ["Nothing here calls for a balancer: begin with equal weights."]),
+        *_on_zero_gradients(end),
+        *_on_negative_losses(negative, problems, both),
+        *_on_conditions([*loss_methods, *gradient_methods]),
+        *_on_pairing(loss_methods, gradient_methods),
+        *_on_price(gradient_methods, len(end.tasks)),
+        "This is a guess from the start of training. Only a comparison of finished runs over several seeds, with equal weights "
+        "among them, can confirm it.",
+    ]
+    names = (tuple(candidate.name for candidate in methods) for methods in (loss_methods, gradient_methods))
+    return Recommendation(tuple(sentences), *names)
 
 
-def _on_length(end: Look, prices: Mapping[str, Price]) -> Advice:
-    """Whether gradients stay unequal where a loss balancer has done what it can."""
-    left = ratio(end.relative_norms)
-    if ratio(end.norms) < IMBALANCE or left < UNLEVEL:
-        return Advice(())
-    long, short = _extremes(end.relative_norms, end.tasks)
-    offer, methods = _offer("gradient", BY_LENGTH, prices)
-    text = (
-        f"Even divided by its loss, the gradient of '{long}' is {number(left)} times that of '{short}'. Gradient balancers "
-        f"that favour short gradients level that: {offer}, with a loss balancer and without."
-    )
-    return Advice((text,), (), methods)
+def _importable(registry: Registry, prices: Mapping[str, Price]) -> list[Candidate]:
+    candidates = []
+    for name in registry.names():
+        try:
+            candidates.append(Candidate(name, registry.traits(name), prices.get(name)))
+        except Exception:  # noqa: BLE001, S112 - a broken package of others must not end a diagnosis
+            continue
+    return candidates
 
 
-def _on_conflict(start: Look, end: Look, prices: Mapping[str, Price]) -> Advice:
-    """Whether gradients work against each other, by more than chance."""
-    lasting = sorted((pair for pair in end.pairs if pair.reading == "conflict"), key=lambda pair: pair.mean)
-    if lasting:
-        worst = lasting[0]
-        offer, methods = _offer("gradient", BY_CONFLICT, prices)
-        others = {1: "", 2: ", as does one more pair"}.get(len(lasting), f", as do {len(lasting) - 1} more pairs")
-        text = f"{quoted(worst.tasks)} conflict at nearly every batch (cosine {worst.mean:.2f} ± {worst.spread:.2f}){others}"
-        return Advice((f"{text}: {offer}.",), (), methods)
-    if any(pair.reading == "noise" for pair in end.pairs):
-        share = f"{100 * end.conflict_share:.0f} % of all cosines are negative"
-        text = f"Conflict is noise: {share}, but no pair of tasks conflicts at nearly every batch."
-    else:
-        text = f"There is no conflict: no mean cosine is below -{NEGLIGIBLE}."
-    if passing := [pair.tasks for pair in start.pairs if pair.reading == "conflict"]:
-        text += f" {quoted(passing[0])} conflict at the start only."
-    return Advice((f"{text} Do not pay for a rule that repairs it ({', '.join(BY_CONFLICT)}).",))
+def _sentence(finding: Finding, both: Sequence[Candidates]) -> str:
+    """Return a finding, with the methods to compare if it is a problem."""
+    if finding.present:
+        return f"{finding.text}: {_comparison(finding.problem, both)}."
+    superfluous = [c.name for candidates in both for c in candidates.against(finding.problem) if not candidates.addressed(c)]
+    if finding.problem != "conflict" or not superfluous:
+        return finding.text
+    return f"{finding.text} Do not pay for a rule only because it repairs conflict ({_some(superfluous)})."
 
 
-def _on_price(name: str, price: Price, num_tasks: int) -> list[str]:
-    """How to pay less for a gradient balancer that is dear."""
-    if max(price.time, price.memory) < EXPENSIVE:
+def _comparison(problem: Remedy, both: Sequence[Candidates]) -> str:
+    """Return the methods to compare, in words."""
+    parts = []
+    for candidates in both:
+        methods = candidates.against(problem)
+        shown = methods[:FEW]
+        if shown:
+            times = ", ".join(f"{candidate.price.time:.1f}" for candidate in shown if candidate.price is not None)
+            rest = f"; {len(methods) - FEW} more could help" if len(methods) > FEW else ""
+            names = ", ".join(candidate.name for candidate in shown)
+            parts.append(f"{candidates.kind}{'s' * (len(shown) > 1)} {names} ({times} times the time of a plain step{rest})")
+    if parts:
+        return f"compare {' and '.join(parts)}"
+    others = [c.name for candidates in both for c in candidates.methods if problem in c.traits.remedies]
+    if not others:
+        return "no registered method addresses that"
+    return f"methods such as {_some(others)} could help, but none of them was priced and trains here"
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return the first names for a sentence, and the number of the others."""
+    return ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
+
+
+def _on_zero_gradients(end: Statistics) -> list[str]:
+    zero = [task for task, norm in zip(end.tasks, median(end.norms).tolist(), strict=True) if norm == 0]
+    return [f"The gradient of {quoted(zero)} is zero on the shared parameters: no rule can balance that."] if zero else []
+
+
+def _on_negative_losses(negative: Sequence[str], problems: Sequence[Remedy], both: Sequence[Candidates]) -> list[str]:
+    """Return the methods that are left out because they need positive losses."""
+    listed = [candidate for candidates in both for candidate in candidates.methods if candidate.price is not None]
+    needy = [c.name for c in listed if "positive losses" in c.traits.needs and set(problems).intersection(c.traits.remedies)]
+    if not (negative and needy):
         return []
     return [
-        f"If {price.time:.1f} times the time and {price.memory:.1f} times the memory of a plain step are too much, keep the "
-        f'weights of {name} for {RARELY} steps, gradient=compose.every({RARELY}, "{name}", num_tasks={num_tasks}), or measure '
-        'at the features in place of the parameters, source="features".'
+        f"The loss of {quoted(negative)} is not always positive, as {_some(needy)} need: give lower bounds (min_losses) to a "
+        "rule that takes them."
     ]
 
 
-def _offer(kind: str, candidates: Sequence[str], prices: Mapping[str, Price]) -> tuple[str, tuple[str, ...]]:
-    """Those of the candidates that run, in words and as names."""
-    names = tuple(name for name in candidates if name in prices and prices[name].cost is not None)
-    if not names:
-        return f"a {kind} balancer such as {', '.join(candidates)} could help, but none of them was priced or runs here", ()
-    times = ", ".join(f"{prices[name].time:.1f}" for name in names)
-    return f"compare {', '.join(names)} ({times} times the time of a plain step)", names
+def _on_conditions(methods: Sequence[Candidate]) -> list[str]:
+    """Return the conditions that the recommended methods put on the training loop."""
+    listed = [
+        f"{candidate.name} ({', '.join(CONDITIONS[need] for need in candidate.traits.needs)})"
+        for candidate in methods
+        if candidate.traits.needs
+    ]
+    return [f"Conditions of these methods: {', '.join(listed)}."] if listed else []
 
 
-def _extremes(values: Tensor, tasks: Sequence[str]) -> tuple[str, str]:
-    """Names of the tasks with the largest and the smallest median, of those that `ratio` looks at. Shape (B, K)."""
-    medians = median(values)
-    counted = (medians > 0) & medians.isfinite()
-    return tasks[int(medians.where(counted, -math.inf).argmax())], tasks[int(medians.where(counted, math.inf).argmin())]
+def _on_pairing(loss_methods: Sequence[Candidate], gradient_methods: Sequence[Candidate]) -> list[str]:
+    """Return the recommended gradient balancers on which a loss balancer has no effect."""
+    ignorant = [candidate.name for candidate in gradient_methods if candidate.traits.ignores_weights]
+    if not (loss_methods and ignorant):
+        return []
+    return [f"Compare {', '.join(ignorant)} without a loss balancer only: positive loss weights have no effect there."]
 
 
-def number(value: float) -> str:
-    """Three digits, without an exponent up to a million."""
-    return f"{float(f'{value:.3g}'):g}" if math.isfinite(value) else "-"
-
-
-def quoted(tasks: Iterable[str]) -> str:
-    """Names in a sentence."""
-    return " and ".join(f"'{task}'" for task in tasks)
+def _on_price(gradient_methods: Sequence[Candidate], num_tasks: int) -> list[str]:
+    """Return a way to pay less for the first expensive gradient balancer."""
+    for name, traits, price in gradient_methods:
+        if price is not None and max(price.time, price.memory) >= EXPENSIVE:
+            cost = f"{price.time:.1f} times the time and {price.memory:.1f} times the memory of a plain step"
+            features = 'measure at the features in place of the parameters, source="features"'
+            if traits.sees == "jacobian":  # without weights that could be used again
+                return [f"If {cost} are too much for {name}, {features}."]
+            reuse = f'gradient=compose.every({REUSING_STEPS}, "{name}", num_tasks={num_tasks})'
+            return [f"If {cost} are too much, keep the weights of {name} for {REUSING_STEPS} steps, {reuse}, or {features}."]
+    return []

@@ -1,10 +1,14 @@
-"""A model that is put back as it was found."""
+"""Restoration of a model on exit."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
+
+from balance.engine.accumulate import put_aside
+from balance.rules.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -12,46 +16,44 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class AsFound:
-    """Puts a model back as it was found: in place, so that whoever holds its tensors sees nothing."""
+class Restoration:
+    """Restore a model on exit: values, buffers, extra state, ``.grad``, ``requires_grad`` and modes, in the same tensors.
+
+    Args:
+        model: A model.
+        shared: Further leaf tensors to restore, which the model may contain or not.
+    """
 
     def __init__(self, model: nn.Module, shared: Sequence[Tensor]) -> None:
-        parameters = {id(p): p for p in (*model.parameters(), *shared)}.values()
-        self.modes = [(module, module.training) for module in model.modules()]
-        self.parameters = [(p, p.detach().clone(), p.requires_grad) for p in parameters]
-        self.buffers = [
-            (module, name, buffer, None if buffer is None else buffer.detach().clone())
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-        ]
-        self.gradients: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._leaves = {id(p): p for p in (*model.parameters(), *shared)}
+        self._modes = [(module, module.training) for module in model.modules()]
+        self._requires_grad = [(leaf, leaf.requires_grad) for leaf in self._leaves.values()]
+        self._snapshot = Snapshot(model)
+        self._shared = [(leaf, leaf.detach().clone()) for leaf in shared]
+        self._gradients = ExitStack()
 
-    def __enter__(self) -> AsFound:
-        self.adopt([parameter for parameter, _, _ in self.parameters])
+    def __enter__(self) -> Restoration:
+        self._gradients.enter_context(put_aside(self._leaves.values()))
         return self
 
-    def adopt(self, tensors: Iterable[Tensor]) -> None:
-        """Take the gradients of further leaves into care."""
-        for tensor in tensors:
-            if id(tensor) not in self.gradients:
-                self.gradients[id(tensor)] = tensor, tensor.grad
-                tensor.grad = None
+    def put_aside(self, leaves: Iterable[Tensor]) -> None:
+        """Set ``.grad`` of further leaf tensors to None until exit."""
+        new = {id(leaf): leaf for leaf in leaves if id(leaf) not in self._leaves}
+        self._leaves |= new
+        self._gradients.enter_context(put_aside(new.values()))
 
-    def clear(self) -> None:
-        """Drop the gradients that have come since."""
-        for tensor, _ in self.gradients.values():
-            tensor.grad = None
+    def zero_grad(self) -> None:
+        """Set ``.grad`` of all leaf tensors to None."""
+        for leaf in self._leaves.values():
+            leaf.grad = None
 
     @torch.no_grad()
     def __exit__(self, *raised: object) -> None:
-        for module, training in self.modes:
+        for module, training in self._modes:
             module.training = training
-        for parameter, value, requires_grad in self.parameters:
-            parameter.copy_(value)
-            parameter.requires_grad_(requires_grad)
-        for module, name, buffer, content in self.buffers:
-            module._buffers[name] = buffer
-            if buffer is not None and content is not None:
-                buffer.copy_(content)
-        for leaf, gradient in self.gradients.values():
-            leaf.grad = gradient
+        self._snapshot.restore()
+        for leaf, value in self._shared:
+            leaf.copy_(value)
+        for leaf, requires_grad in self._requires_grad:
+            leaf.requires_grad_(requires_grad)
+        self._gradients.close()

@@ -1,4 +1,4 @@
-"""What some batches show of the tasks at one moment of training, and what methods cost: the numbers of a diagnosis."""
+"""Statistics of the losses and task gradients of some batches, and costs of methods relative to a plain step."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
     from balance.profiling import Cost
 
-STABLE = 1.64  # deviations between the mean cosine and 0: if normal, 95 of 100 batches then agree on the sign
-NEGLIGIBLE = 0.05  # cosine: of gradients of one length, each then loses at most 5 % of its progress to the other
+STABLE = 1.64  # standard deviations between the mean cosine and 0: if normal, 95 of 100 batches then agree on the sign
+NEGLIGIBLE = 0.05  # cosine: of gradients of equal length, each then loses at most 5 % of its progress to the other
 
 
 class Price(NamedTuple):
-    """What a method costs per step, or why it does not run on this problem.
+    """The cost of a step with a method, relative to a plain step with equal weights.
 
     Attributes:
-        cost: None where it does not run.
-        time: As a multiple of a plain step with equal weights.
-        memory: Likewise.
-        reason: Why it does not run; empty where it does.
+        cost: Time and memory of a step; None if the method does not run on this problem.
+        time: Multiple of the time of a plain step.
+        memory: Multiple of the memory of a plain step.
+        reason: The reason why the method does not run or does not train the shared parameters; empty otherwise.
     """
 
     cost: Cost | None
@@ -33,14 +33,19 @@ class Price(NamedTuple):
     memory: float
     reason: str = ""
 
+    @property
+    def usable(self) -> bool:
+        """True if the method runs and trains the shared parameters."""
+        return self.cost is not None and not self.reason
+
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the price for JSON."""
         cost = None if self.cost is None else self.cost._asdict()
         return {"cost": cost, "time": finite(self.time), "memory": finite(self.memory), "reason": self.reason}
 
 
 class Pair(NamedTuple):
-    """How the gradients of two tasks lie to each other: mean and standard deviation of their cosine over the batches."""
+    """Mean and standard deviation, over the batches, of the cosine between the gradients of two tasks."""
 
     tasks: tuple[str, str]
     mean: float
@@ -48,7 +53,7 @@ class Pair(NamedTuple):
 
     @property
     def reading(self) -> str:
-        """``"conflict"`` or ``"agreement"`` where the sign is stable, else ``"noise"``; ``"orthogonal"`` without either."""
+        """``"conflict"`` or ``"agreement"`` if the sign is stable, ``"orthogonal"`` if cosines are small, else ``"noise"``."""
         if max(abs(self.mean), self.spread) <= NEGLIGIBLE:
             return "orthogonal"
         if abs(self.mean) < STABLE * self.spread:
@@ -57,8 +62,8 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
-    """What B batches show at one moment of training; float64, on the host.
+class Statistics:
+    """Losses and task gradients of B batches at one moment of training, as float64 on the host.
 
     Attributes:
         tasks: K names.
@@ -84,12 +89,19 @@ class Look:
 
     @property
     def shares(self) -> Tensor:
-        """Shares of the tasks in the squared length of the summed gradient. They sum to 1; of a loss that it raises: below 0.
+        """Shares of the tasks in the squared length of the summed gradient, which sum to 1. Shape (K,).
 
-        Shape (K,).
+        The share of a task is negative if the summed gradient raises its loss.
         """
         G = self.gramians.sum(dim=0)
         return G.sum(dim=1) / G.sum()
+
+    @property
+    def remaining_length(self) -> float:
+        """Length of the summed gradient, relative to its length if the task gradients were orthogonal; 1 if all are zero."""
+        G = self.gramians.sum(dim=0)
+        orthogonal = float(G.trace())
+        return math.sqrt(max(float(G.sum()), 0) / orthogonal) if orthogonal > 0 else 1.0
 
     @property
     def pairs(self) -> list[Pair]:
@@ -105,7 +117,7 @@ class Look:
         return float((self.cosines[:, i, j] < 0).double().mean())
 
     def as_dict(self) -> dict[str, Any]:
-        """The numbers by task or for the whole; None for one that is not finite."""
+        """Return the statistics by task or for all tasks; None for a number that is not finite."""
         by_task = {
             "loss_median": median(self.losses),
             "loss_min": self.losses.amin(dim=0),
@@ -125,17 +137,21 @@ class Look:
 
 
 def median(values: Tensor) -> Tensor:
-    """Medians over the batches. Shape (B, K) -> (K,)."""
+    """Return the medians over the batches. Shape (B, K) -> (K,)."""
     return values.quantile(0.5, dim=0, interpolation="midpoint")
 
 
 def ratio(values: Tensor) -> float:
-    """Largest to smallest size among the medians over the batches, those that are zero or not finite left out. Shape (B, K)."""
+    """Return the largest divided by the smallest absolute median over the batches, of those that are positive and finite.
+
+    Args:
+        values: Shape (B, K).
+    """
     sizes = median(values).abs()
     sizes = sizes[(sizes > 0) & sizes.isfinite()]
     return float(sizes.max() / sizes.min()) if len(sizes) else 1.0
 
 
 def finite(number: float) -> float | None:
-    """A number for JSON, which has neither infinity nor NaN."""
+    """Return a number for JSON, which has neither infinity nor NaN: None for them."""
     return number if math.isfinite(number) else None
