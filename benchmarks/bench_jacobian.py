@@ -1,17 +1,15 @@
-"""Time and memory of a whole step, engine by engine, beside an ordinary one, a textbook loop and TorchJD; one run, one thread.
+"""Time and memory of a whole step, engine by engine, next to an ordinary step, a textbook loop and TorchJD, on one thread.
 
     python benchmarks/bench_jacobian.py [--networks mlp resnet] [--tasks 2 3 11 40] [--budget 20]
 
-A step is a forward pass and what replaces the backward pass; all but the first two balance with IMTL-G, which is solved in next
-to no time. Every cell is a median, relative to ``losses.sum().backward()``. The variants take turns, so that a slow moment of
-the machine hits all of them. Memory is what a step needs at its height beyond that ordinary one, relative to the Jacobian.
+A step is a forward pass and a (balanced) backward pass. All variants but the first two balance with IMTL-G, which is solved in
+next to no time. Every cell is a median, relative to ``losses.sum().backward()`` in the same run. Memory is the peak of a step
+above the peak of that ordinary step, relative to the Jacobian.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +18,8 @@ import torch
 from networks import NETWORKS, Network
 from peers import gramian_step, installed, jacobian_step
 from record import FOLDER, write
-from show import draw, markdown
+from show import draw, steps_table
+from timing import summaries, times_in_turns
 
 from balance import Balancer, Splitter
 from balance.profiling import peak_memory
@@ -29,65 +28,26 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PLAIN = "losses.sum().backward()"
-FLOOR = "forward + K trunk backwards"
-LOOP = "textbook loop"
+MEASURED = "measure=last quarter"
+STAGES: dict[str, dict[str, Any]] = {  # options by variant
+    "loss balancer: famo": {"loss": "famo", "gradient": None},
+    "loss balancer: go4align": {"loss": "go4align", "gradient": None},
+    "parameters": {},
+    "parameters, engine=batched": {"engine": "batched"},
+    "parameters, memory=gramian": {"memory": "gramian"},
+    MEASURED: {},
+    "features": {"source": "features"},
+}
 
 
 def variants(network: Network, num_tasks: int) -> dict[str, Callable[[], object]]:
-    """Steps by name."""
-    trunk = list(network.trunk.parameters())
-
-    def plain() -> None:
-        torch.stack(network()[1]).sum().backward()
-
-    def floor() -> None:
-        features, losses = network()
-        own = [[features, *head.parameters()] for head in network.heads]
-        found = [torch.autograd.grad(loss, mine, retain_graph=True)[0] for loss, mine in zip(losses, own, strict=True)]
-        for k, gradient in enumerate(found):
-            torch.autograd.grad(features, trunk, gradient, retain_graph=k < num_tasks - 1)
-
-    def loop() -> None:
-        _, losses = network()
-        rows = []
-        for loss, head in zip(losses, network.heads, strict=True):
-            *gradients, weight, bias = torch.autograd.grad(loss, [*trunk, head.weight, head.bias], retain_graph=True)
-            rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
-            head.weight.grad, head.bias.grad = weight, bias
-        J = torch.stack(rows)
-        G = J @ J.T
-        direction = torch.linalg.lstsq(G, G.diagonal().sqrt(), driver="gelsd").solution @ J
-        for parameter, piece in zip(trunk, torch.split(direction, [p.numel() for p in trunk]), strict=True):
-            parameter.grad = piece.view_as(parameter)
-
-    def stage(measure: bool = False, loss: str = "ls", gradient: str | None = "imtl", **options: Any) -> Callable[[], object]:  # noqa: FBT001, FBT002
-        balancer = Balancer(num_tasks, loss=loss, gradient=gradient, **options)
-        part = network.last_quarter if measure else None
-
-        def step() -> None:
-            features, losses = network()
-            by_task = dict(zip(balancer.tasks, losses, strict=True))
-            balancer.backward(by_task, shared=trunk, features=features, measure=part)
-
-        return step
-
-    def splitter(gradient: str) -> Callable[[], object]:
-        split = Splitter(num_tasks, gradient=gradient)
-        return lambda: torch.stack(network(split)[1]).sum().backward()
-
-    steps = {
-        PLAIN: plain,
-        FLOOR: floor,
-        LOOP: loop,
-        "loss balancer: famo": stage(loss="famo", gradient=None),
-        "loss balancer: go4align": stage(loss="go4align", gradient=None),
-        "parameters": stage(),
-        "parameters, engine=batched": stage(engine="batched"),
-        "parameters, memory=gramian": stage(memory="gramian"),
-        "measure=last quarter": stage(measure=True),
-        "features": stage(source="features"),
-        "splitter: normalized": splitter("normalized"),
-        "splitter: imtl": splitter("imtl"),
+    """Return steps by name."""
+    steps: dict[str, Callable[[], object]] = {
+        PLAIN: lambda: torch.stack(network()[1]).sum().backward(),
+        "forward + K trunk backwards": lambda: trunk_passes(network),
+        "textbook loop": lambda: textbook_loop(network),
+        **{name: stage_step(network, num_tasks, measured=name == MEASURED, **options) for name, options in STAGES.items()},
+        **{f"splitter: {rule}": splitter_step(network, num_tasks, rule) for rule in ("normalized", "imtl")},
     }
     if installed():
         steps["torchjd mtl_backward + jac_to_grad"] = jacobian_step(network, "IMTLG")
@@ -95,43 +55,74 @@ def variants(network: Network, num_tasks: int) -> dict[str, Callable[[], object]
     return steps
 
 
-def measure(steps: dict[str, Callable[[], object]], network: Network, budget: float, size: int) -> dict[str, dict[str, Any]]:
-    """Medians and peaks; a variant that fails is reported, not left out in silence."""
-    rows: dict[str, dict[str, Any]] = {}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    peaks = {}
-    for name, step in steps.items():  # also warms up
+def trunk_passes(network: Network) -> None:
+    """Run a forward pass, one backward pass through each head, and K backward passes through the trunk."""
+    features, losses = network()
+    reached = [[features, *head.parameters()] for head in network.heads]
+    cotangents = [torch.autograd.grad(loss, of, retain_graph=True)[0] for loss, of in zip(losses, reached, strict=True)]
+    for k, cotangent in enumerate(cotangents):
+        torch.autograd.grad(features, list(network.trunk.parameters()), cotangent, retain_graph=k < len(cotangents) - 1)
+
+
+def textbook_loop(network: Network) -> None:
+    """Run IMTL-G as usually written: a loop over the tasks, a Jacobian of flat rows, and a product with it."""
+    trunk = list(network.trunk.parameters())
+    _, losses = network()
+    rows = []
+    for loss, head in zip(losses, network.heads, strict=True):
+        *gradients, weight, bias = torch.autograd.grad(loss, [*trunk, head.weight, head.bias], retain_graph=True)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+        head.weight.grad, head.bias.grad = weight, bias
+    J = torch.stack(rows)
+    G = J @ J.T
+    direction = torch.linalg.lstsq(G, G.diagonal().sqrt(), driver="gelsd").solution @ J
+    for parameter, piece in zip(trunk, torch.split(direction, [p.numel() for p in trunk]), strict=True):
+        parameter.grad = piece.view_as(parameter)
+
+
+def stage_step(
+    network: Network, num_tasks: int, *, measured: bool = False, loss: str = "ls", gradient: str | None = "imtl", **options: Any
+) -> Callable[[], object]:
+    """Return a step of a `Balancer`; ``measured``: conflict is measured on the last quarter of the layers."""
+    balancer = Balancer(num_tasks, loss=loss, gradient=gradient, **options)
+    part = network.last_quarter if measured else None
+
+    def step() -> None:
+        features, losses = network()
+        by_task = dict(zip(balancer.tasks, losses, strict=True))
+        balancer.backward(by_task, shared=network.trunk.parameters(), features=features, measure=part)
+
+    return step
+
+
+def splitter_step(network: Network, num_tasks: int, gradient: str) -> Callable[[], object]:
+    """Return an ordinary step with a `Splitter` between trunk and heads."""
+    splitter = Splitter(num_tasks, gradient=gradient)
+    return lambda: torch.stack(network(splitter)[1]).sum().backward()
+
+
+def measure(network: Network, num_tasks: int, budget: float) -> dict[str, dict[str, Any]]:
+    """Return times and peaks of all variants; a variant that fails has the error in its row."""
+    steps = variants(network, num_tasks)
+    size = 4 * num_tasks * sum(p.numel() for p in network.trunk.parameters())
+    failed, peaks = {}, {}
+    for name, step in steps.items():
         network.zero_grad()
         try:
-            step()
+            step()  # also warms up
             network.zero_grad()
             peaks[name] = peak_memory(step)
-        except Exception as error:  # noqa: BLE001
-            rows[name] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-    begin = time.perf_counter()
-    while len(times[PLAIN]) < 2 or (time.perf_counter() - begin < budget and len(times[PLAIN]) < 200):
-        for name in peaks:
-            network.zero_grad()
-            start = time.perf_counter()
-            steps[name]()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    plain = statistics.median(times[PLAIN])
-    for name, found in times.items():
-        if name in peaks:
-            quartiles = statistics.quantiles(found, n=4)
-            rows[name] = {
-                "ms": round(statistics.median(found), 3),
-                "spread_ms": round(quartiles[2] - quartiles[0], 3),
-                "repeats": len(found),
-                "ratio": round(statistics.median(found) / plain, 3),
-                "extra_bytes": peaks[name] - peaks[PLAIN],
-                "extra_over_jacobian": round((peaks[name] - peaks[PLAIN]) / size, 3),
-            }
-    return {name: rows[name] for name in steps}
+        except Exception as error:  # noqa: BLE001 - a peer that fails is a result, too
+            failed[name] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+    rows = summaries(times_in_turns({name: steps[name] for name in peaks}, network.zero_grad, budget=budget), PLAIN)
+    for name, peak in peaks.items():
+        extra = peak - peaks[PLAIN]
+        rows[name] |= {"extra_bytes": extra, "extra_over_jacobian": round(extra / size, 3)}
+    return {name: (rows | failed)[name] for name in steps}
 
 
-def surrogate_error(make: Callable[[int], Network], num_tasks: int) -> dict[str, float]:
-    """How far the cosines on the last quarter of the layers are from those on all of them, on a network just initialised."""
+def cosine_error(make: Callable[[int], Network], num_tasks: int) -> dict[str, float]:
+    """Return the error of the cosines on the last quarter of the layers against all layers, on a fresh network."""
     torch.manual_seed(0)
     network = make(num_tasks)
     cosines = []
@@ -147,7 +138,23 @@ def surrogate_error(make: Callable[[int], Network], num_tasks: int) -> dict[str,
     return {"mean": round(float(error.mean()), 4), "largest": round(float(error.max()), 4)}
 
 
+def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
+    """Print the rows of a network."""
+    error = rows[MEASURED]["cosine_error"]
+    print(f"\n{title}\n  cosines on the last quarter of the layers are off by {error['mean']}, at most {error['largest']}")
+    for name, row in rows.items():
+        if "failed" in row:
+            print(f"  {name:36s} {row['failed']}")
+        else:
+            print(
+                f"  {name:36s} {row['ms']:9.2f} ms {row['ratio']:7.2f} x   memory {row['extra_over_jacobian']:7.2f}   "
+                f"(quartiles {row['spread_ms']:.2f} ms apart, {row['repeats']} times)",
+                flush=True,
+            )
+
+
 def main() -> None:
+    """Measure all networks, print the tables, write the record and draw the figure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--tasks", nargs="+", type=int, default=[2, 3, 11, 40])
@@ -155,33 +162,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=FOLDER / "results", help="folder of the JSON file and the plot")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message="There is a performance drop")  # said of attention, by torch, of its own vmap
+    warnings.filterwarnings("ignore", message="There is a performance drop")  # torch's notice about vmap of attention
     results = {}
     for num_tasks in options.tasks:
         for name in options.networks:
             torch.manual_seed(0)
             network = NETWORKS[name](num_tasks)
-            P = sum(p.numel() for p in network.trunk.parameters())
-            rows = measure(variants(network, num_tasks), network, options.budget, 4 * num_tasks * P)
-            error = surrogate_error(NETWORKS[name], num_tasks)
-            results[f"{name} K={num_tasks} P={P}"] = rows
-            print(f"\n{name}, K = {num_tasks}, P = {P}")
-            print(f"  cosines on the last quarter of the layers are off by {error['mean']}, at most {error['largest']}")
-            rows["measure=last quarter"]["cosine_error"] = error
-            for variant, row in rows.items():
-                if "failed" in row:
-                    print(f"  {variant:36s} {row['failed']}")
-                else:
-                    print(
-                        f"  {variant:36s} {row['ms']:9.2f} ms {row['ratio']:7.2f} x   "
-                        f"memory {row['extra_over_jacobian']:7.2f}   "
-                        f"(quartiles {row['spread_ms']:.2f} ms apart, {row['repeats']} times)",
-                        flush=True,
-                    )
-    file = write(results, "jacobian", options.output)
-    draw(results, file.with_suffix(".png"))
+            title = f"{name} K={num_tasks} P={sum(p.numel() for p in network.trunk.parameters())}"
+            rows = results[title] = measure(network, num_tasks, options.budget)
+            rows[MEASURED]["cosine_error"] = cosine_error(NETWORKS[name], num_tasks)
+            show(title, rows)
+    draw(results, write(results, "jacobian", options.output).with_suffix(".png"))
     for num_tasks in options.tasks:
-        print("", markdown(results, num_tasks), sep="\n")
+        print("", steps_table(results, num_tasks), sep="\n")
 
 
 if __name__ == "__main__":

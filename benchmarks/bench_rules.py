@@ -1,4 +1,4 @@
-"""Gradient balancers alone, over K: time and accuracy, beside TorchJD 0.18 in one run, on one thread.
+"""Time and accuracy of the gradient balancers over K, without a network, next to TorchJD 0.18 in one run, on one thread.
 
     python benchmarks/bench_rules.py [--repeats 21]
 
@@ -22,21 +22,25 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = os.environ[
 
 import torch
 from record import FOLDER, write
+from show import PEER, rules_table
 
 from balance import gradient_balancers
-from balance.solvers.conflict_averse import conflict_averse_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
+    Rule = Callable[[Tensor], Tensor]
+
 SIZES = (3, 11, 40, 100)
 PROBLEMS = 3
-BURST_MS = 10.0  # calls of a rule follow one another for about so long before the next rule has its turn
+BURST_MS = 10.0  # a burst of calls of one rule takes about so long
+LIMIT_MS, FEWEST = 5_000, 3  # a rule that has taken so long, in at least so many calls, is not called again
 
 
 def problem(num_tasks: int, seed: int) -> Tensor:
+    """Return the Gramian of a random Jacobian. Shape (K, K), float64."""
     generator = torch.Generator().manual_seed(seed)
     J = torch.randn(num_tasks, 1000, generator=generator, dtype=torch.float64)
     common = torch.randn(1000, generator=generator, dtype=torch.float64)  # so that gradients agree and conflict
@@ -45,85 +49,103 @@ def problem(num_tasks: int, seed: int) -> Tensor:
     return J @ J.T
 
 
-def ours(num_tasks: int) -> dict[str, Callable[[Tensor], Tensor]]:
+def ours(num_tasks: int) -> dict[str, Rule]:
+    """Return all registered rules that see the Gramian, with default options."""
     names = [name for name in gradient_balancers.names() if gradient_balancers.sees(name) == "gramian"]
     return {name: gradient_balancers.build(name, num_tasks=num_tasks) for name in names}
 
 
-def peers(num_tasks: int) -> dict[str, Callable[[Tensor], Tensor]]:
+def peers(num_tasks: int) -> dict[str, Rule]:
+    """Return the rules of TorchJD, scaled to our default options; none if it is not installed."""
     try:
-        from torchjd.aggregation import (  # noqa: PLC0415
-            CAGradWeighting,
-            IMTLGWeighting,
-            MGDAWeighting,
-            PCGradWeighting,
-        )
+        from torchjd import aggregation  # noqa: PLC0415
         from torchjd.aggregation._nash_mtl import _NashMTLWeighting  # noqa: PLC0415
     except ImportError as error:
         print(f"torchjd is left out: {error}", file=sys.stderr)
         return {}
-    averse = CAGradWeighting(c=0.4)
+    averse = aggregation.CAGradWeighting(c=0.4)
     nash = _NashMTLWeighting(n_tasks=num_tasks, max_norm=0.0, update_weights_every=1, optim_niter=20)
 
-    def bargain(gramian: Tensor) -> Tensor:  # it takes a Jacobian: the smallest one with this Gramian
+    def bargain(gramian: Tensor) -> Tensor:
         nash.reset()
-        return nash(torch.linalg.cholesky(gramian)) / num_tasks**0.5  # the length 1 of our default options
+        square_jacobian = torch.linalg.cholesky(gramian)  # the smallest Jacobian that has this Gramian
+        return nash(square_jacobian) / num_tasks**0.5  # a direction of length 1
 
     return {
-        "mgda": MGDAWeighting(),
-        "pcgrad": PCGradWeighting(),
-        "cagrad": lambda gramian: averse(gramian) / (1 + 0.4**2),  # the rescaling of our default options
-        "imtl": IMTLGWeighting(),
+        "mgda": aggregation.MGDAWeighting(),
+        "pcgrad": aggregation.PCGradWeighting(),
+        "cagrad": lambda gramian: averse(gramian) / (1 + 0.4**2),
+        "imtl": aggregation.IMTLGWeighting(),
         "nashmtl": bargain,
     }
 
 
-def accuracy(name: str, G: Tensor, w: Tensor) -> float | None:
+def accuracy(name: str, gramian: Tensor, weights: Tensor) -> float | None:
+    """Return the error of the weights in the certificate of a rule; None if it has no certificate."""
     certificate = gradient_balancers.traits(name).certificate
-    return None if certificate is None else certificate(G, w)
+    return None if certificate is None else certificate(gramian, weights)
 
 
-def times_of(rules: dict[str, Callable[[Tensor], Tensor]], G: Tensor, repeats: int, limit: float) -> dict[str, list[float]]:
+def times_in_bursts(rules: dict[str, Rule], gramian: Tensor, repeats: int) -> dict[str, list[float]]:
+    """Return milliseconds of all calls by rule; the first burst of each rule warms up."""
     times: dict[str, list[float]] = {name: [] for name in rules}
     calls = dict.fromkeys(rules, 1)
     for turn in range(repeats + 1):
         for name, rule in rules.items():
-            if sum(times[name]) > limit and len(times[name]) >= 3:
-                continue  # a slow one has said enough
-            burst = []
-            for _ in range(calls[name]):
-                start = time.perf_counter()
-                rule(G)
-                burst.append(1e3 * (time.perf_counter() - start))
+            if sum(times[name]) > LIMIT_MS and len(times[name]) >= FEWEST:
+                continue
+            burst = [milliseconds(rule, gramian) for _ in range(calls[name])]
             if turn:
                 times[name].extend(burst)
             calls[name] = max(1, min(100, int(BURST_MS / statistics.median(burst))))
     return times
 
 
+def milliseconds(rule: Rule, gramian: Tensor) -> float:
+    """Time one call of a rule."""
+    start = time.perf_counter()
+    rule(gramian)
+    return 1e3 * (time.perf_counter() - start)
+
+
 def measure(num_tasks: int, repeats: int) -> dict[str, dict[str, float | None]]:
-    rows: dict[str, dict[str, float | None]] = {}
-    collected: dict[str, list[float]] = {}
+    """Return time and worst error of every rule, TorchJD's rules with a prefix, on all problems of one size."""
+    times: dict[str, list[float]] = {}
+    errors: dict[str, list[float]] = {}
     for seed in range(PROBLEMS):
         G = problem(num_tasks, seed)
-        sides = {"": ours(num_tasks), "torchjd ": peers(num_tasks)}
-        rules = {prefix + name: rule for prefix, side in sides.items() for name, rule in side.items()}
-        for label, found in times_of(rules, G, repeats, limit=5_000).items():
-            collected.setdefault(label, []).extend(found)
+        rules = ours(num_tasks) | {PEER + name: rule for name, rule in peers(num_tasks).items()}
+        for label, burst in times_in_bursts(rules, G, repeats).items():
+            times.setdefault(label, []).extend(burst)
         for label, rule in rules.items():
-            error = accuracy(label.removeprefix("torchjd "), G, rule(G).double())
-            worst = rows.setdefault(label, {"error": error})["error"]
-            rows[label]["error"] = error if worst is None or (error is not None and error > worst) else worst
-    for label, found in collected.items():
-        rows[label]["ms"] = round(statistics.median(found), 4)
-        rows[label]["worst_ms"] = round(max(found), 4)
-    for label in [label for label in rows if not label.startswith("torchjd ")]:
-        peer = rows.get(f"torchjd {label}")
+            error = accuracy(label.removeprefix(PEER), G, rule(G).double())
+            errors.setdefault(label, []).extend([] if error is None else [error])
+    rows: dict[str, dict[str, float | None]] = {
+        label: {
+            "error": max(errors[label], default=None),
+            "ms": round(statistics.median(all_ms), 4),
+            "worst_ms": round(max(all_ms), 4),
+        }
+        for label, all_ms in times.items()
+    }
+    for label in set(rows).intersection(gradient_balancers.names()):
+        peer = rows.get(PEER + label)
         rows[label]["times_faster"] = None if peer is None else round((peer["ms"] or 0) / (rows[label]["ms"] or 1), 2)
     return rows
 
 
+def show(num_tasks: int, rows: dict[str, dict[str, float | None]]) -> None:
+    """Print the rows of one size, every rule next to its peer."""
+    print(f"\nK = {num_tasks}")
+    for label in sorted(rows, key=lambda label: (label.removeprefix(PEER), label)):
+        row = rows[label]
+        error = "" if row["error"] is None else f"error {row['error']:.1e}"
+        faster = "" if row.get("times_faster") is None else f"{row['times_faster']:8.1f} times faster"
+        print(f"  {label:17s} {row['ms']:10.3f} ms  {error:16s} {faster}")
+
+
 def main() -> None:
+    """Measure all sizes, print the tables and write the record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
@@ -131,16 +153,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # TorchJD's solver warns at every inaccurate solution
-    conflict_averse_weights(problem(3, 0).numpy(), 0.4)  # load LAPACK before the clock runs
+    for rule in ours(3).values():
+        rule(problem(3, 0))  # loads LAPACK before the clock runs
     results = {}
     for num_tasks in options.sizes:
-        rows = results[f"K={num_tasks}"] = measure(num_tasks, options.repeats)
-        print(f"\nK = {num_tasks}")
-        for label in sorted(rows, key=lambda label: (label.removeprefix("torchjd "), label)):
-            row = rows[label]
-            error = "" if row["error"] is None else f"error {row['error']:.1e}"
-            faster = "" if row.get("times_faster") is None else f"{row['times_faster']:8.1f} times faster"
-            print(f"  {label:17s} {row['ms']:10.3f} ms  {error:16s} {faster}")
+        results[f"K={num_tasks}"] = measure(num_tasks, options.repeats)
+        show(num_tasks, results[f"K={num_tasks}"])
+    print("", rules_table(results), sep="\n")
     write(results, "rules", options.output)
 
 

@@ -1,35 +1,49 @@
-"""A whole step of the stage beside ``losses.sum().backward()`` and beside TorchJD, in one run, one thread.
+"""Time of a whole step, rule by rule, relative to ``losses.sum().backward()`` and next to TorchJD, on one thread.
 
     python benchmarks/bench_step.py [--repeats 15] [--networks mlp convolutional] [--tasks 3 11]
 
-Every cell is the median over repeats of the time of one forward pass and one backward, relative to that of the plain sum. The
-variants take turns, so that a slow moment of the machine hits all of them.
+A step is one forward pass and one backward pass. Every cell is a median, relative to the median of the plain sum in the same
+run.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from networks import NETWORKS, Network
 from peers import installed, jacobian_step
 from record import FOLDER, write
+from timing import summaries, times_in_turns
 
 from balance import Balancer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+PLAIN = "losses.sum().backward()"
+RULES = {  # by label: loss balancer, gradient balancer, source
+    "ls": ("ls", None, "parameters"),
+    "go4align": ("go4align", None, "parameters"),
+    "famo": ("famo", None, "parameters"),
+    "mgda": ("ls", "mgda", "parameters"),
+    "pcgrad": ("ls", "pcgrad", "parameters"),
+    "go4align + pcgrad": ("go4align", "pcgrad", "parameters"),
+    "mgda on features": ("ls", "mgda", "features"),
+    "pcgrad on features": ("ls", "pcgrad", "features"),
+}
+
 
 def variants(network: Network, num_tasks: int) -> dict[str, Callable[[], object]]:
+    """Return steps by name."""
+
     def plain() -> None:
         torch.stack(network()[1]).sum().backward()
 
-    def stage(loss: str, gradient: str | None, source: str = "parameters") -> Callable[[], object]:
+    def stage(loss: str, gradient: str | None, source: Any) -> Callable[[], object]:
         balancer = Balancer(num_tasks, loss=loss, gradient=gradient, source=source)
 
         def step() -> None:
@@ -39,44 +53,24 @@ def variants(network: Network, num_tasks: int) -> dict[str, Callable[[], object]
 
         return step
 
-    steps = {
-        "losses.sum().backward()": plain,
-        "ls": stage("ls", None),
-        "go4align": stage("go4align", None),
-        "famo": stage("famo", None),
-        "mgda": stage("ls", "mgda"),
-        "pcgrad": stage("ls", "pcgrad"),
-        "go4align + pcgrad": stage("go4align", "pcgrad"),
-        "mgda on features": stage("ls", "mgda", "features"),
-        "pcgrad on features": stage("ls", "pcgrad", "features"),
-    }
+    steps = {PLAIN: plain, **{label: stage(*rules) for label, rules in RULES.items()}}
     if installed():
         steps["torchjd mgda"] = jacobian_step(network, "MGDA")
         steps["torchjd pcgrad"] = jacobian_step(network, "PCGrad")
     return steps
 
 
-def measure(steps: dict[str, Callable[[], object]], network: Network, repeats: int) -> dict[str, dict[str, float]]:
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(repeats + 2):
-        for name, step in steps.items():
-            network.zero_grad()
-            start = time.perf_counter()
-            step()
-            if turn >= 2:  # warmed up
-                times[name].append(1e3 * (time.perf_counter() - start))
-    base = statistics.median(times["losses.sum().backward()"])
-    return {
-        name: {
-            "ms": round(statistics.median(t), 3),
-            "ratio": round(statistics.median(t) / base, 2),
-            "spread_ms": round(statistics.quantiles(t, n=4)[2] - statistics.quantiles(t, n=4)[0], 3),
-        }
-        for name, t in times.items()
-    }
+def measure(name: str, num_tasks: int, repeats: int) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Time all steps of a network, and return a title and rows by step."""
+    torch.manual_seed(0)
+    network = NETWORKS[name](num_tasks)
+    steps = variants(network, num_tasks)
+    times = times_in_turns(steps, network.zero_grad, warm_up=2, repeats=repeats, budget=math.inf)
+    return f"{name} K={num_tasks} P={sum(p.numel() for p in network.trunk.parameters())}", summaries(times, PLAIN)
 
 
 def main() -> None:
+    """Measure all networks, print the tables and write the record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["mlp", "convolutional"])
@@ -87,16 +81,11 @@ def main() -> None:
     results = {}
     for name in options.networks:
         for num_tasks in options.tasks:
-            torch.manual_seed(0)
-            network = NETWORKS[name](num_tasks)
-            P = sum(p.numel() for p in network.trunk.parameters())
-            rows = measure(variants(network, num_tasks), network, options.repeats)
-            results[f"{name} K={num_tasks} P={P}"] = rows
-            print(f"\n{name}, K = {num_tasks}, P = {P}")
-            for variant, row in rows.items():
-                print(
-                    f"  {variant:26s} {row['ms']:9.2f} ms  {row['ratio']:6.2f} x  (quartiles {row['spread_ms']:.2f} ms apart)"
-                )
+            title, rows = measure(name, num_tasks, options.repeats)
+            results[title] = rows
+            print(f"\n{title}")
+            for label, row in rows.items():
+                print(f"  {label:26s} {row['ms']:9.2f} ms  {row['ratio']:6.2f} x  (quartiles {row['spread_ms']:.2f} ms apart)")
     write(results, "step", options.output)
 
 

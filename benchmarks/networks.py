@@ -23,7 +23,7 @@ class Network(nn.Module):
         self.targets = torch.randn(num_tasks, len(x), 8)
 
     def forward(self, splitter: Splitter | None = None) -> tuple[Tensor, list[Tensor]]:
-        """The features, and one loss a task; with a splitter between trunk and heads, if there is one."""
+        """Return the features and one loss per task, with a splitter between trunk and heads if one is given."""
         features = self.trunk(self.x)
         views = [features] * len(self.heads) if splitter is None else splitter(features).values()
         parts = zip(self.heads, views, self.targets, strict=True)
@@ -52,7 +52,7 @@ class Residual(nn.Module):
         self.around = nn.Identity() if stride == 1 else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape (B, inputs, H, W) -> (B, outputs, H / stride, W / stride)."""
+        """Add both ways. Images of shape (B, inputs, H, W) become (B, outputs, H / stride, W / stride)."""
         return (self.body(x) + self.around(x)).relu()
 
 
@@ -66,20 +66,20 @@ class Transformer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape (B, T, width) -> (B, width)."""
+        """Average the last layer. Sequences of shape (B, T, width) become (B, width)."""
         for layer in self.layers:
             x = layer(x)
         return x.mean(dim=1)
 
 
 def mlp(num_tasks: int) -> Network:
-    """4 layers of 512, batch 128; 1.05 million shared parameters."""
+    """Build 4 layers of 512, batch 128; 1.05 million shared parameters."""
     layers = [m for _ in range(4) for m in (nn.Linear(512, 512), nn.ReLU())]
     return Network(nn.Sequential(*layers), torch.randn(128, 512), 512, num_tasks)
 
 
 def convolutional(num_tasks: int) -> Network:
-    """3 convolutions on images of 64 x 64, batch 64; 24 000 shared parameters."""
+    """Build 3 convolutions on images of 64 x 64, batch 64; 24 000 shared parameters."""
     trunk = nn.Sequential(
         *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -89,7 +89,7 @@ def convolutional(num_tasks: int) -> Network:
 
 
 def resnet(num_tasks: int) -> Network:
-    """ResNet-18 with group normalisation, images of 64 x 64, batch 8; 11.2 million shared parameters."""
+    """Build a ResNet-18 with group normalisation, images of 64 x 64, batch 8; 11.2 million shared parameters."""
     layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.GroupNorm(8, 64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     width = 64
     for outputs in (64, 128, 256, 512):
@@ -100,7 +100,7 @@ def resnet(num_tasks: int) -> Network:
 
 
 def transformer(num_tasks: int) -> Network:
-    """2 encoder layers of width 128, sequences of 32, batch 16; 0.4 million shared parameters."""
+    """Build 2 encoder layers of width 128, sequences of 32, batch 16; 0.4 million shared parameters."""
     return Network(Transformer(2, 128), torch.randn(16, 32, 128), 128, num_tasks)
 
 

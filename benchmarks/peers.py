@@ -1,4 +1,4 @@
-"""The same steps by TorchJD, where it is installed."""
+"""Steps by TorchJD, if it is installed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 def installed() -> bool:
-    """Whether TorchJD is there; says so if not."""
-    there = importlib.util.find_spec("torchjd") is not None
-    if not there:
+    """Return whether TorchJD is installed, and print a notice if not."""
+    available = importlib.util.find_spec("torchjd") is not None
+    if not available:
         print("torchjd is not installed, so it is left out: make benchmark installs it", file=sys.stderr)
-    return there
+    return available
 
 
 def jacobian_step(network: Network, aggregator: str) -> Callable[[], None]:
-    """A step by its Jacobian of the trunk, from that of the features."""
+    """Return a step that aggregates the Jacobian of the trunk, which TorchJD computes from the Jacobian of the features."""
     from torchjd import aggregation  # noqa: PLC0415
     from torchjd.autojac import jac_to_grad, mtl_backward  # noqa: PLC0415
 
@@ -39,7 +39,7 @@ def jacobian_step(network: Network, aggregator: str) -> Callable[[], None]:
 
 
 def gramian_step(network: Network, weighting: str) -> Callable[[], None]:
-    """A step by its Gramian engine, on a copy: the engine's hooks want no forward pass without its own backward pass."""
+    """Return a step by TorchJD's Gramian engine, on a copy, since its hooks allow no forward pass without a backward pass."""
     from torchjd import aggregation  # noqa: PLC0415
     from torchjd.autogram import Engine  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""Where and how results are kept."""
+"""Records of benchmarks, one JSON file for each run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def write(results: dict[str, Any], kind: str, folder: Path) -> Path:
-    """Write results to ``<date>_<kind>_<machine>_<commit>.json``, with the versions that they depend on."""
+    """Write results to ``<date>_<kind>_<machine>_<commit>.json``, with the versions that they depend on.
+
+    Args:
+        results: Rows by title.
+        kind: Name of the benchmark.
+        folder: Created if necessary.
+
+    Returns:
+        Path of the file.
+    """
     words = ["git", "-C", str(FOLDER), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip() or "unknown"  # noqa: S603
     versions = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit, "threads": 1}

@@ -1,4 +1,4 @@
-"""Results of the engines: a figure of time over the number of tasks, and a table for one number."""
+"""Tables and figures of recorded results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import matplotlib.pyplot as plt
 if TYPE_CHECKING:
     from pathlib import Path
 
-SHOWN = {  # by variant: label, colour, marker, line
+PEER = "torchjd "  # prefix of TorchJD's rows
+
+SHOWN = {  # label, colour, marker and line by variant
     "torchjd mtl_backward + jac_to_grad": ("TorchJD 0.18, mtl_backward", "#999999", "s", "--"),
     "torchjd autogram": ("TorchJD 0.18, autogram", "#999999", "^", ":"),
     "textbook loop": ("textbook loop", "#000000", "x", "--"),
@@ -22,7 +24,7 @@ SHOWN = {  # by variant: label, colour, marker, line
     "splitter: imtl": ("balance, Splitter", "#E69F00", "v", "-"),
 }
 
-TABLE = {  # by variant: label
+TABLE = {  # labels by variant
     "losses.sum().backward()": "`losses.sum().backward()`",
     "loss balancer: famo": "`Balancer`, no gradient balancer",
     "parameters": "`Balancer`, by default",
@@ -39,8 +41,45 @@ TABLE = {  # by variant: label
 }
 
 
-def markdown(results: dict[str, Any], num_tasks: int) -> str:
-    """Time of a step relative to an ordinary one, and in brackets memory beyond it relative to the Jacobian, by network."""
+def rules_table(results: dict[str, Any]) -> str:
+    """Return a table of all rules: time of a solve over the number of tasks, and the worst error of both sides.
+
+    Args:
+        results: Rows by rule, by a title such as ``"K=3"``.
+    """
+    sizes = [title.replace("=", " = ") for title in results]
+    lines = [
+        f"| rule | {' | '.join(sizes)} | error at most | TorchJD 0.18: error at most |",
+        "| --- |" + " --- |" * (len(sizes) + 2),
+    ]
+    for rule in [label for label in next(iter(results.values())) if not label.startswith(PEER)]:
+        cells = [_solve(rows[rule]) for rows in results.values()]
+        errors = [_worst([rows.get(label, {}).get("error") for rows in results.values()]) for label in (rule, PEER + rule)]
+        lines.append(f"| `{rule}` | {' | '.join([*cells, *errors])} |")
+    return "\n".join(lines)
+
+
+def _solve(row: dict[str, Any]) -> str:
+    factor = row.get("times_faster")
+    faster = "" if factor is None else f" ({factor:.0f} x)" if factor >= 100 else f" ({factor:.1f} x)"
+    return f"{row['ms']:.2f} ms{faster}"
+
+
+def _worst(errors: list[float | None]) -> str:
+    known = [error for error in errors if error is not None]
+    return f"{max(known):.0e}" if known else "-"
+
+
+def steps_table(results: dict[str, Any], num_tasks: int) -> str:
+    """Return a table of all networks: time of a step relative to an ordinary step, and in brackets the further memory.
+
+    Args:
+        results: Rows by variant, by a title that begins with the network and ``K=``.
+        num_tasks: K.
+
+    Returns:
+        Markdown; the memory is relative to the Jacobian.
+    """
     tables = {title.split()[0]: rows for title, rows in results.items() if title.split()[1] == f"K={num_tasks}"}
     lines = [f"| step, K = {num_tasks} | {' | '.join(tables)} |", "| --- |" + " ---: |" * len(tables)]
     for variant, label in TABLE.items():
@@ -62,11 +101,11 @@ def _error(error: dict[str, float]) -> str:
 
 
 def draw(results: dict[str, Any], file: Path) -> None:
-    """One panel a network: time of a step relative to an ordinary one, over the number of tasks, both logarithmic.
+    """Draw one panel for each network: time of a step relative to an ordinary step, over the number of tasks, both logarithmic.
 
     Args:
         results: Rows by variant, by a title that begins with the network and ``K=``.
-        file: Where the figure goes.
+        file: Path of the figure.
     """
     networks = list(dict.fromkeys(title.split()[0] for title in results))
     figure, panels = plt.subplots(1, len(networks), figsize=(3.1 * len(networks) + 0.6, 3.4), sharey=True, squeeze=False)

@@ -1,4 +1,4 @@
-"""The benchmarks run; what they time is no matter for a test."""
+"""Runs of the benchmarks, without a look at the times."""
 
 import json
 import subprocess
