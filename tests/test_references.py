@@ -1,6 +1,6 @@
-"""Fixed inputs -> numbers. A row per method; the source of each number stands beside it, or in the golden file's ``sources``.
+"""Fixed inputs and known numbers, a row per method. Each source is next to its number, or in the golden file's ``sources``.
 
-The golden file holds numbers solved independently in 40 to 50 digits and cross-checked against the official codes.
+The golden file contains numbers solved independently in 40 to 50 digits and compared with the official codes.
 """
 
 import json
@@ -67,6 +67,41 @@ def test_gradient_balancer(case, name, options, key, tolerance):
     if unique:
         stored = expected.get("weights", expected.get("total_weights"))
         torch.testing.assert_close(weights, tensor(stored), rtol=tolerance, atol=tolerance * max(1.0, *map(abs, stored)))
+
+
+# By hand: method, options, Jacobian, direction
+DIRECTIONS = [
+    # where all signs agree, nothing is dropped
+    ("graddrop", {}, [[1.0, 2.0], [3.0, 0.0]], [4.0, 2.0]),
+    # where no gradients conflict, the sum
+    ("pcgrad", {}, [[1.0, 0.0], [1.0, 1.0]], [2.0, 1.0]),
+    # the foot of the perpendicular from 0 on the segment between two gradients
+    ("mgda", {}, [[1.0, 0.0], [0.0, 3.0]], [0.9, 0.3]),
+    # two gradients: the bisector
+    ("imtl", {}, [[1.0, 0.0], [0.0, 3.0]], [0.75, 0.75]),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "rows", "direction"), DIRECTIONS, ids=[row[0] for row in DIRECTIONS])
+def test_direction_by_hand(name, options, rows, direction):
+    J = tensor(rows)
+    rule = gradient_balancers.build(name, num_tasks=len(J), **options)
+    actual = rule(J) if gradient_balancers.sees(name) == "jacobian" else rule(J @ J.T) @ J
+    torch.testing.assert_close(actual, tensor(direction), rtol=1e-9, atol=1e-12)
+
+
+# By hand: method, options, losses, weighted losses of the first step
+WEIGHTED_LOSSES = [
+    ("stl", {"main_task": 2}, [1.0, 2.0, 4.0], [0.0, 0.0, 4.0]),
+    # the weights of the logarithms sum to K, so that a single task has weight 1
+    ("igbv2", {}, [4.0], [2 * 0.6931471805599453]),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "row", "weighted"), WEIGHTED_LOSSES, ids=[row[0] for row in WEIGHTED_LOSSES])
+def test_weighted_losses_by_hand(name, options, row, weighted):
+    rule = loss_balancers.build(name, num_tasks=len(row), **options)
+    close(rule(tensor(row)), weighted)
 
 
 # CAGrad, c = 0.4, without rescaling, where 0 is in the convex hull of the gradients, or nearly so. By hand: in all but the last

@@ -1,0 +1,155 @@
+"""A new method is a function, a row of claims, a row of references and a line in the changelog, and nothing else.
+
+The methods are added to a copy of the project, whose tests then run in other processes.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = (
+    *("__init__.py", "conftest.py", "claims.py", "golden.json", "readme_sections.py"),
+    *("test_claims.py", "test_methods.py", "test_references.py", "test_readme_sections.py"),
+)
+
+GRADIENT_BALANCER = '''
+
+@gradient_balancers.register(
+    "unit_length",
+    label="Unit length",
+    paper="Doe 2030, https://example.org/unit",
+    remedies=("gradient length",),
+    invariances=("permutation_equivariant", "rotation_equivariant", "unchanged_by_scaling_one_task"),
+)
+def unit_length(gramian: Gramian, *, power: float = 1.0) -> Weights:
+    """Return weights that bring all task gradients to length one."""
+    norms = gramian.diagonal().clamp(min=0).sqrt()
+    return (norms > 0) / norms.where(norms > 0, 1) ** power
+'''
+LOSS_BALANCER = '''
+
+@loss_balancers.register(
+    "halved",
+    label="Halved",
+    paper="Roe 2031, https://example.org/half",
+    remedies=("loss scale",),
+    invariances=("loss_permutation_equivariant", "separable"),
+)
+def halved(losses: Losses) -> WeightedLosses:
+    """Return one half of the losses."""
+    return losses / 2
+'''
+GRADIENT_CLAIMS = """
+    "unit_length": {
+        "finite": True,
+        "positive_at_one_task": True,
+        "permutation_equivariant": True,
+        "rotation_equivariant": True,
+        "on_simplex": SKEWED,
+        "at_least_one": SKEWED,
+        "non_negative": True,
+        "conflict_free": [[1.0, 0.0], [-1.0, 0.5], [-1.0, -0.5]],
+        "unchanged_by_scaling_one_task": True,
+        "scales_with_the_gradients": SKEWED,
+        "linear_under_scaling": SKEWED,
+        "sum_without_conflict": SKEWED,
+        "equal_projections": [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 1.0]],
+    },"""
+ADDED_TEST = """
+import pytest
+import torch
+
+import balance
+from tests import readme_sections
+
+
+def test_stage_builds_both_methods():
+    theta = torch.tensor([1.0, -1.0], dtype=torch.float64, requires_grad=True)
+    stage = balance.Balancer(2, loss="halved", gradient="unit_length")
+    report = stage.backward(torch.stack([3 * theta[0] + 1, theta[1] + 5]), shared=[theta])
+    assert report.weighted_losses.tolist() == [2, 2]
+    assert theta.grad.tolist() == pytest.approx([1, 1])
+
+
+def test_diagnosis_recommends_both_methods():
+    theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+
+    def losses(batch):
+        return {"small": batch * (theta[0] - 1).square(), "large": 1000 * batch * (theta[1] - 5).square()}
+
+    options = {"loss_methods": ["halved"], "gradient_methods": ["unit_length"]}
+    diagnosis = balance.diagnose(losses, [1.0, 2.0], model=torch.nn.Linear(1, 1), shared=[theta], lr=1e-4, **options)
+    assert (diagnosis.loss_methods, diagnosis.gradient_methods) == (("halved",), ("unit_length",))
+
+
+def test_readme_lists_both_methods():
+    text = (readme_sections.ROOT / "README.md").read_text(encoding="utf-8")
+    assert "| `halved` | Halved, [Roe 2031](https://example.org/half) | loss scale | - | - |" in text
+    assert "| Unit length, [Doe 2030](https://example.org/unit) | gradient length | - | unweighted | `power` (1) |" in text
+"""
+
+
+def insert(path, marker, text):
+    """Put text behind the only occurrence of a marker."""
+    content = path.read_text(encoding="utf-8")
+    assert content.count(marker) == 1
+    path.write_text(content.replace(marker, marker + text), encoding="utf-8")
+
+
+def append(path, text):
+    path.write_text(path.read_text(encoding="utf-8") + text, encoding="utf-8")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the project with two further methods, without rows, references and changelog."""
+    for package in ("balance", "experiments"):  # the README's tree lists both
+        python_only = shutil.ignore_patterns("__pycache__", "*.npz", "*.png", "*.yaml", "*.html")
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=python_only)
+    for name in ("pyproject.toml", "README.md", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "tests").mkdir()
+    for name in SOURCES:
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
+    append(tmp_path / "balance/gradient/equal_angle.py", GRADIENT_BALANCER)
+    append(tmp_path / "balance/loss/scale.py", LOSS_BALANCER)
+    return tmp_path
+
+
+def python(copy, *words):
+    """Run a command on the copy, and return its exit code and what it printed."""
+    environment = os.environ | {"PYTHONPATH": str(copy)}
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_function_without_rows_and_line_is_refused(copy):
+    code, printed = python(copy, "-m", "pytest", "-q", "tests/test_methods.py", "tests/test_readme_sections.py")
+    assert code == 1
+    failed = set(re.findall(r"^FAILED tests/(\S+)", printed, flags=re.MULTILINE))
+    demands = {"row_of_claims", "row_of_references", "line_in_the_changelog"}
+    missing = {f"test_methods.py::test_method_has_a_{what}[{name}]" for what in demands for name in ("unit_length", "halved")}
+    assert failed == {*missing, "test_readme_sections.py::test_readme_has_the_generated_sections"}
+
+
+def test_function_two_rows_and_a_line_are_all_that_a_method_needs(copy):
+    insert(copy / "tests/claims.py", "GRADIENT_ROWS = {", GRADIENT_CLAIMS)
+    insert(copy / "tests/claims.py", "LOSS_ROWS = {", '\n    "halved": ALWAYS,')
+    row = '\n    ("unit_length", {}, [[1.0, 0.0], [0.0, 3.0]], [1.0, 1.0]),'
+    insert(copy / "tests/test_references.py", "DIRECTIONS = [", row)
+    insert(copy / "tests/test_references.py", "WEIGHTED_LOSSES = [", '\n    ("halved", {}, [1.0, 2.0], [0.5, 1.0]),')
+    append(copy / "CHANGELOG.md", "\n- The gradient balancer `unit_length` and the loss balancer `halved`.\n")
+    (copy / "tests/test_added.py").write_text(ADDED_TEST, encoding="utf-8")
+
+    assert python(copy, "tests/readme_sections.py", "--write") == (0, "")
+    selected = "unit_length or halved or test_every or test_added or test_readme_sections"
+    files = ("claims", "methods", "references", "readme_sections", "added")
+    code, printed = python(copy, "-m", "pytest", "-q", "-k", selected, *(f"tests/test_{name}.py" for name in files))
+    assert code == 0, printed
