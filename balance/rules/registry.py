@@ -175,7 +175,8 @@ class Registry:
                 )
             options["num_tasks"] = num_tasks
         if not inspect.isclass(rule):
-            return functools.partial(rule, **options) if options else rule
+            function = cast("Callable[..., Tensor]", rule)
+            return functools.partial(function, **options) if options else function
         built = cast("Callable[..., Tensor]", rule(**options))
         if isinstance(built, nn.Module):
             options.pop("num_tasks", None)
