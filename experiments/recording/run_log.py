@@ -12,7 +12,7 @@ import torch
 
 from balance.config import flatten
 from balance.tracking import Tracker
-from experiments.recording.model import save_network
+from experiments.recording.served_model import save_network
 from experiments.recording.store import decides, fingerprint
 
 if TYPE_CHECKING:
