@@ -33,7 +33,7 @@ def run_command(
 
     Args:
         parser: Parser of the command.
-        arguments: Words of the command line; None for those of the process.
+        arguments: Words of the command line; None for the words in ``sys.argv``.
         prepare: Checks the options and returns the work. Its exceptions of the kinds `MISTAKES` are printed with the usage, and
             the command exits with code 2. Exceptions of the work are errors of the program and keep their traceback.
         interrupted: Message after Ctrl-C during the work.
@@ -105,18 +105,6 @@ def all_overrides(options: argparse.Namespace) -> list[str]:
     """Return the flags of a command line as overrides, followed by its overrides."""
     flags = {flag: getattr(options, flag, None) for flag in FLAGS}
     return [f"{flag}={value}" for flag, value in flags.items() if value is not None] + list(options.overrides)
-
-
-def values_by_key(overrides: Sequence[str]) -> dict[str, str]:
-    """Return overrides as a dict; the last value of a key counts.
-
-    Raises:
-        ValueError: If an override does not have the form ``key=value``.
-    """
-    for override in overrides:
-        if not override.partition("=")[0] or "=" not in override:
-            raise ValueError(f"Overrides must read key=value, but got '{override}'.")
-    return {key: value for key, _, value in (override.partition("=") for override in overrides)}
 
 
 def as_recorded(value: str) -> str:

@@ -25,7 +25,8 @@ from experiments.analysis import published as papers
 from experiments.analysis import published_tables as published
 from experiments.analysis.figures import figures
 from experiments.analysis.tables import METRICS_IN_TERMINAL, Format, for_terminal, render
-from experiments.cli import add_output, add_overrides, as_recorded, command_parser, values_by_key
+from experiments.cli import add_output, add_overrides, as_recorded, command_parser
+from experiments.config.layers import values_by_key
 from experiments.problems import base as experiments
 from experiments.recording.store import Store, curves_of
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
 from balance import Diagnosis, diagnose
-from experiments import trainer
 from experiments.cli import add_overrides, all_overrides, command_parser, run_command
 from experiments.config.layers import configure
-from experiments.training.data import brought
+from experiments.training.data import to_device
+from experiments.training.run import build
 
 if TYPE_CHECKING:
     import argparse
@@ -83,8 +83,8 @@ def diagnose_network(config: DictConfig, num_batches: int, steps: int) -> Diagno
     Raises:
         ValueError: If a number is out of range, the device is not available, or the data are fewer than two batches.
     """
-    run = trainer.build(config)
-    batches = (brought(batch, config.device) for batch in run.batches)
+    run = build(config)
+    batches = (to_device(batch, config.device) for batch in run.batches)
 
     def losses(batch: Batch) -> dict[str, Tensor]:
         return run.experiment.losses(run.model(batch[0]), batch)

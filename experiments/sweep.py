@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from balance.config import build_balancer
 from balance.tracking import Tracker
-from experiments import trainer
 from experiments.analysis import baselines as reference
 from experiments.analysis.comparison import OF_METHODS
-from experiments.cli import add_methods, add_output, add_overrides, all_overrides, command_parser, parse_seeds, values_by_key
+from experiments.cli import add_methods, add_output, add_overrides, all_overrides, command_parser, parse_seeds
+from experiments.config.layers import configure, values_by_key
 from experiments.config.schema import RunConfig
 from experiments.problems import base as experiments
 from experiments.recording.store import Store, common_of, digest, fingerprint
@@ -335,13 +335,15 @@ def run_one(
     try:
         from rich.console import Console  # noqa: PLC0415
 
-        from experiments import trainer  # noqa: PLC0415
+        from experiments.config.layers import configure  # noqa: PLC0415
+        from experiments.training.loop import train  # noqa: PLC0415
+        from experiments.training.run import prepare  # noqa: PLC0415
 
-        config = trainer.parse(arguments)
+        config = configure([word.removeprefix("--") for word in arguments])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the plan has told them
-            run = trainer.prepare(config, Console(quiet=True))
-        metrics = trainer.train(run, parent)
+            run = prepare(config, Console(quiet=True))
+        metrics = train(run, parent)
     except Exception as error:  # noqa: BLE001 - whatever ends one run must not end the others
         return number, ({}, f"{type(error).__name__}: {error}", time.perf_counter() - start)
     finally:
@@ -372,7 +374,7 @@ def _progress(outcomes: Iterable[Any], total: int, console: Console) -> Iterator
 
 
 def _job(arguments: list[str]) -> Job:
-    config = trainer.parse(arguments)
+    config = configure([word.removeprefix("--") for word in arguments])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # _warnings tells them once
         build_balancer(config, experiments.find(config.experiment).TASKS)

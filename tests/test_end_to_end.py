@@ -40,9 +40,7 @@ def test_quadratics_reach_the_pareto_set(loss, gradient):
 @pytest.fixture(scope="module")
 def drop(tmp_path_factory):
     """delta_m of a whole run of the default experiment, trained once for each method."""
-    from rich.console import Console
-
-    from experiments import trainer
+    from tests.experiments.short_runs import train
 
     folder = tmp_path_factory.mktemp("digits")
 
@@ -50,8 +48,7 @@ def drop(tmp_path_factory):
     def of(methods):
         loss, _, gradient = methods.partition("+")
         words = [f"--loss_method={loss}", *([f"--gradient_method={gradient}"] if gradient else [])]
-        config = trainer.parse([*words, "track=false", f"output_dir={folder}"])
-        return trainer.train(trainer.prepare(config, Console(quiet=True)))["delta_m"]
+        return train(*words, "track=false", f"output_dir={folder}")["delta_m"]
 
     return of
 

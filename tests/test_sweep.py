@@ -15,9 +15,11 @@ import torch
 import yaml
 from mlflow import MlflowClient
 
-from experiments import baselines, compare, sweep, trainer
+from experiments import baselines, compare, sweep
 from experiments.recording.store import Store
 from experiments.sweeps import runtime as estimate
+from experiments.training import loop
+from tests.experiments.short_runs import configure
 
 ROOT = Path(__file__).parents[1]
 TINY = ["data.train_pairs=128", "data.validation_pairs=50", "data.test_pairs=50", "train.epochs=1", "log_model=false"]
@@ -85,7 +87,7 @@ def test_the_number_of_threads_is_as_before(tmp_path):
 
 
 def test_what_is_finished_is_not_run_again(again, capfd, monkeypatch):
-    monkeypatch.setattr(trainer, "train", lambda *_: pytest.fail("a finished run was repeated"))
+    monkeypatch.setattr(loop, "train", lambda *_: pytest.fail("a finished run was repeated"))
     assert sweep.main([*GRID, f"--output_dir={again}"]) == 0
     assert "0 runs to do, 16 are finished already" in capfd.readouterr().out
     assert len(runs_in(again, "tags.kind = 'sweep'")[0]) == 1
@@ -104,21 +106,21 @@ def test_an_interrupted_sweep_goes_on_and_ends_as_an_undisturbed_one(swept, tmp_
     shutil.copy(swept / "mlflow.db", tmp_path / "mlflow.db")
     for run in runs_in(tmp_path)[0]:
         runs_in(tmp_path)[1].delete_run(run.info.run_id)
-    train = trainer.train
+    train = loop.train
 
     def cut_off(run, parent):
         if run.config.loss_method == "uw":
             raise KeyboardInterrupt
         return train(run, parent)
 
-    monkeypatch.setattr(trainer, "train", cut_off)
+    monkeypatch.setattr(loop, "train", cut_off)
     command = [*GRID, f"--output_dir={tmp_path}"]
     assert sweep.main(command) == 130
     assert "goes on from here" in capfd.readouterr().out
     assert [run.info.status for run in runs_in(tmp_path, "tags.kind = 'sweep'")[0]] == ["KILLED"]
     finished = {run.info.run_id for run in runs_in(tmp_path, "attributes.status = 'FINISHED'")[0]}
     assert len(finished) == 12
-    monkeypatch.setattr(trainer, "train", train)
+    monkeypatch.setattr(loop, "train", train)
     assert sweep.main(command) == 0
     assert "4 runs finished, 0 failed, 12 were there" in capfd.readouterr().out
     (parent,), _ = runs_in(tmp_path, "tags.kind = 'sweep'")
@@ -127,7 +129,7 @@ def test_an_interrupted_sweep_goes_on_and_ends_as_an_undisturbed_one(swept, tmp_
 
 
 def test_a_run_that_fails_does_not_end_the_sweep_and_is_tried_again(again, capfd, monkeypatch):
-    train = trainer.train
+    train = loop.train
     broken = [True]
 
     def fails(run, parent):
@@ -135,7 +137,7 @@ def test_a_run_that_fails_does_not_end_the_sweep_and_is_tried_again(again, capfd
             raise ZeroDivisionError("a division by zero")
         return train(run, parent)
 
-    monkeypatch.setattr(trainer, "train", fails)
+    monkeypatch.setattr(loop, "train", fails)
     command = ["--loss_method=rlw", "--seeds=2", "--jobs=1", *TINY, f"--output_dir={again}"]
     assert sweep.main(command) == 1
     out = capfd.readouterr().out
@@ -151,14 +153,15 @@ def test_a_run_that_fails_does_not_end_the_sweep_and_is_tried_again(again, capfd
 
 
 def test_a_method_that_cannot_be_timed_does_not_end_the_plan(tmp_path, capfd, monkeypatch):
-    step = trainer.train_step
+    step = loop.train_step
 
     def fails(run, *arguments):
         if run.config.loss_method == "uw":
             raise ValueError("its first step fails")
         return step(run, *arguments)
 
-    monkeypatch.setattr(trainer, "train_step", fails)
+    for module in (estimate, loop):
+        monkeypatch.setattr(module, "train_step", fails)
     words = ["--loss_method=ls,uw", "--jobs=1", *TINY, "track=false", f"--output_dir={tmp_path}"]
     assert sweep.main(words) == 1
     out = capfd.readouterr().out
@@ -203,7 +206,7 @@ def test_chains_and_options_of_a_method(tmp_path, capfd):
 
 def test_an_estimate_follows_the_number_of_epochs(tmp_path):
     def seconds(epochs):
-        config = trainer.parse([*TINY[:3], f"train.epochs={epochs}"])
+        config = configure(*TINY[:3], f"train.epochs={epochs}")
         return estimate.of_a_run(config)
 
     assert 10 < seconds(1000) / seconds(10) < 1000
@@ -258,7 +261,7 @@ def test_a_baseline_is_told_by_its_own_task():
 
 
 def test_baselines_are_written_from_the_runs(again, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "train", lambda *_: pytest.fail("a finished run was repeated"))
+    monkeypatch.setattr(loop, "train", lambda *_: pytest.fail("a finished run was repeated"))
     file = tmp_path / "baselines.yaml"
     assert baselines.main(["--seeds=2", "--jobs=1", f"--output={file}", *TINY, f"--output_dir={again}"]) == 0
     stored = yaml.safe_load(file.read_text(encoding="utf-8"))

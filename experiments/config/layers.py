@@ -14,7 +14,6 @@ import yaml
 from omegaconf import OmegaConf
 
 from balance.config import compose, method_names
-from experiments.cli import values_by_key
 from experiments.config.schema import RunConfig, config_schema
 from experiments.problems import base as experiments
 
@@ -64,6 +63,18 @@ def configure(overrides: Sequence[str]) -> DictConfig:
     config = compose(config_schema(experiment, loss_method, gradient_method), settings | options, overrides)
     check_report_last(config)
     return config
+
+
+def values_by_key(overrides: Sequence[str]) -> dict[str, str]:
+    """Return overrides as a dict; the last value of a key counts.
+
+    Raises:
+        ValueError: If an override does not have the form ``key=value``.
+    """
+    for override in overrides:
+        if not override.partition("=")[0] or "=" not in override:
+            raise ValueError(f"Overrides must read key=value, but got '{override}'.")
+    return {key: value for key, _, value in (override.partition("=") for override in overrides)}
 
 
 def read_file(name: str) -> ProblemFile:

@@ -1,7 +1,8 @@
-"""What of a run goes into MLflow beside its metrics: configuration, data, checkpoints, the network."""
+"""Records of a run in MLflow: configuration, data, steps, checkpoints, network."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import tempfile
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from omegaconf import OmegaConf
 
 from balance.config import flatten
 from balance.tracking import Tracker
@@ -18,23 +20,32 @@ from experiments.recording.store import decides, fingerprint
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor
+    from omegaconf import DictConfig
+    from rich.console import Console
+    from torch import Tensor, nn
 
-    from experiments.problems.base import Batch
-    from experiments.trainer import Run
+    from balance import Report
+    from experiments.problems.base import Batch, Splits
 
+MANY = 12  # tasks; for more of them, means and extremes stand in for single numbers
 HASHED = 100  # samples of a split
+CONTEXTS = {"train": "training", "validation": "validation", "test": "testing"}  # MLflow's names for the splits
 
 
-def tracker_of(run: Run, parent: str | None) -> Tracker:
-    """The MLflow run, which writes below the output folder by default."""
-    config = run.config
+def new_tracker(config: DictConfig, name: str, parent: str | None = None) -> Tracker:
+    """Return the MLflow run of a training run; it starts when it is entered.
+
+    Args:
+        config: Configuration of the run.
+        name: Name of the run.
+        parent: Id of the MLflow run under which this run is shown.
+    """
     tags = {"loss_method": config.loss_method, "gradient_method": str(config.gradient_method).lower(), "seed": str(config.seed)}
     tags |= {"kind": "baseline" if config.loss_method == "stl" else "run", "fingerprint": fingerprint(config)}
     return Tracker(
         config.experiment,
         config.output_dir,
-        name=run.folder.name,
+        name=name,
         tags=tags,
         params=flatten(config),
         parent=parent,
@@ -43,25 +54,44 @@ def tracker_of(run: Run, parent: str | None) -> Tracker:
     )
 
 
-def log_data(tracker: Tracker, run: Run) -> None:
-    """Record the three splits, with a hash of the first samples of each that is not drawn anew every time."""
+def log_inputs(tracker: Tracker, config: DictConfig, splits: Splits) -> None:
+    """Record the configuration and the three splits of the data."""
+    tracker.log_text(OmegaConf.to_yaml(config), "config.yaml")
     if not tracker.enabled:
         return
-    settings = {key: str(value) for key, value in run.config.data.items() if decides(f"data.{key}", run.config)}
-    contexts = {"train": "training", "validation": "validation", "test": "testing"}
-    for split, context in contexts.items():
-        data: Any = getattr(run.data, split)
-        hashed = hashlib.sha256(json.dumps([split, len(data), settings], sort_keys=True).encode())
-        if split != "train":
-            for tensor in tensors_of(data[list(range(min(len(data), HASHED)))]):
-                hashed.update(tensor.numpy().tobytes())
-        name = f"{run.config.experiment}-{split}"
-        source = f"experiments/{run.config.experiment}"
-        tracker.log_dataset(name, digest=hashed.hexdigest()[:8], source=source, rows=len(data), context=context)
+    source = f"experiments/{config.experiment}"
+    for split, context in CONTEXTS.items():
+        data: Any = getattr(splits, split)
+        digest = split_digest(config, split, data)
+        tracker.log_dataset(f"{config.experiment}-{split}", digest=digest, source=source, rows=len(data), context=context)
 
 
-def tensors_of(batch: Batch) -> Iterator[Tensor]:
-    """The tensors of a batch, those of graphs too."""
+def split_digest(config: DictConfig, split: str, data: Any) -> str:
+    """Return a short hash of a split's settings and first samples.
+
+    Samples of training data are left out, since they can be random.
+
+    Args:
+        config: Configuration of the run.
+        split: Name of the split.
+        data: Data of the split; an item, for a list of indices, is a batch.
+    """
+    settings = {key: str(value) for key, value in config.data.items() if decides(f"data.{key}", config)}
+    content = hashlib.sha256(json.dumps([split, len(data), settings], sort_keys=True).encode())
+    if split != "train":
+        for tensor in batch_tensors(first_batch(data, HASHED)):
+            content.update(tensor.numpy().tobytes())
+    return content.hexdigest()[:8]
+
+
+def first_batch(data: Any, size: int) -> Batch:
+    """Return the first samples of a split as a batch, all of them if they are fewer."""
+    batch: Batch = data[list(range(min(len(data), size)))]
+    return batch
+
+
+def batch_tensors(batch: Batch) -> Iterator[Tensor]:
+    """Yield the tensors of a batch, tensors of graphs included."""
     for part in batch:
         if isinstance(part, torch.Tensor):
             yield part
@@ -69,17 +99,35 @@ def tensors_of(batch: Batch) -> Iterator[Tensor]:
             yield from (value for _, value in sorted(part.to_dict().items()) if isinstance(value, torch.Tensor))
 
 
-def log_model(tracker: Tracker, run: Run) -> None:
-    """Record the network that was tested, in MLflow's format, and both checkpoints."""
+def step_metrics(report: Report) -> dict[str, float]:
+    """Return `Report.as_metrics`, with mean and minimum of the cosines for many tasks: 100 tasks have 4950 cosines."""
+    cosines, conflicts = report.cosines, report.conflicts
+    if len(report.tasks) <= MANY or cosines is None or conflicts is None:
+        return report.as_metrics()
+    rows, columns = (~cosines.isnan()).triu(1).nonzero(as_tuple=True)
+    pairs = cosines[rows, columns]
+    summary = {"cosine/mean": pairs.mean().item(), "cosine/min": pairs.min().item()} if len(pairs) else {}
+    return dataclasses.replace(report, gramian=None).as_metrics() | summary | {"conflicts": float(conflicts)}
+
+
+def log_model(tracker: Tracker, network: nn.Module, data: Any, folder: Path, console: Console) -> None:
+    """Record a network in MLflow's format, and its checkpoints.
+
+    Args:
+        tracker: Tracker of the run.
+        network: Network that was tested.
+        data: Data of a split, whose first samples give the shapes of the inputs.
+        folder: Folder of the run, with both checkpoints.
+        console: Console for a notice, if MLflow cannot serve the network.
+    """
     if not tracker.enabled:
         return
-    data: Any = run.data.validation
-    inputs = data[list(range(min(2, len(data))))][0]
+    inputs = first_batch(data, 2)[0]
     if not isinstance(inputs, torch.Tensor):
-        notice = "MLflow serves arrays, not graphs: mlflow.pytorch.load_model gives this network back, nothing else."
-        run.console.print(notice, soft_wrap=True)
-    with tempfile.TemporaryDirectory() as folder:
-        save_network(run.model, inputs, Path(folder) / "model")
-        tracker.log_model(Path(folder) / "model")
+        notice = "MLflow serves arrays, not graphs: mlflow.pytorch.load_model loads this network, but no server can."
+        console.print(notice, soft_wrap=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        save_network(network, inputs, Path(temporary) / "model")
+        tracker.log_model(Path(temporary) / "model")
     for name in ("best.pt", "last.pt"):
-        tracker.log_file(run.folder / name, "checkpoints")
+        tracker.log_file(folder / name, "checkpoints")

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from balance.profiling import measure
-from experiments import trainer
 from experiments.recording.store import fingerprint
-from experiments.training.data import brought
+from experiments.training.data import to_device
 from experiments.training.evaluation import evaluate
+from experiments.training.run import build
+from experiments.training.step import build_optimizer, train_step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,12 +53,12 @@ def of_a_run(config: DictConfig) -> float:
     """Time of a run in seconds, from some of its steps and one evaluation; nothing is written."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        run = trainer.build(config)
-    optimizer = trainer.build_optimizer(run)
+        run = build(config)
+    optimizer = build_optimizer(run)
     size = len(run.data.train)  # type: ignore[arg-type]
-    batch = brought(run.data.train[list(range(min(config.train.batch_size, size)))], config.device)
+    batch = to_device(run.data.train[list(range(min(config.train.batch_size, size)))], config.device)
     steps = math.ceil(size / config.train.batch_size)
     timed = partial(measure, repeats=10, budget=BUDGET, device=config.device)
-    of_a_step = timed(lambda: trainer.train_step(run, optimizer, batch)).seconds
+    of_a_step = timed(lambda: train_step(run, optimizer, batch)).seconds
     of_an_evaluation = timed(lambda: evaluate(run, run.data.validation)).seconds
     return float(config.train.epochs * (steps * of_a_step + of_an_evaluation))

@@ -1,4 +1,4 @@
-"""Which epoch's network is kept, and what it is measured against."""
+"""Selection of the epoch whose network is tested, and the states that are saved."""
 
 from __future__ import annotations
 
@@ -8,93 +8,104 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from balance.metrics import delta_m
+from balance import metrics as balance_metrics
 from experiments.analysis import baselines as reference
 from experiments.recording.store import common_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from experiments.trainer import Run
+    from torch.optim import Optimizer
+
+    from experiments.training.run import Run
+
+
+def checkpoint(run: Run, epoch: int, optimizer: Optimizer | None = None) -> dict[str, Any]:
+    """Return the states of network and balancer after an epoch, and the optimizer's state if it is given."""
+    state = {"model": run.model.state_dict(), "balancer": run.balancer.state_dict(), "epoch": epoch}
+    return state if optimizer is None else state | {"optimizer": optimizer.state_dict()}
 
 
 class Selection:
-    """Keeps the epoch with the best validation metrics, in memory and in ``best.pt`` of the run's folder.
+    """The epoch with the best validation metrics, kept in memory and in ``best.pt`` of the run's folder.
 
-    The best has the least score, which looks at the tasks that are trained alone. It is the experiment's own if it has one,
-    else delta_m if there are single-task numbers to compare with, else `change` since the first epoch.
+    The best epoch has the smallest score, over the tasks that are trained. The score is the problem's ``score`` if it has one,
+    else delta_m if single-task numbers exist, else `symmetric_change` since the first epoch.
 
     With ``train.report_last`` nothing is selected: the last epoch is kept.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.trained = set(run.experiment.TASKS)
-        if run.config.loss_method == "stl":
-            self.trained = {run.experiment.TASKS[run.config.loss.main_task]}
-        found = reference.for_run(run.config.experiment, common_of(run.config))
-        self.against = None if found is None else found.origin
-        self.baselines: Mapping[str, float] = {} if found is None else found.metrics
+        tasks = run.experiment.TASKS
+        self.trained = {tasks[run.config.loss.main_task]} if run.config.loss_method == "stl" else set(tasks)
+        single_task = reference.for_run(run.config.experiment, common_of(run.config))
+        self.origin = None if single_task is None else single_task.origin  # of the single-task numbers, in words
+        self.baselines: Mapping[str, float] = {} if single_task is None else single_task.metrics
         self.first: dict[str, float] = {}  # of each metric, the first value other than zero
         self.epoch = 0
         self.best = math.inf
         self.state: dict[str, Any] = {}
 
-    def offer(self, epoch: int, metrics: Mapping[str, float], state: Mapping[str, Any]) -> float:
-        """Keep the state if this epoch is the best so far; the first is kept whatever it is.
+    def update(self, epoch: int, metrics: Mapping[str, float], state: Mapping[str, Any]) -> float:
+        """Keep the state of an epoch if it is the best one so far; the first epoch is always kept.
 
         Args:
-            epoch: From 1.
-            metrics: On validation.
-            state: What is kept of it; copied.
+            epoch: Number of the epoch, from 1.
+            metrics: Validation metrics.
+            state: State to keep; copied.
 
         Returns:
-            The score.
+            The score of the epoch.
         """
         score = self.score(metrics)
-        last = self.run.config.train.report_last is not None and epoch == self.run.config.train.epochs
-        better = self.run.config.train.report_last is None and (score < self.best or not self.state)
-        if last or better:
+        if self.selects(epoch, score):
             self.epoch, self.best = epoch, score
             self.state = copy.deepcopy(dict(state))
             torch.save(self.state, self.run.folder / "best.pt")
         return score
 
-    def score(self, metrics: Mapping[str, float]) -> float:
-        """What is least for the best epoch."""
-        own = getattr(self.run.experiment, "score", None)
-        if own is not None:
-            return float(own(self.of_trained(metrics)))
-        drop = self.drop(metrics)
-        if drop is not None:
-            return drop
-        self.first = {name: value for name, value in metrics.items() if value and math.isfinite(value)} | self.first
-        return change(self.of_trained(metrics), self.first, self.run.experiment.HIGHER_IS_BETTER)
+    def selects(self, epoch: int, score: float) -> bool:
+        """Return whether an epoch is kept: the last one with ``train.report_last``, else the best one so far."""
+        train = self.run.config.train
+        if train.report_last is not None:
+            return bool(epoch == train.epochs)
+        return score < self.best or not self.state
 
-    def drop(self, metrics: Mapping[str, float]) -> float | None:
-        """delta_m of the tasks that are trained; None without single-task numbers."""
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """Return the score of an epoch; a smaller one is better."""
+        if hasattr(self.run.experiment, "score"):
+            return float(self.run.experiment.score(self.trained_only(metrics)))
+        delta_m = self.delta_m(metrics)
+        if delta_m is not None:
+            return delta_m
+        self.first = {name: value for name, value in metrics.items() if value and math.isfinite(value)} | self.first
+        return symmetric_change(self.trained_only(metrics), self.first, self.run.experiment.HIGHER_IS_BETTER)
+
+    def delta_m(self, metrics: Mapping[str, float]) -> float | None:
+        """Return delta_m of the tasks that are trained; None without single-task numbers."""
         if not self.baselines:
             return None
-        return delta_m(self.of_trained(metrics), self.baselines, self.run.experiment.HIGHER_IS_BETTER)
+        return balance_metrics.delta_m(self.trained_only(metrics), self.baselines, self.run.experiment.HIGHER_IS_BETTER)
 
-    def of_trained(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Metrics of the tasks that are trained."""
+    def trained_only(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return the metrics of the tasks that are trained."""
         return {name: value for name, value in metrics.items() if name.partition("/")[0] in self.trained}
 
 
-def change(metrics: Mapping[str, float], first: Mapping[str, float], higher_is_better: Collection[str]) -> float:
-    r"""Mean symmetric relative change of metrics, in percent; the lower, the better.
+def symmetric_change(metrics: Mapping[str, float], first: Mapping[str, float], higher_is_better: Collection[str]) -> float:
+    r"""Return the mean symmetric relative change of metrics, in percent; a smaller one is better.
 
     .. math::
         \frac{100}{M} \sum_j s_j \frac{m_j - r_j}{(|m_j| + |r_j|) / 2}, \qquad
         s_j = -1 \text{ where higher is better, else } 1
 
-    Like delta_m where the changes are small. But every metric counts at most 200, however small its first value was, and zero
-    is no exception: it is what is worst where higher is better and best where lower is, whatever the first value.
+    Small changes give about delta_m. Every metric counts at most 200, however small its first value was. A metric of zero
+    counts 200 where higher is better and -200 where lower is better, whatever its first value was.
 
     Args:
-        metrics: M values, none of them negative. One that is no finite number counts 200.
-        first: What to compare with; lacks a metric that has always been zero.
+        metrics: M values, none of them negative. A value that is not a finite number counts 200.
+        first: Values to compare with; a metric that has always been zero is not in it.
         higher_is_better: Names of the metrics that should be large.
     """
     total = 0.0

@@ -1,41 +1,61 @@
-"""What a run shows on the terminal and logs of its steps; in short where there are many tasks."""
+"""Terminal output of a run: its progress and its result, in short for many tasks."""
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from experiments.recording.run_log import MANY
 
-    from rich.console import Console
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
     from balance import Report
-    from experiments.trainer import Run
     from experiments.training.checkpoint import Selection
+    from experiments.training.run import Run
 
-MANY = 12  # tasks; with more, lines and tables hold means and extremes
+
+class ProgressBar:
+    """A bar with the epoch, the number of steps and the losses of the last logged step."""
+
+    def __init__(self, progress: Progress, epochs: int, steps: int) -> None:
+        self.progress = progress
+        self.bar = progress.add_task("", total=steps, losses="", epoch=1, epochs=epochs)
+
+    def show_losses(self, report: Report) -> None:
+        """Show the losses of a step."""
+        self.progress.update(self.bar, losses=losses_line(report))
+
+    def advance(self, epoch: int) -> None:
+        """Count a step of an epoch."""
+        self.progress.update(self.bar, advance=1, epoch=epoch)
+
+    def print_metrics(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Print the validation metrics of an epoch above the bar."""
+        self.progress.console.print(f"epoch {epoch:3d}  {metrics_line(metrics)}", soft_wrap=True)
 
 
-def progress_bar(console: Console) -> Progress:
-    """A bar with the losses of the last logged step."""
-    return Progress(
+@contextmanager
+def progress_bar(run: Run) -> Iterator[ProgressBar]:
+    """Show a progress bar of the run, and remove it on exit."""
+    columns = (
         TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[losses]}"),
-        console=console,
-        transient=True,
     )
+    epochs = run.config.train.epochs
+    with Progress(*columns, console=run.console, transient=True) as progress:
+        yield ProgressBar(progress, epochs, epochs * len(run.batches))
 
 
 def losses_line(report: Report) -> str:
-    """The losses of a step."""
+    """Return the losses of a step in one line."""
     losses = report.losses.tolist()
     if len(losses) > MANY:
         return f"losses {statistics.fmean(losses):.3g} ({min(losses):.3g} to {max(losses):.3g})"
@@ -43,7 +63,7 @@ def losses_line(report: Report) -> str:
 
 
 def metrics_line(metrics: Mapping[str, float]) -> str:
-    """Metrics named ``<task>/<metric>``."""
+    """Return metrics named ``<task>/<metric>`` in one line."""
     if len({name.partition("/")[0] for name in metrics}) <= MANY:
         return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     return "  ".join(
@@ -53,42 +73,36 @@ def metrics_line(metrics: Mapping[str, float]) -> str:
 
 
 def by_kind(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Metrics named ``<task>/<metric>`` as values by task, by the name of the metric."""
-    found: dict[str, dict[str, float]] = {}
+    """Return metrics named ``<task>/<metric>`` as a dict from metrics to values by task."""
+    kinds: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
         task, _, kind = name.partition("/")
-        found.setdefault(kind, {})[task] = value
-    return found
+        kinds.setdefault(kind, {})[task] = value
+    return kinds
 
 
-def logged(report: Report) -> dict[str, float]:
-    """`Report.as_metrics`; of the cosines of more than 12 tasks mean and least alone, since 100 tasks have 4950."""
-    cosines, conflicts = report.cosines, report.conflicts
-    if len(report.tasks) <= MANY or cosines is None or conflicts is None:
-        return report.as_metrics()
-    rows, columns = (~cosines.isnan()).triu(1).nonzero(as_tuple=True)
-    pairs = cosines[rows, columns]
-    several = {"cosine/mean": pairs.mean().item(), "cosine/min": pairs.min().item()} if len(pairs) else {}
-    return dataclasses.replace(report, gramian=None).as_metrics() | several | {"conflicts": float(conflicts)}
-
-
-def show(run: Run, selection: Selection, final: Mapping[str, float]) -> None:
-    """The table of test metrics beside the single-task numbers."""
-    config = run.config
-    title = " + ".join(filter(None, (config.loss_method, config.gradient_method)))
-    last = config.train.report_last
-    which = f"epoch {selection.epoch}" if last is None else f"mean of the last {last} epochs" if last > 1 else "last epoch"
+def print_result(run: Run, selection: Selection, final: Mapping[str, float]) -> None:
+    """Print a table of test metrics next to the single-task numbers, and delta_m."""
     metrics = {name: value for name, value in final.items() if "/" in name}
-    shown = _long if len(run.experiment.TASKS) <= MANY else _short
-    run.console.print(shown(run, selection, metrics, f"{config.experiment}: {title}, {which}"))
-    if selection.against is not None:
-        run.console.print(f"delta_m {final['delta_m']:+.2f} % against {selection.against} (lower is better)", soft_wrap=True)
+    table = _table_of_all if len(run.experiment.TASKS) <= MANY else _table_of_means
+    run.console.print(table(run, selection, metrics))
+    if selection.origin is not None:
+        run.console.print(f"delta_m {final['delta_m']:+.2f} % against {selection.origin} (lower is better)", soft_wrap=True)
     else:
         run.console.print("No delta_m: there are no single-task networks with these settings to compare with.", soft_wrap=True)
 
 
-def _long(run: Run, selection: Selection, metrics: Mapping[str, float], title: str) -> Table:
-    table = Table("task", "metric", "test", "single-task", title=title)
+def _title(run: Run, selection: Selection) -> str:
+    """Return problem, methods and the tested epochs."""
+    config, last = run.config, run.config.train.report_last
+    methods = " + ".join(filter(None, (config.loss_method, config.gradient_method)))
+    epochs = f"epoch {selection.epoch}" if last is None else f"mean of the last {last} epochs" if last > 1 else "last epoch"
+    return f"{config.experiment}: {methods}, {epochs}"
+
+
+def _table_of_all(run: Run, selection: Selection, metrics: Mapping[str, float]) -> Table:
+    """Return a table with a row for each metric of each task."""
+    table = Table("task", "metric", "test", "single-task", title=_title(run, selection))
     for name, value in metrics.items():
         task, _, metric = name.partition("/")
         baseline = selection.baselines.get(name)
@@ -98,20 +112,20 @@ def _long(run: Run, selection: Selection, metrics: Mapping[str, float], title: s
     return table
 
 
-def _short(run: Run, selection: Selection, metrics: Mapping[str, float], title: str) -> Table:
-    table = Table("metric", "mean of tasks", "least", "largest", "single-task mean", title=title)
-    for kind, values in by_kind(selection.of_trained(metrics)).items():
-        least, largest = (f"{values[task]:.4f} {task}" for task in (min(values, key=values.__getitem__), _largest(values)))
-        alone = [selection.baselines[f"{task}/{kind}"] for task in values] if selection.baselines else []
-        baseline = f"{statistics.fmean(alone):.4f}" if alone else "-"
+def _table_of_means(run: Run, selection: Selection, metrics: Mapping[str, float]) -> Table:
+    """Return a table with a row for each kind of metric: mean and extremes over the tasks."""
+    columns = ("metric", "mean of tasks", "least", "largest", "single-task mean")
+    table = Table(*columns, title=_title(run, selection))
+    for kind, values in by_kind(selection.trained_only(metrics)).items():
+        extremes = (min(values, key=values.__getitem__), max(values, key=values.__getitem__))
+        least, largest = (f"{values[task]:.4f} {task}" for task in extremes)
+        baselines = [selection.baselines[f"{task}/{kind}"] for task in values] if selection.baselines else []
+        baseline = f"{statistics.fmean(baselines):.4f}" if baselines else "-"
         arrow = _arrow(run, f"{next(iter(values))}/{kind}")
         table.add_row(f"{kind} {arrow}", f"{statistics.fmean(values.values()):.4f}", least, largest, baseline)
     return table
 
 
-def _largest(values: Mapping[str, float]) -> str:
-    return max(values, key=values.__getitem__)
-
-
 def _arrow(run: Run, name: str) -> str:
+    """Return the direction in which a metric improves."""
     return "↑" if name in run.experiment.HIGHER_IS_BETTER else "↓"

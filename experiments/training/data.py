@@ -1,4 +1,4 @@
-"""Batches of an experiment's data: read, timed, and brought to the device."""
+"""Batches of a problem's data: their order, their workers, the time waited for them, their device."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from experiments.problems.base import Batch
 
 
-class Batches(BatchSampler):
-    """Lists of indices. Were the last one to have a single index, it joins the one before: batch normalisation needs two.
+class JoinedBatchSampler(BatchSampler):
+    """Sampler of lists of indices that joins a single last index to the list before: batch normalisation needs two samples.
 
-    As that makes other batches than those of the published codes, their protocol has the plain sampler in its place.
+    The published codes do not do so; in their protocol the plain sampler is used.
     """
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -40,65 +40,65 @@ class Batches(BatchSampler):
         return super().__len__() - (size > self.batch_size > 1 and size % self.batch_size == 1)
 
 
-def training(data: Dataset[Batch], config: DictConfig) -> DataLoader[Batch]:
-    """Training data in batches, shuffled anew for each epoch.
+def training_batches(data: Dataset[Batch], config: DictConfig) -> DataLoader[Batch]:
+    """Return training data in batches, shuffled anew for each epoch.
 
     Args:
-        data: Its items are batches when it is indexed with a list.
-        config: Of the run. Its seed is that of the order.
+        data: Data whose items are batches when it is indexed with a list.
+        config: Configuration of the run, whose seed is the seed of the order.
 
     Raises:
-        ValueError: If there are to be workers for data that draws from a generator of its own, of which each would have a copy.
+        ValueError: If workers are asked for, and the data draws random numbers: each worker would repeat the others' numbers.
     """
     train = config.train
     if train.num_workers and hasattr(data, "generator"):
         raise ValueError(f"train.num_workers must be 0 for this data, which draws as it is read, but got {train.num_workers}.")
     order = RandomSampler(data, generator=torch.Generator().manual_seed(config.seed))  # type: ignore[arg-type]
-    sampler = BatchSampler if config.protocol == "paper" else Batches
-    return _loader(data, sampler(order, train.batch_size, drop_last=False), train.num_workers)
+    sampler = BatchSampler if config.protocol == "paper" else JoinedBatchSampler
+    return _data_loader(data, sampler(order, train.batch_size, drop_last=False), train.num_workers)
 
 
-def in_order(data: Dataset[Batch], train: DictConfig) -> DataLoader[Batch]:
-    """Validation or test data in batches."""
+def evaluation_batches(data: Dataset[Batch], train: DictConfig) -> DataLoader[Batch]:
+    """Return validation or test data in batches, in order."""
     order = SequentialSampler(data)  # type: ignore[arg-type]
-    return _loader(data, BatchSampler(order, train.eval_batch_size, drop_last=False), train.num_workers)
+    return _data_loader(data, BatchSampler(order, train.eval_batch_size, drop_last=False), train.num_workers)
 
 
-def _loader(data: Dataset[Batch], lists: BatchSampler, workers: int) -> DataLoader[Batch]:
-    """Items are indexed with a list at once, not collated sample by sample."""
+def _data_loader(data: Dataset[Batch], lists: BatchSampler, workers: int) -> DataLoader[Batch]:
+    """Return a data loader that indexes the data with whole lists, and collates nothing."""
     return DataLoader(data, sampler=lists, batch_size=None, num_workers=workers)
 
 
-def begin_epoch(data: Dataset[Batch], epoch: int) -> None:
-    """Tell training data, if it wants to know, which epoch begins: before its workers are started."""
+def set_epoch(data: Dataset[Batch], epoch: int) -> None:
+    """Set the epoch of data that changes from epoch to epoch. Call it before the epoch's workers start."""
     if hasattr(data, "set_epoch"):
         data.set_epoch(epoch)
 
 
-def brought(batch: Batch, device: str) -> Batch:
-    """A batch on the device."""
+def to_device(batch: Batch, device: str) -> Batch:
+    """Return a batch with all its parts on a device."""
     return tuple(part.to(device) for part in batch)
 
 
-class Waiting:
-    """The batches of an epoch, and how long their consumer waited for them.
+class TimedBatches:
+    """Batches of an epoch, and the time that their consumer waits for them.
 
     Args:
-        batches: The start of the worker processes, if there are any, is waited for too.
+        batches: Batches of the epoch. The time that their worker processes take to start counts too.
     """
 
     def __init__(self, batches: DataLoader[Batch]) -> None:
         self.batches = batches
         self.begin = time.perf_counter()
-        self.seconds = 0.0
+        self.waited = 0.0  # seconds
 
     def __iter__(self) -> Iterator[Batch]:
         begin = time.perf_counter()
         for batch in self.batches:
-            self.seconds += time.perf_counter() - begin
+            self.waited += time.perf_counter() - begin
             yield batch
             begin = time.perf_counter()
 
-    def share(self) -> float:
-        """Share of the time since the epoch began that was spent waiting, in 0..1."""
-        return self.seconds / (time.perf_counter() - self.begin)
+    def waiting_share(self) -> float:
+        """Return the share of the time since the epoch began that was spent waiting, in 0..1."""
+        return self.waited / (time.perf_counter() - self.begin)

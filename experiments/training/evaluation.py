@@ -1,4 +1,4 @@
-"""The metrics of a network over a data set."""
+"""Metrics of a network over a data set."""
 
 from __future__ import annotations
 
@@ -7,37 +7,43 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from experiments.training.data import brought, in_order
+from experiments.training.data import evaluation_batches, to_device
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch.utils.data import Dataset
+    from torchmetrics import Metric
 
     from experiments.problems.base import Batch
-    from experiments.trainer import Run
+    from experiments.training.run import Run
 
 
+@torch.no_grad()
 def evaluate(run: Run, data: Dataset[Batch]) -> dict[str, float]:
-    """Metrics over all samples of a data set; what they remark on those of the test data is printed."""
+    """Return the metrics of the network over all samples of a data set; for the test data, print the metrics' remarks."""
     metrics = run.experiment.metrics()
     for metric in metrics.values():
         metric.to(run.config.device)
     run.model.eval()
-    with torch.no_grad():
-        for cpu_batch in in_order(data, run.config.train):
-            batch = brought(cpu_batch, run.config.device)
-            outputs, targets = run.model(batch[0]), run.experiment.targets(batch)
-            for name, metric in metrics.items():
-                task = name.partition("/")[0]
-                metric.update(outputs[task], targets[task])
-    if data is run.data.test:
+    for cpu_batch in evaluation_batches(data, run.config.train):
+        batch = to_device(cpu_batch, run.config.device)
+        outputs, targets = run.model(batch[0]), run.experiment.targets(batch)
         for name, metric in metrics.items():
-            if remark := getattr(metric, "remark", str)():
-                run.console.print(f"{name} is {remark}.", soft_wrap=True)
+            task = name.partition("/")[0]
+            metric.update(outputs[task], targets[task])
+    if data is run.data.test:
+        print_remarks(run, metrics)
     return {name: metric.compute().item() for name, metric in metrics.items()}
 
 
-def mean_of(epochs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of each metric over some epochs, at least one."""
+def print_remarks(run: Run, metrics: Mapping[str, Metric]) -> None:
+    """Print what metrics remark on their values, such as classes that do not occur."""
+    for name, metric in metrics.items():
+        if remark := getattr(metric, "remark", str)():
+            run.console.print(f"{name} is {remark}.", soft_wrap=True)
+
+
+def mean_metrics(epochs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each metric over at least one epoch."""
     return {name: statistics.fmean(metrics[name] for metrics in epochs) for name in epochs[0]}

@@ -13,25 +13,25 @@ if TYPE_CHECKING:
 
 
 class Schedule:
-    """Sets the learning rates of all groups of an optimizer, that of the balancer's parameters too, as the published codes do.
+    """Learning rates of all groups of an optimizer, the balancer's parameters included, as in the published codes.
 
     Args:
-        optimizer: Before its first step.
-        train: The group ``train`` of a configuration; see `TrainConfig`.
+        optimizer: Optimizer before its first step.
+        train: Group ``train`` of a configuration; see `experiments.config.schema.TrainConfig`.
         steps_per_epoch: Number of batches.
     """
 
     def __init__(self, optimizer: Optimizer, train: DictConfig, steps_per_epoch: int) -> None:
         self.train = train
         self.steps_per_epoch = steps_per_epoch
-        self.steps = 0  # that were made
+        self.steps = 0  # steps made
         self.by_step = LambdaLR(optimizer, self.factor)
-        self.by_score = None
+        self.plateau = None
         if train.schedule == "plateau":
-            self.by_score = ReduceLROnPlateau(optimizer, factor=train.factor, patience=train.patience, min_lr=train.min_lr)
+            self.plateau = ReduceLROnPlateau(optimizer, factor=train.factor, patience=train.patience, min_lr=train.min_lr)
 
     def factor(self, step: int) -> float:
-        """What the rates are multiplied by at a step, counted from 0; without what a plateau has taken."""
+        """Return the factor of the learning rates at a step, counted from 0, without the drops of a plateau."""
         train = self.train
         factor: float = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
         if train.schedule == "cosine":
@@ -41,12 +41,12 @@ class Schedule:
         return factor
 
     def after_step(self) -> None:
-        """To be called after each step of the optimizer."""
+        """Set the rates after a step of the optimizer."""
         self.steps += 1
-        if self.by_score is None or self.steps < self.train.warmup_steps:  # or it would undo what the plateau has done
+        if self.plateau is None or self.steps < self.train.warmup_steps:  # later, it would undo the drops of the plateau
             self.by_step.step()
 
     def after_epoch(self, score: float) -> None:
-        """To be called after each epoch. ``score``: by which epochs are chosen, the less the better."""
-        if self.by_score is not None and self.steps >= self.train.warmup_steps:
-            self.by_score.step(score)
+        """Set the rates after an epoch. ``score`` is the score by which epochs are selected; a smaller one is better."""
+        if self.plateau is not None and self.steps >= self.train.warmup_steps:
+            self.plateau.step(score)

@@ -8,6 +8,8 @@ from mlflow import MlflowClient
 from rich.console import Console
 
 from experiments import trainer
+from experiments.config import layers
+from experiments.training import loop, run
 
 ROOT = Path(__file__).parents[2]
 BOTH = ["--loss_method=famo", "--gradient_method=cagrad"]
@@ -34,16 +36,16 @@ DIGITS = ["data.train_pairs=256", "data.validation_pairs=100", "data.test_pairs=
 
 
 def configure(*words):
-    return trainer.parse(words)
+    """Return the configuration that a command line describes; flags are overrides with two dashes."""
+    return layers.configure([word.removeprefix("--") for word in words])
 
 
-def prepare(*words):
-    return trainer.prepare(configure(*words), Console(quiet=True))
+def prepare(*words, console=None):
+    return run.prepare(configure(*words), console or Console(quiet=True))
 
 
-def train(*arguments, quiet=True):
-    config = trainer.parse(arguments)
-    return trainer.train(trainer.prepare(config, Console(quiet=quiet)))
+def train(*words):
+    return loop.train(prepare(*words))
 
 
 def finite_metrics(final):
@@ -58,9 +60,9 @@ def runs_in(folder):
 
 def run_in(folder, name):
     client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
-    (run,) = client.search_runs([client.get_experiment_by_name(f"balance/{name}").experiment_id])
-    assert run.info.status == "FINISHED"
-    return run, client
+    (recorded,) = client.search_runs([client.get_experiment_by_name(f"balance/{name}").experiment_id])
+    assert recorded.info.status == "FINISHED"
+    return recorded, client
 
 
 def refused(words, capsys, tmp_path):

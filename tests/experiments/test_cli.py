@@ -2,7 +2,7 @@ import argparse
 
 import pytest
 
-from experiments.cli import MISTAKES, parse_seeds, run_command, values_by_key
+from experiments.cli import MISTAKES, parse_seeds, run_command
 
 
 def command(prepare, *words, **options):
@@ -42,10 +42,6 @@ def test_ctrl_c_gives_code_130_and_a_message(capsys):
     assert capsys.readouterr().out == "Interrupted.\n"
     assert command(lambda _: raising(KeyboardInterrupt), "2", interrupted="The work goes on.") == 130
     assert capsys.readouterr().out == "The work goes on.\n"
-
-
-def test_the_last_value_of_a_key_counts():
-    assert values_by_key(["a.b=1", "c=x=y", "a.b=2"]) == {"a.b": "2", "c": "x=y"}
 
 
 @pytest.mark.parametrize(("words", "seeds"), [("3", [0, 1, 2]), ("1", [0]), ("4,7", [4, 7]), ("5,", [5]), ("0,", [0])])

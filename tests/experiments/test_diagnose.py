@@ -9,9 +9,9 @@ import pytest
 from balance import loss_balancers
 from balance.diagnosis import measurement
 from experiments import diagnose as script
-from experiments import trainer
+from experiments.training.run import build
 from tests.diagnosis.problems import Meter
-from tests.experiments.short_runs import ROOT
+from tests.experiments.short_runs import ROOT, configure
 
 TINY = ["data.train_pairs=256", "data.validation_pairs=100", "data.test_pairs=100"]
 QUICK = [*TINY, "--batches=3", "--steps=2"]
@@ -51,7 +51,7 @@ def test_the_script_as_json_sees_what_the_trainer_begins_with(tmp_path, monkeypa
     assert (numbers["experiment"], numbers["seed"], numbers["lr"]) == ("digits", 2, 0.01)
     assert numbers["command"].endswith(f"--seeds=3 {' '.join(TINY)} train.batch_size=32 train.lr=0.01")
     words = [*TINY, "--seed=2", "train.batch_size=32"]
-    run = trainer.build(trainer.parse(words))
+    run = build(configure(*words))
     firsts = [batch for batch, _ in zip(run.batches, range(3), strict=False)]
     losses = [run.experiment.losses(run.model(batch[0]), batch)["left"].item() for batch in firsts]
     assert numbers["start"]["loss_median"]["left"] == pytest.approx(sorted(losses)[1])
@@ -68,7 +68,7 @@ def test_the_script_as_json_sees_what_the_trainer_begins_with(tmp_path, monkeypa
         (["--batches=few"], "invalid int value: 'few'"),
         (["--steps=0"], "steps must be an int, at least 1"),
         (["--format=xml"], "invalid choice: 'xml'"),
-        (["device=gpu"], "device=gpu is not to be had"),
+        (["device=gpu"], "Device 'gpu' is not available"),
         (["train.batch_size=256", *TINY], "batches must contain at least two"),
         (["--loss_method=uw"], "unrecognized arguments: --loss_method=uw"),
         (["batches"], "must read key=value"),

@@ -10,11 +10,11 @@ import time
 import pytest
 import torch
 import yaml
-from rich.console import Console
 
 from balance import gradient_balancers, loss_balancers
 from experiments import trainer
 from experiments.problems import base as experiment
+from experiments.training import loop
 from tests.experiments.short_runs import BOTH, DIGITS, NAMES, ROOT, finite_metrics, prepare, runs_in, train
 
 FAST = (None, "pcgrad")
@@ -27,9 +27,9 @@ GRADIENTS = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) 
 def test_every_pairing_trains_digits_for_one_epoch(loss, gradient, tmp_path):
     chosen = [f"--loss_method={loss}", *([f"--gradient_method={gradient}"] if gradient else [])]
     arguments = [*chosen, "train.epochs=1", "data.train_pairs=3000", "track=false", f"output_dir={tmp_path}"]
-    run = trainer.prepare(trainer.parse(arguments), Console(quiet=True))
+    run = prepare(*arguments)
     assert run.balancer.heads == (gradient_balancers.heads(gradient) if gradient else "unweighted")
-    final = trainer.train(run)
+    final = loop.train(run)
     assert all(torch.tensor(value).isfinite() for value in final.values())
     if loss != "stl":  # an untrained network, which answers 0, has 9 and 0.44
         assert final["sum/mae"] < 7 or final["reconstruction/rmse"] < 0.35
@@ -43,7 +43,7 @@ def test_every_experiment_is_tested():
 def test_it_trains_on_what_ships_with_the_project(name, tiny, tmp_path):
     run = prepare(*tiny(name, *BOTH))
     before = {key: value.clone() for key, value in run.model.named_parameters()}
-    final = trainer.train(run)
+    final = loop.train(run)
     assert finite_metrics(final) == set(run.experiment.metrics())
     assert ("delta_m" in final) == (name in ("digits", "nyuv2"))  # which have single-task numbers of this network
     assert any(not torch.equal(value, before[key]) for key, value in run.model.trunk.named_parameters(prefix="trunk"))

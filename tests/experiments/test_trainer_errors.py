@@ -24,7 +24,7 @@ from tests.experiments.short_runs import DENSE, DIGITS, ROOT, refused
         (["--loss_method=go4align", "loss.num_groups=0"], "must be at least 1"),
         (["--loss_method=uw", "loss.num_groups=2"], "Unknown key 'loss.num_groups'"),
         (["--loss_method=stl", "loss.main_task=9"], "main_task of 'stl' must be in 0..3"),
-        (["device=gpu"], "device=gpu is not to be had"),
+        (["device=gpu"], "Device 'gpu' is not available"),
         (["balancer.every=2"], "need a gradient method"),
         (["--gradient_method=mgda", "balancer.groups=[[left],[rihgt]]"], "Did you mean 'right'?"),
         (["--gradient_method=mgda", "balancer.groups=[[left]]"], "exactly one group"),

@@ -1,7 +1,6 @@
 import pytest
 import yaml
 
-from experiments import trainer
 from experiments.analysis import baselines as reference
 from experiments.analysis import published_tables as published
 from experiments.problems import base as experiment
@@ -54,5 +53,5 @@ def test_baselines_cover_every_metric():
     stored = yaml.safe_load(text)
     assert stored["command"].startswith("python experiments/baselines.py")
     assert all(len(row["runs"]) == 3 for row in stored["metrics"].values())
-    config = trainer.parse([])
+    config = configure()
     assert settings == dict(common_of(config))  # they were measured with what is the default now

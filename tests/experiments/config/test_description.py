@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from balance.config import setting
 from experiments import trainer
 from experiments.config.description import Entry, entries
+from tests.experiments.short_runs import configure
 
 
 @dataclass
@@ -44,4 +45,4 @@ def test_settings_are_listed_and_nothing_else_done(methods, tmp_path, monkeypatc
 
 def test_every_entry_of_a_run_has_a_role():
     groups = ("loss.", "gradient.", "data.", "model.")
-    assert all(entry.role for entry in entries(trainer.parse([])) if not entry.key.startswith(groups))
+    assert all(entry.role for entry in entries(configure()) if not entry.key.startswith(groups))

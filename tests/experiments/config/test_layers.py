@@ -2,6 +2,7 @@ import pytest
 import yaml
 
 from experiments import trainer
+from experiments.config.layers import values_by_key
 from tests.experiments.short_runs import BOTH, ON_DISK, configure
 
 
@@ -29,7 +30,7 @@ def test_methods_have_the_options_of_the_papers(name, gamma, groups):
 
 
 def test_none_is_a_gradient_method(tmp_path):
-    config = trainer.parse(["--gradient_method=none"])
+    config = configure("--gradient_method=none")
     assert config.gradient_method is None
 
 
@@ -91,3 +92,7 @@ def test_the_official_code_clips_after_some_methods(name):
         assert config.train.max_norm == length
     sound = configure(f"--experiment={name}", "data.path=x", "--gradient_method=pcgrad")
     assert sound.train.max_norm == 1.0
+
+
+def test_the_last_value_of_a_key_counts():
+    assert values_by_key(["a.b=1", "c=x=y", "a.b=2"]) == {"a.b": "2", "c": "x=y"}

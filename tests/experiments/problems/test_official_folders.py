@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import trainer
 from experiments.problems import base as experiment
+from experiments.training import loop, run
 from tests.experiments.short_runs import BOTH, ON_DISK, configure, finite_metrics, refused
 
 KINDS = {  # names of the metrics, without the task
@@ -22,7 +22,7 @@ KINDS = {  # names of the metrics, without the task
 def test_it_trains_on_a_folder_in_the_official_layout(name, on_disk):
     config = configure(*on_disk(name, *BOTH))
     assert config.data.source == experiment.find(name).ON_DISK
-    final = trainer.train(trainer.prepare(config, Console(quiet=True)))
+    final = loop.train(run.prepare(config, Console(quiet=True)))
     assert {metric.partition("/")[2] for metric in finite_metrics(final)} == KINDS[name]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import trainer
+from experiments.training.step import build_optimizer, train_step
 from tests.experiments.short_runs import prepare
 
 
@@ -70,8 +70,8 @@ def test_a_step_of_the_official_network(name, tiny, on_disk):
     with torch.no_grad():
         outputs = {task: arrays(answer) for task, answer in run.model(batch[0]).items()}
     before = [value.detach().clone() for value in run.model.parameters()]
-    optimizer = trainer.build_optimizer(run)
-    report = trainer.train_step(run, optimizer, batch)
+    optimizer = build_optimizer(run)
+    report = train_step(run, optimizer, batch)
     graphs = name == "quantum_chemistry"
     losses = expected(outputs, [None if graphs and part is batch[0] else arrays(part) for part in batch])
     assert dict(zip(run.experiment.TASKS, report.losses.tolist(), strict=True)) == pytest.approx(losses, rel=1e-4)

@@ -1,14 +1,36 @@
 import json
 
+import numpy as np
+import pytest
+import torch
 from rich.console import Console
 
-from experiments import trainer
-from tests.experiments.short_runs import BOTH, DIGITS, configure, run_in, runs_in, train
+from balance import Report
+from experiments.recording.run_log import step_metrics
+from experiments.training import loop
+from tests.experiments.short_runs import BOTH, DIGITS, prepare, run_in, runs_in, train
+
+
+def test_many_tasks_are_logged_in_short():
+    def report(gradients):
+        numbers = torch.ones(len(gradients))
+        tasks = tuple(f"t{k}" for k in range(len(gradients)))
+        return Report(tasks, numbers, numbers, numbers, numbers, gradients @ gradients.T)
+
+    gradients = torch.randn(13, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    short, whole = step_metrics(report(gradients)), report(gradients).as_metrics()
+    cosines = [value for name, value in whole.items() if name.startswith("cosine/")]
+    assert len(cosines) == 78
+    assert short["cosine/mean"] == pytest.approx(np.mean(cosines))
+    assert short["cosine/min"] == pytest.approx(min(cosines))
+    assert short["conflicts"] == whole["conflicts"] > 0
+    assert set(short) == {name for name in whole if not name.startswith("cosine/")} | {"cosine/mean", "cosine/min"}
+    assert step_metrics(report(gradients[:12])) == report(gradients[:12]).as_metrics()
 
 
 def test_forty_tasks_recorded(tiny, tmp_path, capfd):
-    run = trainer.prepare(configure(*tiny("celeba", *BOTH, "track=true", "log_every=1", "log_model=false")), Console(width=120))
-    trainer.train(run)
+    run = prepare(*tiny("celeba", *BOTH, "track=true", "log_every=1", "log_model=false"), console=Console(width=120))
+    loop.train(run)
     printed = capfd.readouterr().out
     assert len(printed.splitlines()) < 15
     assert "No delta_m" in printed

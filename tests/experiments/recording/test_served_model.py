@@ -8,14 +8,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from experiments import trainer
-from tests.experiments.short_runs import BOTH, configure, run_in, runs_in
+from experiments.training import loop
+from tests.experiments.short_runs import BOTH, prepare, run_in, runs_in
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:mlflow")
 def test_a_network_on_graphs_is_given_back_by_mlflow(tiny, tmp_path, capfd):
-    run = trainer.prepare(configure(*tiny("quantum_chemistry", *BOTH, "track=true")), Console(width=200))
-    trainer.train(run)
+    run = prepare(*tiny("quantum_chemistry", *BOTH, "track=true"), console=Console(width=200))
+    loop.train(run)
     assert "MLflow serves arrays, not graphs" in capfd.readouterr().out
     recorded, client = run_in(tmp_path, "quantum_chemistry")
     assert [artifact.path for artifact in client.list_artifacts(recorded.info.run_id, "checkpoints")] == [

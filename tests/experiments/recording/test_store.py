@@ -1,11 +1,10 @@
-from experiments import trainer
 from experiments.recording.store import fingerprint
 from tests.experiments.short_runs import DIGITS, configure
 
 
 def test_fingerprints_tell_runs_apart_by_what_decides_their_result():
     def of(*arguments):
-        return fingerprint(trainer.parse(arguments))
+        return fingerprint(configure(*arguments))
 
     assert of() == of("output_dir=elsewhere", "log_every=3", "log_model=false") == of("--loss_method=ls", "train.lr=3e-3")
     others = ["--seed=1", "--loss_method=uw", "--gradient_method=mgda", "train.lr=0.01", "data.seed=1", "balancer.scale=norm"]
@@ -16,7 +15,7 @@ def test_the_engine_is_not_a_setting_of_the_result(tmp_path):
     """Runs that differ only in how gradients are had are one row of a table."""
     words = ["--gradient_method=mgda", *DIGITS]
     configs = [
-        trainer.parse([*words, *more])
+        configure(*words, *more)
         for more in ([], ["balancer.engine=loop", "balancer.memory=jacobian"], ["balancer.measure=['*']"])
     ]
     prints = [fingerprint(config) for config in configs]

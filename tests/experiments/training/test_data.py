@@ -3,22 +3,22 @@ import time
 import pytest
 from torch.utils.data import SequentialSampler
 
-from experiments import trainer
 from experiments.problems.dense.augmentation import Augmented
-from experiments.training.data import Batches, Waiting
+from experiments.training import loop
+from experiments.training.data import JoinedBatchSampler, TimedBatches
 from tests.experiments.short_runs import prepare
 
 
 def test_training_data_are_told_the_epoch(tiny, monkeypatch):
     told = []
     monkeypatch.setattr(Augmented, "set_epoch", lambda self, epoch: told.append(epoch))
-    trainer.train(prepare(*tiny("nyuv2", "train.epochs=3")))
+    loop.train(prepare(*tiny("nyuv2", "train.epochs=3")))
     assert told == [1, 2, 3]
 
 
 def test_a_single_last_sample_joins_the_batch_before():
     def lists(count, size):
-        batches = Batches(SequentialSampler(range(count)), size, drop_last=False)
+        batches = JoinedBatchSampler(SequentialSampler(range(count)), size, drop_last=False)
         found = list(batches)
         assert len(batches) == len(found)
         assert [i for indices in found for i in indices] == list(range(count))
@@ -43,8 +43,8 @@ def test_waiting_is_measured():
             time.sleep(0.02)
             yield None
 
-    waiting = Waiting(slow())
+    waiting = TimedBatches(slow())
     for _ in waiting:
         time.sleep(0.02)
-    assert waiting.seconds >= 0.06
-    assert 0.2 < waiting.share() < 0.8
+    assert waiting.waited >= 0.06
+    assert 0.2 < waiting.waiting_share() < 0.8

@@ -2,13 +2,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from experiments import trainer
-from tests.experiments.short_runs import DIGITS, configure
+from experiments.training import run
+from tests.experiments.short_runs import DIGITS, configure, prepare
 
 
 def test_the_protocol_reaches_losses_and_metrics(tiny):
     sound, paper = (
-        trainer.build(configure(*tiny("nyuv2", f"protocol={protocol}", "model.name=small", "train.report_last=null")))
+        run.build(configure(*tiny("nyuv2", f"protocol={protocol}", "model.name=small", "train.report_last=null")))
         for protocol in ("sound", "paper")
     )
     assert type(sound.experiment.metrics()["depth/abs_error"]).__name__ == "PixelMean"
@@ -33,16 +33,16 @@ def test_the_protocol_reaches_losses_and_metrics(tiny):
     ],
 )
 def test_choices_of_the_engine_that_do_not_fit(words, message, tmp_path):
-    config = trainer.parse([*words, *DIGITS, f"output_dir={tmp_path}/runs"])
+    config = configure(*words, *DIGITS, f"output_dir={tmp_path}/runs")
     with pytest.raises(ValueError, match=message):
-        trainer.prepare(config, Console(quiet=True))
+        run.prepare(config, Console(quiet=True))
     assert not (tmp_path / "runs").exists()
 
 
 def test_compositions_reach_the_stage(tmp_path):
     words = ["--loss_method=scaleinvls+uw", "--gradient_method=pcgrad", "balancer.every=3", "loss.uw.init=0.5", "track=false"]
     words += ["balancer.groups=[[left,right],[sum,reconstruction]]", "gradient.order=fixed", f"output_dir={tmp_path}", *DIGITS]
-    balancer = trainer.prepare(trainer.parse(words), Console(quiet=True)).balancer
+    balancer = prepare(*words).balancer
     assert balancer.loss_balancer.rule.rules[1].rule.log_variances[0].item() == 0.5
     assert balancer.gradient_balancer.rule.n == 3
     assert balancer.gradient_balancer.rule.rule.rule.membership.tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import trainer
+from experiments.training import loop
 from experiments.training.schedule import Schedule
 from tests.experiments.short_runs import configure, prepare
 
@@ -56,6 +56,6 @@ def test_the_plateau_follows_the_score(tiny, monkeypatch):
     seen = []
     monkeypatch.setattr(Schedule, "after_epoch", lambda self, score: seen.append(score))
     words = tiny("quantum_chemistry", "train.schedule=plateau", "train.epochs=2")
-    trainer.train(prepare(*words))
+    loop.train(prepare(*words))
     assert seen[0] == 0
     assert seen[1] != 0

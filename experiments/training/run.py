@@ -1,0 +1,113 @@
+"""Everything that a training run needs, checked before it starts."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from rich.console import Console
+
+from balance.config import build_balancer, measured
+from balance.tracking import connect
+from experiments.problems import base as experiments
+from experiments.training.data import training_batches
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from torch.utils.data import DataLoader
+
+    from balance import Balancer
+    from experiments.problems.base import Batch, Experiment, Network, Splits
+
+
+class Run(NamedTuple):
+    """Configuration, data, network and balancer of a training run, and the places for its output."""
+
+    config: DictConfig
+    experiment: Experiment
+    data: Splits
+    batches: DataLoader[Batch]  # of the training data
+    model: Network
+    balancer: Balancer
+    folder: Path  # for its files; `build` leaves the folder of all runs here
+    console: Console
+
+
+def prepare(config: DictConfig, console: Console | None = None) -> Run:
+    """Build a run and create its folder. Whatever can be wrong with a configuration is found here, before training.
+
+    Args:
+        config: As `experiments.config.layers.configure` returns it.
+        console: Console to print to; None for the terminal.
+
+    Raises:
+        ValueError: If an option is out of range, or the device is not available.
+        OSError: If the output folder cannot be written, or the tracking store cannot be used.
+    """
+    run = build(config, console)
+    return run._replace(folder=create_folder(config))
+
+
+def build(config: DictConfig, console: Console | None = None) -> Run:
+    """Build a run without writing anything.
+
+    Args:
+        config: As `experiments.config.layers.configure` returns it.
+        console: Console to print to; None for the terminal.
+
+    Raises:
+        ValueError: If an option is out of range, or the device is not available.
+    """
+    experiment = experiments.under(config.protocol, experiments.find(config.experiment))
+    balancer = build_balancer(config, experiment.TASKS)
+    check_device(config.device)
+    torch.manual_seed(config.seed)
+    data = experiment.load(config.data)
+    batches = training_batches(data.train, config)
+    model = experiments.build_network(experiment, config).to(config.device)
+    measured(dict(model.trunk.named_parameters()), config.balancer.measure)  # refuses patterns that fit no parameter
+    return Run(config, experiment, data, batches, model, balancer, Path(config.output_dir), console or Console())
+
+
+def check_device(device: str) -> None:
+    """Check that tensors can be created on a device.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"Device '{device}' is not available: {str(error).splitlines()[0]}") from None
+
+
+def create_folder(config: DictConfig) -> Path:
+    """Create a folder for one run, and the tracking store if it does not exist.
+
+    Raises:
+        OSError: If the folder cannot be written, or the tracking store cannot be used.
+    """
+    parent = Path(config.output_dir).expanduser().resolve() / config.experiment
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=folder_prefix(config), dir=parent))
+    except OSError as error:
+        raise OSError(f"output_dir: cannot write to {parent} ({error.strerror}). Set output_dir to another folder.") from None
+    try:
+        if config.track:
+            connect(f"balance/{config.experiment}", config.output_dir)
+    except OSError:
+        folder.rmdir()
+        raise
+    return folder
+
+
+def folder_prefix(config: DictConfig) -> str:
+    """Return the name of a run's folder, from time, methods and seed, without the random end that makes it unique."""
+    methods = [*filter(None, (config.loss_method.replace("+", "-"), config.gradient_method))]
+    if config.loss_method == "stl":
+        methods.insert(1, experiments.find(config.experiment).TASKS[config.loss.main_task])
+    return "-".join((time.strftime("%Y%m%d-%H%M%S"), *methods, f"seed{config.seed}", ""))
