@@ -23,8 +23,8 @@ def registries(monkeypatch):
 @pytest.fixture
 def one_rule_per_remedy(monkeypatch):
     """One loss balancer and one gradient balancer for each remedy, such as ``loss_conflict``, and ls, but no others."""
-    kept = {"ls": balance.loss_balancers._methods["ls"]}
-    monkeypatch.setattr(balance.loss_balancers, "_methods", kept)
+    only_ls = {"ls": balance.loss_balancers._methods["ls"]}
+    monkeypatch.setattr(balance.loss_balancers, "_methods", only_ls)
     monkeypatch.setattr(balance.gradient_balancers, "_methods", {})
     for remedy in Remedy.__args__:
         name = remedy.replace(" ", "_")

@@ -21,27 +21,27 @@ EVEN = statistics([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
 
 
 def test_even_problem_has_none():
-    found = findings.find_problems(EVEN, EVEN)
-    assert [(finding.problem, finding.present) for finding in found] == [("loss scale", False), ("conflict", False)]
+    problems = findings.find_problems(EVEN, EVEN)
+    assert [(finding.problem, finding.present) for finding in problems] == [("loss scale", False), ("conflict", False)]
 
 
 def test_losses_of_different_scale():
-    found = diagnose(Scaled(small=[0.0, 1], large=[1.0, 0]), lr=1e-4)
-    assert found.as_dict()["start"]["loss_ratio"] == pytest.approx(1000)
-    finding = findings.loss_scale(found.end)
+    diagnosis = diagnose(Scaled(small=[0.0, 1], large=[1.0, 0]), lr=1e-4)
+    assert diagnosis.as_dict()["start"]["loss_ratio"] == pytest.approx(1000)
+    finding = findings.loss_scale(diagnosis.end)
     assert finding.present
     assert finding.text.startswith("The gradient of 'large' is 99")
     assert "times as long as the gradient of 'small'" in finding.text
     assert finding.text.endswith("Divided by their losses, the gradients differ by a factor of 1")
-    assert findings.gradient_length(found.end) is None
-    assert findings.domination(found.end).text == "With equal weights the shared parameters follow only 'large'"
+    assert findings.gradient_length(diagnosis.end) is None
+    assert findings.domination(diagnosis.end).text == "With equal weights the shared parameters follow only 'large'"
 
 
 def test_large_losses_with_gradients_of_one_length():
     batches = [{"a": (1000.0, torch.tensor([1.0, 0]).double()), "b": (1.0, torch.tensor([0, 1.0]).double())}] * 2
-    found = diagnose(Linear(2), batches)
-    assert (found.loss_methods, found.gradient_methods) == ((), ())
-    assert "The losses differ more, but only their gradients count." in text(found)
+    diagnosis = diagnose(Linear(2), batches)
+    assert (diagnosis.loss_methods, diagnosis.gradient_methods) == ((), ())
+    assert "The losses differ more, but only their gradients count." in text(diagnosis)
 
 
 def test_gradients_that_a_loss_balancer_leaves_unequal():
@@ -60,15 +60,15 @@ def test_gradients_that_no_division_by_the_loss_levels():
 
 @pytest.mark.parametrize("b", [[2.0, 0.0], [0.0, 1.0]], ids=["aligned", "orthogonal"])
 def test_no_conflict(b):
-    found = diagnose(Quadratics(a=[1.0, 0], b=b), lr=1e-4)
-    assert "No tasks conflict" in text(found)
-    assert "Scale is no reason for a loss balancer" in text(found)
+    diagnosis = diagnose(Quadratics(a=[1.0, 0], b=b), lr=1e-4)
+    assert "No tasks conflict" in text(diagnosis)
+    assert "Scale is no reason for a loss balancer" in text(diagnosis)
 
 
 def test_opposed_tasks():
-    found = diagnose(Quadratics(a=[1.0, 0], b=[-1.0, 0], c=[-2.0, 1]))
+    diagnosis = diagnose(Quadratics(a=[1.0, 0], b=[-1.0, 0], c=[-2.0, 1]))
     expected = "'a' and 'b' conflict at nearly every batch (cosine -1.00 ± 0.00), as does one more pair"
-    assert findings.conflict(found.start, found.end).text == expected
+    assert findings.conflict(diagnosis.start, diagnosis.end).text == expected
 
 
 @pytest.mark.parametrize(("num_tasks", "others"), [(2, ""), (4, ", as do 5 more pairs")])
@@ -85,11 +85,11 @@ def test_conflict_that_is_noise():
         return torch.randn(10, generator=generator, dtype=torch.float64)
 
     batches = [{task: (100.0, slope()) for task in ("a", "b", "c")} for _ in range(16)]
-    found = diagnose(Linear(10), batches)
-    assert {pair.reading for pair in found.end.pairs} == {"noise"}
-    assert 0.3 < found.end.conflict_share < 0.7
-    assert (found.loss_methods, found.gradient_methods) == ((), ())
-    assert "Conflict is noise" in text(found)
+    diagnosis = diagnose(Linear(10), batches)
+    assert {pair.reading for pair in diagnosis.end.pairs} == {"noise"}
+    assert 0.3 < diagnosis.end.conflict_share < 0.7
+    assert (diagnosis.loss_methods, diagnosis.gradient_methods) == ((), ())
+    assert "Conflict is noise" in text(diagnosis)
 
 
 class Passing(nn.Module):
@@ -104,10 +104,10 @@ class Passing(nn.Module):
 
 
 def test_conflict_that_passes():
-    found = diagnose(Passing(), lr=0.1)
-    assert [statistics.pairs[0].reading for statistics in (found.start, found.end)] == ["conflict", "agreement"]
-    assert "No tasks conflict" in text(found)
-    assert "'a' and 'b' conflict only at the start" in text(found)
+    diagnosis = diagnose(Passing(), lr=0.1)
+    assert [statistics.pairs[0].reading for statistics in (diagnosis.start, diagnosis.end)] == ["conflict", "agreement"]
+    assert "No tasks conflict" in text(diagnosis)
+    assert "'a' and 'b' conflict only at the start" in text(diagnosis)
 
 
 @pytest.mark.parametrize(

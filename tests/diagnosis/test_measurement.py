@@ -12,7 +12,7 @@ RULES = {"loss_methods": ("scaleinvls", "famo", "uw"), "gradient_methods": ("mgd
 
 def test_second_statistics_are_after_training_by_adam_on_the_plain_sum():
     targets = {"a": [2.0, 0, 0], "b": [-3.0, 4, 0]}
-    found = diagnose(Quadratics(**targets), lr=0.3, steps=5)
+    diagnosis = diagnose(Quadratics(**targets), lr=0.3, steps=5)
     model = Quadratics(**targets)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.3)
     for batch in (1.0, 2.0, 3.0, 1.0, 2.0):
@@ -20,10 +20,10 @@ def test_second_statistics_are_after_training_by_adam_on_the_plain_sum():
         sum(model.losses(batch).values()).backward()
         optimizer.step()
     gradients = torch.stack([model.theta - target for target in model.targets.values()]).detach()
-    assert found.end.norms[1] == pytest.approx(2 * gradients.norm(dim=1))
-    assert found.end.losses[0] == pytest.approx(gradients.square().sum(dim=1) / 2)
-    assert found.end.pairs[0].mean == pytest.approx(torch.cosine_similarity(*gradients, dim=0))
-    assert abs(found.end.pairs[0].mean - found.start.pairs[0].mean) > 0.1
+    assert diagnosis.end.norms[1] == pytest.approx(2 * gradients.norm(dim=1))
+    assert diagnosis.end.losses[0] == pytest.approx(gradients.square().sum(dim=1) / 2)
+    assert diagnosis.end.pairs[0].mean == pytest.approx(torch.cosine_similarity(*gradients, dim=0))
+    assert abs(diagnosis.end.pairs[0].mean - diagnosis.start.pairs[0].mean) > 0.1
 
 
 def test_only_so_many_batches_are_taken():
@@ -39,20 +39,20 @@ def test_only_so_many_batches_are_taken():
 
 
 def test_every_registered_method_is_priced():
-    found = diagnose(Quadratics(a=[2.0, 0, 0], b=[-3.0, 4, 0]), loss_methods=None, gradient_methods=None)
-    assert set(found.loss_prices) == {*balance.loss_balancers.names()} - {"ls"}
-    assert set(found.gradient_prices) == {*balance.gradient_balancers.names()}
-    for price in (*found.loss_prices.values(), *found.gradient_prices.values()):
+    diagnosis = diagnose(Quadratics(a=[2.0, 0, 0], b=[-3.0, 4, 0]), loss_methods=None, gradient_methods=None)
+    assert set(diagnosis.loss_prices) == {*balance.loss_balancers.names()} - {"ls"}
+    assert set(diagnosis.gradient_prices) == {*balance.gradient_balancers.names()}
+    for price in (*diagnosis.loss_prices.values(), *diagnosis.gradient_prices.values()):
         assert price.reason == ""
-        assert price.time == pytest.approx(price.cost.seconds / found.baseline.seconds)
-        assert price.memory == pytest.approx(price.cost.bytes / found.baseline.bytes)
+        assert price.time == pytest.approx(price.cost.seconds / diagnosis.baseline.seconds)
+        assert price.memory == pytest.approx(price.cost.bytes / diagnosis.baseline.bytes)
 
 
 def test_memory_of_a_gradient_balancer_is_that_of_the_jacobian():
     size = 100_000
     model = Quadratics(a=[1.0] * size, b=[-1.0] * size, c=[2.0] * size)
-    found = diagnose(model, gradient_methods=("mgda",), steps=1)
-    extra = found.gradient_prices["mgda"].cost.bytes - found.baseline.bytes
+    diagnosis = diagnose(model, gradient_methods=("mgda",), steps=1)
+    extra = diagnosis.gradient_prices["mgda"].cost.bytes - diagnosis.baseline.bytes
     assert 2 * size * 8 <= extra <= 3.3 * size * 8  # three gradients; an ordinary step has one at its peak, too
 
 
@@ -91,36 +91,36 @@ def test_step_begins_without_gradients(monkeypatch):
 def test_quickest_of_several_rounds_counts(monkeypatch):
     monkeypatch.setattr(measurement, "ROUNDS", 2)
     monkeypatch.setattr(measurement, "measure_cost", Meter(0.02, 0.09, 0.03, 0.05))  # plain, uw, plain, uw
-    found = diagnose(Quadratics(a=[1.0], b=[2.0]), loss_methods=("uw",))
-    assert (found.baseline.seconds, found.loss_prices["uw"].time) == (0.02, pytest.approx(2.5))
+    diagnosis = diagnose(Quadratics(a=[1.0], b=[2.0]), loss_methods=("uw",))
+    assert (diagnosis.baseline.seconds, diagnosis.loss_prices["uw"].time) == (0.02, pytest.approx(2.5))
 
 
 def test_slow_steps_are_measured_in_one_round(monkeypatch):
     monkeypatch.setattr(measurement, "ROUNDS", 2)
     monkeypatch.setattr(measurement, "measure_cost", Meter(2.0, 9.0, 1.0, 1.0))
-    found = diagnose(Quadratics(a=[1.0], b=[2.0]), loss_methods=("uw",))
-    assert found.loss_prices["uw"].time == 4.5
+    diagnosis = diagnose(Quadratics(a=[1.0], b=[2.0]), loss_methods=("uw",))
+    assert diagnosis.loss_prices["uw"].time == 4.5
 
 
 def test_long_round_is_the_last(monkeypatch):
     monkeypatch.setattr(measurement, "ROUNDS", 2)
     monkeypatch.setattr(measurement, "SECONDS", 0)
     monkeypatch.setattr(measurement, "measure_cost", Meter(0.02, 0.09, 0.01, 0.01))
-    found = diagnose(Quadratics(a=[1.0], b=[2.0]), loss_methods=("uw",))
-    assert found.loss_prices["uw"].time == pytest.approx(4.5)
+    diagnosis = diagnose(Quadratics(a=[1.0], b=[2.0]), loss_methods=("uw",))
+    assert diagnosis.loss_prices["uw"].time == pytest.approx(4.5)
 
 
 def test_losses_that_are_not_positive():
     batches = [{"a": (1.0, torch.tensor([1.0, 0]).double()), "b": (0.1, torch.tensor([0, 99.0]).double())}] * 2
-    found = diagnose(Linear(2), batches, lr=0.1, **RULES)
-    assert (found.start.losses > 0).all()  # they fall below zero in training
-    assert (found.end.losses < 0).all()
-    assert (found.end.relative_norms > 0).all()
-    assert "Loss of task 'a' is -" in found.loss_prices["scaleinvls"].reason
-    assert found.loss_prices["famo"].cost is None
-    assert found.loss_prices["uw"].cost is not None
-    assert "scaleinvls does not run: Loss of task" in str(found)
-    assert "scaleinvls" not in found.loss_methods
+    diagnosis = diagnose(Linear(2), batches, lr=0.1, **RULES)
+    assert (diagnosis.start.losses > 0).all()  # they fall below zero in training
+    assert (diagnosis.end.losses < 0).all()
+    assert (diagnosis.end.relative_norms > 0).all()
+    assert "Loss of task 'a' is -" in diagnosis.loss_prices["scaleinvls"].reason
+    assert diagnosis.loss_prices["famo"].cost is None
+    assert diagnosis.loss_prices["uw"].cost is not None
+    assert "scaleinvls does not run: Loss of task" in str(diagnosis)
+    assert "scaleinvls" not in diagnosis.loss_methods
 
 
 def test_method_that_fails_gives_its_reason(registries):
@@ -132,13 +132,13 @@ def test_method_that_fails_gives_its_reason(registries):
     def choosy(gramian, *, taste):
         return gramian.diagonal() * taste
 
-    found = diagnose(Quadratics(a=[1.0], b=[-2.0]), gradient_methods=("broken", "choosy", "mgda"))
-    assert found.gradient_prices["broken"][0] is None
-    assert found.gradient_prices["broken"].reason == "no memory left"
-    assert "needs its option 'taste'" in found.gradient_prices["choosy"].reason
-    assert found.gradient_prices["mgda"].cost is not None
-    assert not {"broken", "choosy"}.intersection(found.gradient_methods)
-    assert found.as_dict()["gradient_prices"]["broken"] == {
+    diagnosis = diagnose(Quadratics(a=[1.0], b=[-2.0]), gradient_methods=("broken", "choosy", "mgda"))
+    assert diagnosis.gradient_prices["broken"][0] is None
+    assert diagnosis.gradient_prices["broken"].reason == "no memory left"
+    assert "needs its option 'taste'" in diagnosis.gradient_prices["choosy"].reason
+    assert diagnosis.gradient_prices["mgda"].cost is not None
+    assert not {"broken", "choosy"}.intersection(diagnosis.gradient_methods)
+    assert diagnosis.as_dict()["gradient_prices"]["broken"] == {
         "cost": None,
         "time": None,
         "memory": None,
@@ -159,14 +159,14 @@ class OneConstantTask(nn.Module):
 
 def test_method_that_stops_the_shared_parameters_gives_its_reason():
     """MGDA gives all weight to the gradient that is zero."""
-    found = diagnose(OneConstantTask(), gradient_methods=("mgda", "pcgrad"))
-    price = found.gradient_prices["mgda"]
+    diagnosis = diagnose(OneConstantTask(), gradient_methods=("mgda", "pcgrad"))
+    price = diagnosis.gradient_prices["mgda"]
     assert price.cost is not None
     assert price.reason == "its direction is zero at every batch, so that the shared parameters are not trained"
     assert not price.usable
-    assert "mgda is no choice: its direction is zero" in str(found)
-    assert found.gradient_prices["pcgrad"].usable
-    assert "mgda" not in found.gradient_methods
+    assert "mgda is no choice: its direction is zero" in str(diagnosis)
+    assert diagnosis.gradient_prices["pcgrad"].usable
+    assert "mgda" not in diagnosis.gradient_methods
 
 
 def test_jacobian_rule_that_stops_the_shared_parameters_gives_its_reason(registries):
@@ -175,6 +175,6 @@ def test_jacobian_rule_that_stops_the_shared_parameters_gives_its_reason(registr
 
 
 def test_method_is_not_blamed_where_equal_weights_stop_too():
-    found = diagnose(Quadratics(a=[1.0, 0], b=[-1.0, 0]), lr=1e-4, gradient_methods=("mgda", "pcgrad"))
-    assert found.gradient_prices["pcgrad"].usable
-    assert found.gradient_prices["mgda"].usable
+    diagnosis = diagnose(Quadratics(a=[1.0, 0], b=[-1.0, 0]), lr=1e-4, gradient_methods=("mgda", "pcgrad"))
+    assert diagnosis.gradient_prices["pcgrad"].usable
+    assert diagnosis.gradient_prices["mgda"].usable

@@ -37,34 +37,34 @@ def test_every_remedy_has_a_situation_and_every_need_a_condition():
 @pytest.mark.parametrize(("kind", "name", "remedy"), REMEDIES, ids=[f"{name} for {remedy}" for _, name, remedy in REMEDIES])
 def test_every_registered_method_is_recommended_where_its_remedy_is_called_for(kind, name, remedy):
     model, options = SITUATIONS[remedy]
-    found = diagnose(model(), **options, **{f"{kind}_methods": (name,)})
-    assert name in getattr(found, f"{kind}_methods")
-    assert name in text(found)
+    diagnosis = diagnose(model(), **options, **{f"{kind}_methods": (name,)})
+    assert name in getattr(diagnosis, f"{kind}_methods")
+    assert name in text(diagnosis)
 
 
 @pytest.mark.parametrize("remedy", SITUATIONS)
 def test_rule_registered_by_others_is_recommended(remedy, one_rule_per_remedy):
     model, options = SITUATIONS[remedy]
-    found = diagnose(model(), **options, **ALL)
+    diagnosis = diagnose(model(), **options, **ALL)
     name = remedy.replace(" ", "_")
-    assert f"loss_{name}" in found.loss_methods
-    assert f"gradient_{name}" in found.gradient_methods
-    assert f"loss balancer loss_{name} (" in text(found)
+    assert f"loss_{name}" in diagnosis.loss_methods
+    assert f"gradient_{name}" in diagnosis.gradient_methods
+    assert f"loss balancer loss_{name} (" in text(diagnosis)
 
 
 def test_nothing_is_recommended_where_nothing_calls_for_it(one_rule_per_remedy):
-    found = diagnose(Quadratics(a=[1.0, 0], b=[0.0, 1]), lr=1e-4, **ALL)
-    assert (found.loss_methods, found.gradient_methods) == ((), ())
-    assert "Nothing here calls for a balancer: begin with equal weights." in text(found)
-    assert "Do not pay for a rule only because it repairs conflict (loss_conflict, gradient_conflict)." in text(found)
+    diagnosis = diagnose(Quadratics(a=[1.0, 0], b=[0.0, 1]), lr=1e-4, **ALL)
+    assert (diagnosis.loss_methods, diagnosis.gradient_methods) == ((), ())
+    assert "Nothing here calls for a balancer: begin with equal weights." in text(diagnosis)
+    assert "Do not pay for a rule only because it repairs conflict (loss_conflict, gradient_conflict)." in text(diagnosis)
 
 
 def test_gradients_that_division_by_the_losses_levels_need_no_gradient_balancer(one_rule_per_remedy):
-    found = diagnose(Scaled(small=[0.0, 1], large=[1.0, 0]), lr=1e-4, **ALL)
-    assert found.loss_methods == ("loss_loss_scale", "loss_domination")
-    assert found.gradient_methods == ("gradient_loss_scale", "gradient_domination")
+    diagnosis = diagnose(Scaled(small=[0.0, 1], large=[1.0, 0]), lr=1e-4, **ALL)
+    assert diagnosis.loss_methods == ("loss_loss_scale", "loss_domination")
+    assert diagnosis.gradient_methods == ("gradient_loss_scale", "gradient_domination")
     assert "Divided by their losses, the gradients differ by a factor of 1: compare loss balancer loss_loss_scale (" in text(
-        found
+        diagnosis
     )
 
 
@@ -73,10 +73,10 @@ def test_cheapest_methods_come_first_and_the_others_are_counted(one_rule_per_rem
         balance.gradient_balancers.register(name, remedies=["conflict"])(ones)
     monkeypatch.setattr(measurement, "measure_cost", Meter(1.0, 1.5, 1.42, 1.44, 1.3, 1.6))  # plain, then by name
     names = tuple("abcde")
-    found = diagnose(Quadratics(a=[1.0, 0], b=[-2.0, 1]), gradient_methods=names)
-    assert found.gradient_methods == ("d", "b", "c")  # b and c cost the same in the printed digits
+    diagnosis = diagnose(Quadratics(a=[1.0, 0], b=[-2.0, 1]), gradient_methods=names)
+    assert diagnosis.gradient_methods == ("d", "b", "c")  # b and c cost the same in the printed digits
     expected = "compare gradient balancers d, b, c (1.3, 1.4, 1.4 times the time of a plain step; 2 more could help)."
-    assert expected in text(found)
+    assert expected in text(diagnosis)
 
 
 def test_methods_that_address_more_problems_come_first(one_rule_per_remedy, monkeypatch):
@@ -85,15 +85,15 @@ def test_methods_that_address_more_problems_come_first(one_rule_per_remedy, monk
     balance.gradient_balancers.register("both", remedies=["domination", "conflict"])(ones)
     names = ("one", "two", "three", "both")
     monkeypatch.setattr(measurement, "measure_cost", Meter(1.0, 1.1, 1.1, 1.1, 9.0))
-    found = diagnose(Quadratics(a=[1.0, 0], b=[-1.0, 0], c=[-2.0, 1]), gradient_methods=names)
-    assert found.gradient_methods == ("both", "one", "three")
+    diagnosis = diagnose(Quadratics(a=[1.0, 0], b=[-1.0, 0], c=[-2.0, 1]), gradient_methods=names)
+    assert diagnosis.gradient_methods == ("both", "one", "three")
 
 
 def test_unpriced_methods_are_not_recommended(one_rule_per_remedy):
-    found = diagnose(Quadratics(a=[1.0, 0], b=[-1.0, 0]))
-    assert found.gradient_methods == ()
+    diagnosis = diagnose(Quadratics(a=[1.0, 0], b=[-1.0, 0]))
+    assert diagnosis.gradient_methods == ()
     expected = "methods such as loss_conflict, gradient_conflict could help, but none of them was priced and trains here"
-    assert expected in text(found)
+    assert expected in text(diagnosis)
 
 
 def test_problem_that_no_method_addresses(monkeypatch):
@@ -108,10 +108,10 @@ def test_methods_that_need_positive_losses_are_left_out_where_losses_are_negativ
         return losses
 
     batches = [{"a": (-5.0, torch.tensor([1.0, 0]).double()), "b": (5.0, torch.tensor([-1.0, 0.1]).double())}] * 2
-    found = diagnose(Linear(2), batches, loss_methods=("positive",))
-    assert found.loss_prices["positive"].usable
-    assert found.loss_methods == ()
-    assert "The loss of 'a' is not always positive, as positive need: give lower bounds" in text(found)
+    diagnosis = diagnose(Linear(2), batches, loss_methods=("positive",))
+    assert diagnosis.loss_prices["positive"].usable
+    assert diagnosis.loss_methods == ()
+    assert "The loss of 'a' is not always positive, as positive need: give lower bounds" in text(diagnosis)
 
 
 def test_conditions_of_recommended_methods_are_named(registries):
@@ -119,8 +119,8 @@ def test_conditions_of_recommended_methods_are_named(registries):
     def epochs(losses):
         return losses
 
-    found = diagnose(Quadratics(a=[1.0, 0], b=[-1.0, 0.2]), loss_methods=("epochs",))
-    assert "Conditions of these methods: epochs (end_epoch() once per epoch, all tasks at every step)." in text(found)
+    diagnosis = diagnose(Quadratics(a=[1.0, 0], b=[-1.0, 0.2]), loss_methods=("epochs",))
+    assert "Conditions of these methods: epochs (end_epoch() once per epoch, all tasks at every step)." in text(diagnosis)
 
 
 def test_gradient_balancer_that_ignores_loss_weights_goes_without_loss_balancer(registries):
@@ -136,18 +136,18 @@ def test_gradient_balancer_that_ignores_loss_weights_goes_without_loss_balancer(
 def test_expensive_methods_come_with_ways_to_pay_less(one_rule_per_remedy, monkeypatch, seconds, expensive):
     monkeypatch.setattr(measurement, "measure_cost", Meter(*seconds))
     names = ("gradient_domination", "gradient_conflict")
-    found = diagnose(Quadratics(a=[1.0, 0], b=[-1.0, 0], c=[-2.0, 1]), gradient_methods=names)
+    diagnosis = diagnose(Quadratics(a=[1.0, 0], b=[-1.0, 0], c=[-2.0, 1]), gradient_methods=names)
     advice = f'gradient=compose.every(10, "{expensive}", num_tasks=3)'
-    assert (advice in text(found)) == (expensive is not None)
-    assert ("compose.every" in text(found)) == (expensive is not None)
+    assert (advice in text(diagnosis)) == (expensive is not None)
+    assert ("compose.every" in text(diagnosis)) == (expensive is not None)
 
 
 def test_expensive_rule_that_sees_the_jacobian_has_no_weights_to_reuse(registries, monkeypatch):
     balance.gradient_balancers.register("by_entry", sees="jacobian", remedies=["conflict"])(lambda J: J.sum(dim=0))
     monkeypatch.setattr(measurement, "measure_cost", Meter(1.0, 3.0))
-    found = diagnose(Quadratics(a=[1.0, 0], b=[-1.0, 0.2]), gradient_methods=("by_entry",))
-    assert 'for by_entry, measure at the features in place of the parameters, source="features".' in text(found)
-    assert "compose.every" not in text(found)
+    diagnosis = diagnose(Quadratics(a=[1.0, 0], b=[-1.0, 0.2]), gradient_methods=("by_entry",))
+    assert 'for by_entry, measure at the features in place of the parameters, source="features".' in text(diagnosis)
+    assert "compose.every" not in text(diagnosis)
 
 
 def test_entry_point_that_cannot_be_imported_is_left_out():
@@ -162,15 +162,15 @@ def test_entry_point_that_cannot_be_imported_is_left_out():
 
     registry = Broken("gradient balancer", "none")
     registry.register("fine", remedies=["conflict"])(ones)
-    found = diagnose(Quadratics(a=[1.0, 0], b=[-1.0, 0.2]))
-    recommendation = recommend(found.start, found.end, (registry,) * 2, ({}, {}))
+    diagnosis = diagnose(Quadratics(a=[1.0, 0], b=[-1.0, 0.2]))
+    recommendation = recommend(diagnosis.start, diagnosis.end, (registry,) * 2, ({}, {}))
     assert "methods such as fine, fine could help" in " ".join(recommendation.sentences)
 
 
 def test_task_without_a_gradient():
     model = Quadratics(a=[1.0, 0], b=[0.0, 1])
     head = nn.Parameter(torch.ones(()).double())
-    found = balance.diagnose(
+    diagnosis = balance.diagnose(
         lambda batch: model.losses(batch) | {"alone": head.square()},
         [1.0, 2.0],
         model=model,
@@ -178,9 +178,9 @@ def test_task_without_a_gradient():
         loss_methods=(),
         gradient_methods=(),
     )
-    assert "The gradient of 'alone' is zero on the shared parameters" in text(found)
-    assert found.as_dict()["end"]["gradient_norm_ratio"] < 1.5
-    assert "Task gradients are of similar length: the longest, of " in text(found)
+    assert "The gradient of 'alone' is zero on the shared parameters" in text(diagnosis)
+    assert diagnosis.as_dict()["end"]["gradient_norm_ratio"] < 1.5
+    assert "Task gradients are of similar length: the longest, of " in text(diagnosis)
     assert head.grad is None
 
 

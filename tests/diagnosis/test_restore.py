@@ -32,7 +32,7 @@ def test_the_model_is_left_as_it_was(mode):
     model = Untidy()
     before = state(model)
     with mode():
-        found = balance.diagnose(
+        diagnosis = balance.diagnose(
             model.losses,
             batches_of_four(),
             model=model,
@@ -43,8 +43,8 @@ def test_the_model_is_left_as_it_was(mode):
         )
         assert torch.is_grad_enabled() == (mode is torch.enable_grad)
     assert_same(before, state(model))
-    assert not torch.equal(found.start.losses, found.end.losses)
-    assert found.parameters == 8 + 2 * 8 + 8 * 8 + 8 + 2 * 8  # but for the frozen weight
+    assert not torch.equal(diagnosis.start.losses, diagnosis.end.losses)
+    assert diagnosis.parameters == 8 + 2 * 8 + 8 * 8 + 8 + 2 * 8  # but for the frozen weight
 
 
 @pytest.mark.parametrize("call", [1, 3, 6, 10, 14])  # names, first look, training, second look, prices
@@ -116,8 +116,8 @@ def test_same_state_same_numbers():
 
     def look():
         torch.manual_seed(3)
-        found = balance.diagnose(model.losses, batches_of_four(), model=model, shared=model.trunk.parameters(), **NONE)
-        return found.as_dict()["start"], found.as_dict()["end"]
+        diagnosis = balance.diagnose(model.losses, batches_of_four(), model=model, shared=model.trunk.parameters(), **NONE)
+        return diagnosis.as_dict()["start"], diagnosis.as_dict()["end"]
 
     assert look() == look()
 

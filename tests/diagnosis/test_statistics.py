@@ -6,10 +6,10 @@ from tests.diagnosis.problems import Linear, Quadratics, diagnose
 
 
 def test_numbers_that_are_known():
-    found = diagnose(Quadratics(a=[2.0, 0, 0], b=[-3.0, 4, 0], c=[0.0, 0, 1]), lr=0.1, steps=1)
-    assert found.tasks == ("a", "b", "c")
-    assert (found.parameters, found.batches, found.steps, found.lr) == (3, 3, 1, 0.1)
-    numbers = found.as_dict()["start"]
+    diagnosis = diagnose(Quadratics(a=[2.0, 0, 0], b=[-3.0, 4, 0], c=[0.0, 0, 1]), lr=0.1, steps=1)
+    assert diagnosis.tasks == ("a", "b", "c")
+    assert (diagnosis.parameters, diagnosis.batches, diagnosis.steps, diagnosis.lr) == (3, 3, 1, 0.1)
+    numbers = diagnosis.as_dict()["start"]
     assert numbers["loss_median"] == pytest.approx({"a": 4, "b": 25, "c": 1})
     assert numbers["loss_min"] == pytest.approx({"a": 2, "b": 12.5, "c": 0.5})
     assert numbers["loss_max"] == pytest.approx({"a": 6, "b": 37.5, "c": 1.5})
@@ -21,8 +21,8 @@ def test_numbers_that_are_known():
     # the sum of the targets is (-1, 4, 1), of squared length 18
     assert numbers["share_of_sum"] == pytest.approx({"a": -2 / 18, "b": 19 / 18, "c": 1 / 18})
     assert numbers["conflict_share"] == pytest.approx(1 / 3)
-    assert found.start.remaining_length == pytest.approx((18 / 30) ** 0.5)
-    (ab, ac, bc) = found.start.pairs
+    assert diagnosis.start.remaining_length == pytest.approx((18 / 30) ** 0.5)
+    (ab, ac, bc) = diagnosis.start.pairs
     assert (ab.tasks, ac.tasks, bc.tasks) == (("a", "b"), ("a", "c"), ("b", "c"))
     assert (ab.mean, ac.mean, bc.mean) == pytest.approx((-0.6, 0, 0))
     assert (ab.spread, ac.spread, bc.spread) == pytest.approx((0, 0, 0), abs=1e-9)
