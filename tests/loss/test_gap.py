@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from balance import Balancer, loss_balancers
-from tests.test_balancer import TASKS, Network, assert_same_state
+from tests.stage.three_tasks import TASKS, Network, assert_same_state
 
 
 def train(balancer, network, optimizer, steps, per_epoch=3):

@@ -14,8 +14,8 @@ from balance import loss_balancers
 from balance.loss import groups as go4align_groups
 from balance.rules.generator import SeededGenerator
 from balance.solvers.kmeans import k_means_1d
+from tests.stage.three_tasks import assert_same_state
 from tests.strategies import losses
-from tests.test_balancer import assert_same_state
 
 
 def effective(rule, values):
