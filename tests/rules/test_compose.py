@@ -171,7 +171,7 @@ def test_grouped_gives_reused_weights_to_the_tasks():
     ],
 )
 def test_weights_are_reused_in_one_place_only(make):
-    with pytest.raises(ValueError, match=r"one place only, but got every\(.*Use compose\.every\(n, rule, num_tasks\) alone"):
+    with pytest.raises(ValueError, match=r"one place only, but got every\(.*Use only compose\.every\(n, rule, num_tasks\)"):
         make()
 
 

@@ -105,7 +105,7 @@ def test_mistakes(registry, name, options, error, message):
 
 
 def test_second_registration(registry):
-    with pytest.raises(ValueError, match=r"'half' is already registered, by tests\.test_registry"):
+    with pytest.raises(ValueError, match=r"'half' is already registered, by tests\.rules\.test_registry"):
         registry.register("half")(lambda losses: losses)
 
 
