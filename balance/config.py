@@ -1,4 +1,4 @@
-"""Typed configuration -> Balancer. The only file of the library that knows omegaconf."""
+"""Typed configuration of a `Balancer`. No other file of the library imports omegaconf."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from balance import compose as compose_rules
 from balance.messages import unknown
+from balance.rules import compose as compose_rules
 from balance.rules.registry import Registry, gradient_balancers, loss_balancers
 from balance.stage.balancer import Balancer
-from balance.types import EngineChoice, Heads, Memory, Scale, Source
+from balance.types import EngineChoice, GradientRule, Heads, Memory, Scale, Source
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -130,10 +130,16 @@ class StageConfig:
 
 
 def method_names(loss_method: str) -> list[str]:
-    """Names of the loss balancers in a chain, which is written with plus signs.
+    """Return the names of the loss balancers in a chain.
+
+    Args:
+        loss_method: Names, joined by plus signs.
+
+    Returns:
+        At least one name, in the order of application.
 
     Raises:
-        ValueError: If it is written with commas, which separate the methods of different runs.
+        ValueError: If the names are joined by commas, which separate the methods of different runs.
     """
     if "," in loss_method:
         chain = loss_method.replace(",", "+").replace(" ", "")
@@ -142,21 +148,24 @@ def method_names(loss_method: str) -> list[str]:
 
 
 def options_schema(registry: Registry, name: str | None) -> type:
-    """A dataclass with the options of a registered rule, their types and their defaults; empty for None.
+    """Return a dataclass with the options of a registered rule, their types and their defaults.
 
-    The seed is not among them: it belongs to the run.
+    Args:
+        registry: Registry of the name.
+        name: A registered name; None for a dataclass without options.
+
+    Returns:
+        A dataclass. The seed is left out, since it belongs to the run.
 
     Raises:
-        ValueError: If nothing has that name.
+        ValueError: If the name is unknown.
     """
-    fields = []
+    options: list[tuple[str, Any, Any]] = []
     for option in registry.options(name).values() if name is not None else ():
         if option.name != "seed":
             default = MISSING if option.default is inspect.Parameter.empty else option.default
-            shared = isinstance(default, list)  # a dataclass wants a new one each time
-            made: Any = field(default_factory=partial(list, default)) if shared else field(default=default)
-            fields.append((option.name, option.annotation, made))
-    return make_dataclass(f"{name}_options", fields)
+            options.append((option.name, option.annotation, setting(default)))
+    return make_dataclass(f"{name}_options", options)
 
 
 def compose(schema: object, settings: Mapping[str, Any], overrides: Iterable[str]) -> DictConfig:
@@ -164,8 +173,11 @@ def compose(schema: object, settings: Mapping[str, Any], overrides: Iterable[str
 
     Args:
         schema: A dataclass, or an instance of one.
-        settings: What differs from the defaults, nested as in the schema.
-        overrides: Such as ``"train.epochs=3"``; values are YAML.
+        settings: Values that differ from the defaults, nested as in the schema.
+        overrides: Entries of the command line, such as ``"train.epochs=3"``; values are YAML.
+
+    Returns:
+        A configuration with all entries of the schema.
 
     Raises:
         ValueError: If a key is unknown, or a value has the wrong type or is out of range; the message names the key.
@@ -193,12 +205,12 @@ def compose(schema: object, settings: Mapping[str, Any], overrides: Iterable[str
 
 
 def keys(config: DictConfig) -> list[str]:
-    """All keys of a configuration, nested ones joined by dots."""
+    """Return all keys of a configuration; a nested key is joined to its groups by dots."""
     return list(flatten(config))
 
 
 def flatten(config: DictConfig) -> dict[str, Any]:
-    """Leaves of a configuration by dotted key."""
+    """Return the leaves of a configuration by dotted key; a missing value is None."""
     flat: dict[str, Any] = {}
     for key in map(str, config):
         value = None if OmegaConf.is_missing(config, key) else config[key]
@@ -210,12 +222,15 @@ def flatten(config: DictConfig) -> dict[str, Any]:
 
 
 def build_balancer(config: DictConfig, tasks: Sequence[str]) -> Balancer:
-    """The stage that a configuration describes.
+    """Return the stage that a configuration describes.
 
     Args:
-        config: With keys ``loss_method``, ``gradient_method``, ``seed``, ``loss`` and ``gradient`` (options of the two),
-            and ``balancer`` (`StageConfig`).
+        config: Configuration with the keys ``loss_method``, ``gradient_method``, ``seed``, ``loss`` and ``gradient``, the
+            options of the two methods, and ``balancer``, a `StageConfig`.
         tasks: Names of the tasks.
+
+    Returns:
+        A new stage.
 
     Raises:
         ValueError: If a method or an option is unknown or out of range, or a mandatory option is missing.
@@ -224,7 +239,7 @@ def build_balancer(config: DictConfig, tasks: Sequence[str]) -> Balancer:
     try:
         options = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
-        raise ValueError(f"'{error.full_key}' has no default: give {error.full_key}=value.") from None
+        raise ValueError(f"'{error.full_key}' has no default. Give {error.full_key}=value.") from None
     assert isinstance(options, dict)
     stage, names = options["balancer"], method_names(config.loss_method)
     if stage.pop("measure") is not None:
@@ -246,11 +261,14 @@ def build_balancer(config: DictConfig, tasks: Sequence[str]) -> Balancer:
 
 
 def measured(shared: Mapping[str, Parameter], patterns: Sequence[str] | None) -> list[Parameter] | None:
-    """The parameters on which conflict is measured; None if on all.
+    """Return the parameters at which conflict is measured.
 
     Args:
         shared: The shared parameters by name.
-        patterns: As on a command line: ``*`` stands for anything.
+        patterns: Patterns of names as on a command line, where ``*`` stands for anything.
+
+    Returns:
+        The parameters whose names fit a pattern; None for all parameters, if ``patterns`` is None.
 
     Raises:
         ValueError: If no name fits a pattern.
@@ -265,7 +283,7 @@ def measured(shared: Mapping[str, Parameter], patterns: Sequence[str] | None) ->
 
 def _check_measure(gradient: str | None, source: Source) -> None:
     if gradient is None or gradient_balancers.sees(gradient) != "gramian":
-        raise ValueError(f"balancer.measure needs a gradient method that gives weights, but got {gradient}.")
+        raise ValueError(f"balancer.measure needs a gradient method that returns weights, but got {gradient}.")
     if source != "parameters":
         raise ValueError(f"balancer.measure needs balancer.source=parameters, but got {source}.")
 
@@ -277,11 +295,12 @@ def _composed(
     groups: list[list[str]] | None,
     smoothing: float,
     every: int,
-) -> Any:
+) -> GradientRule:
+    """Return the composition of a gradient balancer that the options of `StageConfig` describe."""
     if name is None:
-        raise ValueError("balancer.groups, balancer.smoothing and balancer.every need a gradient method, but there is none.")
+        raise ValueError("balancer.groups, balancer.smoothing and balancer.every need a gradient method, but got none.")
     if groups is None:
-        rule: Any = compose_rules.every(1, name, len(tasks), **options)
+        rule: GradientRule = compose_rules.every(1, name, len(tasks), **options)
     else:
         for task in (task for group in groups for task in group):
             if task not in tasks:
@@ -294,7 +313,7 @@ def _composed(
 
 
 def methods_schema(loss_method: str, gradient_method: str | None) -> tuple[type, type]:
-    """Option schemas of a loss balancer, or a chain of them, and of a gradient balancer, by name."""
+    """Return the schemas of the options of a loss method, or of a chain joined by plus signs, and of a gradient method."""
     names = method_names(loss_method)
     if len(names) == 1:
         loss = options_schema(loss_balancers, names[0])

@@ -1,4 +1,4 @@
-"""Numbers that compare whole runs."""
+"""Numbers that compare whole runs: the mean drop against single-task baselines, and the mean rank of a method."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def delta_m(metrics: Mapping[str, float], baselines: Mapping[str, float], higher_is_better: Collection[str]) -> float:
-    r"""Mean relative drop against single-task baselines, in percent; lower is better, below zero beats the baselines.
+    r"""Return the mean relative drop against single-task baselines, in percent; a number below zero beats the baselines.
 
     .. math:: \Delta_m = \frac{100}{M} \sum_j s_j \frac{m_j - b_j}{b_j}, \qquad s_j = -1 \text{ where higher is better, else } 1
 
@@ -20,11 +20,15 @@ def delta_m(metrics: Mapping[str, float], baselines: Mapping[str, float], higher
 
     Args:
         metrics: M values by name.
-        baselines: Value of each of these metrics for a network trained on its task alone; further ones are ignored.
+        baselines: Value of each of these metrics for a network that was trained on one task only. Further baselines are
+            ignored.
         higher_is_better: Names of the metrics that should be large.
 
+    Returns:
+        Percentage; lower is better.
+
     Raises:
-        ValueError: If there are no metrics, or a baseline is missing or zero.
+        ValueError: If no metric is given, or a baseline is missing or zero.
 
     Source:
         Maninis et al., "Attentive Single-Tasking of Multiple Tasks", CVPR 2019, eq. (4).
@@ -41,12 +45,12 @@ def delta_m(metrics: Mapping[str, float], baselines: Mapping[str, float], higher
 
 
 def mean_rank(table: Mapping[str, Mapping[str, float]], higher_is_better: Collection[str] = ()) -> dict[str, float]:
-    r"""Mean over the metrics of each method's rank among the methods; 1 is best.
+    r"""Return the mean over the metrics of each method's rank among the methods; 1 is best.
 
     .. math:: \mathrm{MR}(a) = \frac{1}{M} \sum_j \bigl(1 + \#\{b \text{ strictly better than } a \text{ on metric } j\}\bigr)
 
-    Methods that tie share the best of their ranks, and the next rank is skipped. The number depends on which methods are
-    compared: never put mean ranks of two tables side by side, and leave single-task networks out of the table.
+    Methods that tie share the best of their ranks, and the next rank is skipped. The number depends on the methods that are
+    compared. So never compare mean ranks of two tables, and leave single-task networks out of the table.
 
     Args:
         table: M values by name, for each method. NaN ranks behind every number.
@@ -56,11 +60,11 @@ def mean_rank(table: Mapping[str, Mapping[str, float]], higher_is_better: Collec
         Mean rank by method, from 1 to the number of methods.
 
     Raises:
-        ValueError: If there are no methods or no metrics, or a method lacks a metric that another has.
+        ValueError: If no method or no metric is given, or a method lacks a metric that another method has.
 
     Source:
         The MR columns of Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, and Liu et al., "FAMO", NeurIPS
-        2023, whose printed values this rule for ties reproduces. Some scripts rank densely, without skipping.
+        2023. This rule for ties reproduces their printed values. Some scripts rank densely, without skipping.
     """
     names = {name for metrics in table.values() for name in metrics}
     if not names:

@@ -1,4 +1,4 @@
-"""What one step costs: wall time, and the peak of the tensor memory that it needs."""
+"""Wall time and peak tensor memory of one step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, UntypedStorage
 
-# torch keeps in a global variable whether any dispatch mode is active, and two threads would leave it set
+# torch stores in a global variable whether any dispatch mode is active, and two threads would leave it set
 _one_at_a_time = threading.RLock()
 
 
@@ -27,7 +27,7 @@ class Cost(NamedTuple):
 
     Attributes:
         seconds: Median wall time of a call.
-        bytes: Peak of tensor memory during a call, above what was allocated before it.
+        bytes: Peak of tensor memory during a call, relative to the memory before the call.
     """
 
     seconds: float
@@ -35,14 +35,17 @@ class Cost(NamedTuple):
 
 
 def measure(step: Callable[[], object], *, repeats: int = 5, budget: float = 2.0, device: torch.device | str = "cpu") -> Cost:
-    """Time and memory of a step, which is called once to warm up, then to be timed, then once for its memory.
+    """Measure the time and the memory of a step, which is called once to warm up, then to be timed, then for its memory.
 
     Args:
-        step: What to measure. It should leave behind what it found: a ``.grad`` that stays is memory that the next call
-            does not need to allocate.
-        repeats: Timed calls, at most.
-        budget: Seconds after which no further timed call begins; the first one always does.
-        device: Where the step computes. CUDA is synchronised before a clock is read.
+        step: Function to measure. It should restore the state before the call: a ``.grad`` that stays is memory that the
+            next call does not need to allocate.
+        repeats: Greatest number of timed calls.
+        budget: Seconds after which no further timed call begins. One timed call always runs.
+        device: Device of the computation. CUDA is synchronised before a clock is read.
+
+    Returns:
+        The median time and the peak memory.
 
     Raises:
         ValueError: If ``repeats`` is below 1, or ``budget`` is negative.
@@ -62,16 +65,19 @@ def measure(step: Callable[[], object], *, repeats: int = 5, budget: float = 2.0
 
 
 def peak_memory(step: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Peak of tensor memory during exactly one call of a step, above what was allocated before it, in bytes.
+    """Measure the peak of tensor memory during exactly one call of a step.
 
-    On CUDA it is read off the caching allocator, whose peak is reset, over all threads. Elsewhere the storages of the tensors
-    that operations of this thread return are counted while they live. That sees every tensor of the model, of its backward pass
-    and of the optimizer; it does not see what a single operation allocates and frees again, nor the release of a tensor
-    that existed before and that no operation of the step touches (call ``zero_grad`` before, not within, the step).
+    On CUDA the peak comes from the caching allocator, over all threads; the allocator's own peak is reset. Elsewhere the
+    storages of all tensors that operations of this thread return are counted while they live. This includes every tensor of the
+    model, of its backward pass and of the optimizer. Memory that one operation allocates and frees again is not counted. Nor is
+    the release of an earlier tensor that no operation of the step touches: call ``zero_grad`` before the step, not in it.
 
     Args:
-        step: Called once. What it raises is passed on.
-        device: Where the tensors are that count.
+        step: Function that is called once. Its exceptions are passed on.
+        device: Device of the tensors that count.
+
+    Returns:
+        Bytes, relative to the memory before the call.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -88,10 +94,10 @@ def peak_memory(step: Callable[[], object], device: torch.device | str = "cpu") 
 
 
 class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the storages that operations return, until they are freed.
+    """A count of the bytes of the storages that operations return, until the storages are freed.
 
-    torch.profiler counts them in the allocator, but it prints to the terminal, fails where another profiler is active, and
-    ends the process when two threads use it.
+    torch.profiler counts in the allocator. But it prints to the terminal, fails where another profiler is active, and ends
+    the process when two threads use it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -103,7 +109,7 @@ class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for storage in self._storages((args, kwargs)):
-            if id(storage) not in self.sizes:  # it was there before the step
+            if id(storage) not in self.sizes:  # it is older than the step
                 self._remember(storage)
         returned = func(*args, **kwargs)
         for storage in self._storages(returned):
@@ -115,7 +121,7 @@ class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __exit__(self, *raised: object) -> None:
         super().__exit__(*raised)  # type: ignore[no-untyped-call]
-        self.sizes.clear()  # and with it the references, so that nothing is called back later
+        self.sizes.clear()  # without weak references, no callback runs later
 
     def _remember(self, storage: UntypedStorage) -> None:
         key = id(storage)  # torch keeps the Python object for as long as the storage lives

@@ -1,4 +1,4 @@
-"""Runs recorded in MLflow, in batches. Imports mlflow only when a run starts."""
+"""Training runs in MLflow, written in batches. mlflow is imported only when a run starts."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from types import TracebackType
 
-BATCH = 500  # metrics in one database write; MLflow takes at most 1000
-PARAMS = 100  # parameters that MLflow takes at once
+BATCH = 500  # metrics in one database write; MLflow accepts at most 1000
+PARAMS = 100  # parameters that MLflow accepts in one call
 
 
 class Tracker:
     """One MLflow run, as a context manager: FINISHED at its end, KILLED on Ctrl-C, FAILED on any other exception.
 
-    The run goes to the server that ``MLFLOW_TRACKING_URI`` names, else into the SQLite file ``mlflow.db`` in ``folder``, with
-    artifacts beside it. Metrics are buffered and written some hundred at a time, and in any case at the end, whatever ends
-    the run. Where several processes train together, only the first of them records.
+    The run is recorded on the server in ``MLFLOW_TRACKING_URI``, else in the SQLite file ``mlflow.db`` in ``folder``, next to
+    a folder of artifacts. Metrics are buffered, written in batches, and written at the end, whatever ends the run. Of several
+    ranks, only the first records.
 
     Args:
-        experiment: What is studied; the MLflow experiment is ``balance/<experiment>``.
-        folder: Output folder, for the SQLite file and its artifacts. Created if need be.
+        experiment: Name of the problem; the MLflow experiment is ``balance/<experiment>``.
+        folder: Output folder of the SQLite file and its artifacts, created if it does not exist.
         name: Name of the run.
-        tags: Such as ``loss_method``, ``gradient_method``, ``seed``; the git commit is added.
+        tags: Tags such as ``loss_method``, ``gradient_method`` and ``seed``; the git commit is added.
         params: The flattened configuration.
-        parent: Id of the run under which this one is shown.
-        run_id: Id of a run to be continued; None for a new one.
+        parent: Id of the run that lists this run as a child.
+        run_id: Id of a run to be continued; None for a new run.
         system_metrics: Also record the use of processor, memory, disk and network, every ten seconds.
-        enabled: False: record nothing, import nothing.
+        enabled: Record the run. False: nothing is recorded or imported.
 
     Raises:
         OSError: On entry, if the folder cannot be written or the server does not answer.
-        ValueError: If ``system_metrics`` are wanted and psutil is not installed.
+        ValueError: If ``system_metrics`` is set and psutil is not installed.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class Tracker:
         self.run_id = run_id
         self.enabled = enabled and _rank() == 0
         self.status = "FINISHED"  # of the run, unless an exception ends it
-        self.seconds = 0.0  # spent in this class while the run was on
+        self.seconds = 0.0  # spent in this class during the run
         if system_metrics and importlib.util.find_spec("psutil") is None:
-            raise ValueError("system_metrics need psutil, which is not installed. Use pip install psutil.")
+            raise ValueError("system_metrics requires psutil, which is not installed. Use pip install psutil.")
         self._system_metrics = system_metrics
         self._monitor: Any = None
         self._client: Any = None
@@ -93,7 +93,7 @@ class Tracker:
             self._client = None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record numbers at a step. Infinite ones are left out, since MLflow would store them as large finite numbers."""
+        """Record numbers at a step, without infinite numbers, which MLflow would store as large finite numbers."""
         if self._client is None:
             return
         from mlflow.entities import Metric  # noqa: PLC0415
@@ -111,30 +111,30 @@ class Tracker:
             self._client.log_text(self.run_id, text, file)
 
     def log_file(self, file: Path, folder: str | None = None) -> None:
-        """Record a file as an artifact, in a folder of the run's artifacts if one is named."""
+        """Record a file as an artifact, in ``folder`` among the run's artifacts, or at the top for None."""
         if self._client is not None:
             self._client.log_artifact(self.run_id, str(file), folder)
 
     def log_dataset(self, name: str, *, digest: str, source: str, rows: int, context: str) -> None:
-        """Record which data was used.
+        """Record a data set that the run uses.
 
         Args:
-            name: Of the data set.
+            name: Name of the data set.
             digest: Short hash of its contents.
-            source: Where it is from.
+            source: Origin of the data set.
             rows: Number of samples.
-            context: What it was used for: ``training``, ``validation``, ``testing``.
+            context: Use of the data set: ``training``, ``validation`` or ``testing``.
         """
         if self._client is None:
             return
         from mlflow.entities import Dataset, DatasetInput, InputTag  # noqa: PLC0415
 
-        profile, where = json.dumps({"num_rows": rows}), json.dumps({"uri": source})
-        dataset = Dataset(name, digest, source_type="code", source=where, profile=profile)
+        profile, origin = json.dumps({"num_rows": rows}), json.dumps({"uri": source})
+        dataset = Dataset(name, digest, source_type="code", source=origin, profile=profile)
         self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
     def log_model(self, folder: Path, name: str = "model") -> None:
-        """Record a model that was saved in MLflow's format; its address is then ``runs:/<run id>/<name>``."""
+        """Record a model that was saved in MLflow's format in ``folder``, as ``runs:/<run id>/<name>``."""
         if self._client is None:
             return
         from mlflow.entities import LoggedModelOutput  # noqa: PLC0415
@@ -152,7 +152,7 @@ class Tracker:
     def _flush(self) -> None:
         while self._buffer:
             self._client.log_batch(self.run_id, metrics=self._buffer[:BATCH])
-            del self._buffer[:BATCH]  # only what has been written
+            del self._buffer[:BATCH]  # after a write without an error
 
     def _start(self) -> None:
         from mlflow.entities import Param  # noqa: PLC0415
@@ -178,28 +178,31 @@ class Tracker:
 
 
 def tracking_uri(folder: str | os.PathLike[str]) -> str:
-    """Where runs go: ``MLFLOW_TRACKING_URI``, else the SQLite file in ``folder``."""
+    """Return the address of the tracking store: ``MLFLOW_TRACKING_URI``, else the SQLite file in ``folder``."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(folder).expanduser().resolve() / 'mlflow.db'}"
 
 
 def without_password(text: str) -> str:
-    """An address, or a text that holds some, for the eyes of others."""
+    """Redact the passwords in URLs."""
     return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
 
 
 def connect(experiment: str, folder: str | os.PathLike[str], *, create: bool = True) -> tuple[Any, str]:
-    """The MLflow client, and the id of an experiment.
+    """Return an MLflow client, and the id of an experiment.
 
-    Call it once before several processes start, so that they do not create the database at the same time.
+    Call this function once before several processes start, so that they do not create the database at the same time.
 
     Args:
         experiment: Full name of the MLflow experiment.
-        folder: Output folder, for the SQLite file and its artifacts where no server is named.
-        create: Create what is not there.
+        folder: Output folder of the SQLite file and its artifacts, used if ``MLFLOW_TRACKING_URI`` is not set.
+        create: Create the folder, the database and the experiment if they do not exist.
+
+    Returns:
+        The client, of type ``mlflow.MlflowClient``, and the id.
 
     Raises:
-        OSError: If the folder cannot be written, the server does not answer, or the experiment is not there and must not be
-            created.
+        FileNotFoundError: If the database or the experiment does not exist and ``create`` is False.
+        OSError: If the folder cannot be written or the server does not answer.
     """
     from mlflow import MlflowClient  # noqa: PLC0415
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
@@ -207,27 +210,27 @@ def connect(experiment: str, folder: str | os.PathLike[str], *, create: bool = T
 
     uri, artifacts = tracking_uri(folder), None
     if not os.environ.get("MLFLOW_TRACKING_URI"):
-        place = Path(folder).expanduser().resolve()
-        if not create and not (place / "mlflow.db").exists():
-            raise FileNotFoundError(f"There are no runs: {place / 'mlflow.db'} is not there. Say where with output_dir=...")
-        place.mkdir(parents=True, exist_ok=True)
-        artifacts = (place / "artifacts").as_uri()
+        path = Path(folder).expanduser().resolve()
+        if not create and not (path / "mlflow.db").exists():
+            raise FileNotFoundError(f"No recorded runs: {path / 'mlflow.db'} does not exist. Set output_dir=...")
+        path.mkdir(parents=True, exist_ok=True)
+        artifacts = (path / "artifacts").as_uri()
     try:
         with _one_retry():
             client = MlflowClient(tracking_uri=uri)
-            found = client.get_experiment_by_name(experiment)
-            if found is None and not create:
-                raise FileNotFoundError(f"There are no runs of '{experiment}' in {without_password(uri)}.")
-            if found is None:
+            existing = client.get_experiment_by_name(experiment)
+            if existing is None and not create:
+                raise FileNotFoundError(f"No recorded runs of '{experiment}' in {without_password(uri)}.")
+            if existing is None:
                 return client, client.create_experiment(experiment, artifact_location=artifacts)
     except (MlflowException, ImportError, DBAPIError) as error:
         raise OSError(without_password(f"MLflow at {uri} cannot be used: {str(error).splitlines()[0]}")) from None
-    return client, str(found.experiment_id)
+    return client, str(existing.experiment_id)
 
 
 @contextmanager
 def _one_retry() -> Iterator[None]:
-    """A server that is not there is told within seconds; MLflow by itself tries for minutes."""
+    """Reduce MLflow's retries, so that a server that does not answer is an error after seconds, not minutes."""
     name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     if name in os.environ:
         yield
@@ -240,12 +243,12 @@ def _one_retry() -> Iterator[None]:
 
 
 def _rank() -> int:
-    """Number of this process among those that train together, as torchrun and torch.distributed tell it."""
+    """Return the rank of this process, which torchrun sets for torch.distributed."""
     return int(os.environ.get("RANK", "0"))
 
 
 def git_tags() -> dict[str, str]:
-    """Commit of the checkout that holds this file, and whether it had changes; empty outside a checkout."""
+    """Return the commit of the checkout with this file, and whether files are changed; empty outside a checkout."""
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -254,7 +257,7 @@ def git_tags() -> dict[str, str]:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) != folder.parent.resolve():
-            return {}  # installed into some other project's checkout
+            return {}  # inside the checkout of another project
         dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
         return {"mlflow.source.git.commit": git("rev-parse", "HEAD"), "git_dirty": str(dirty).lower()}
     except (OSError, subprocess.CalledProcessError):

@@ -173,7 +173,7 @@ def test_published_results_and_runs_on_other_data(recorded, nyuv2, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_published_results_without_runs(nyuv2, form, tmp_path):
     told = nyuv2(tmp_path, f"--format={form}", "train.epochs=3")
-    assert "mlflow.db is not there" in told.err
+    assert "mlflow.db does not exist" in told.err
     assert "there is no report" in told.err
     for name in published.load("nyuv2").methods:
         assert name in told.out
@@ -206,7 +206,7 @@ def test_published_results_are_in_the_report(recorded, nyuv2, tmp_path):
 @pytest.mark.usefixtures("nyuv2")
 def test_mistakes_beside_published_results(recorded, capfd, tmp_path):
     words = ("--experiment=nyuv2", "--published")
-    assert "mlflow.db is not there" in refused(capfd, *words, f"--output_dir={tmp_path}", "--runs", "0123")  # who names runs
+    assert "mlflow.db does not exist" in refused(capfd, *words, f"--output_dir={tmp_path}", "--runs", "0123")  # who names runs
     assert "no finished runs of 'nyuv2' with train.epochs=9" in refused(
         capfd, *words, f"--output_dir={recorded}", "train.epochs=9"
     )
@@ -273,7 +273,7 @@ def test_missing_baselines_are_told_with_the_way_out(swept, tmp_path, capsys):
 
 def test_nothing_there(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "mlflow.db is not there" in refused(capsys)
+    assert "mlflow.db does not exist" in refused(capsys)
     assert "Did you mean 'digits'?" in refused(capsys, "--experiment=digit")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://server")
     assert "MLflow at nonsense://server cannot be used" in refused(capsys)

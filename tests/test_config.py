@@ -156,7 +156,7 @@ def test_an_option_without_default_must_be_given(monkeypatch):
     def power(losses, *, exponent: float):
         return losses**exponent
 
-    with pytest.raises(ValueError, match=r"give loss\.exponent=value"):
+    with pytest.raises(ValueError, match=r"Give loss\.exponent=value"):
         build("power", None)
     assert build("power", None, "loss.exponent=2.0").loss_balancer.rule.keywords == {"exponent": 2.0}
 

@@ -1,4 +1,4 @@
-"""Random numbers that a rule owns: seeded, saved in its state_dict, independent of torch's global generator."""
+"""Random numbers of one rule: seeded, saved in its state_dict, independent of torch's global generator."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class SeededGenerator(nn.Module):
         self._generator.set_state(state.cpu())
 
     def __getstate__(self) -> dict[str, Any]:
-        # Generators of older versions of torch can be neither copied nor pickled, but their states can
+        # A generator cannot be pickled in every supported version of torch, but its state can
         return self.__dict__ | {"_generator": self._generator.get_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
