@@ -1,4 +1,4 @@
-"""Checks and conversions of the losses that a rule gets: errors name the task, and come before any change of state."""
+"""Checks and conversions of a rule's losses. Errors name the task, and are raised before any change of state."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def values(losses: Losses) -> Tensor:
 
 
 def widened(losses: Losses) -> Losses:
-    """Return the losses in float32 at least: constants such as 1e-8 are zero in half precision. Shape (K,)."""
+    """Return the losses in at least float32, since constants such as 1e-8 are zero in half precision. Shape (K,)."""
     return losses.to(torch.promote_types(losses.dtype, torch.float32))
 
 
@@ -49,14 +49,14 @@ def require_above(
     Args:
         losses: Shape (K,).
         minimum: Scalar, or shape (K,).
-        method: The rule that requires it, for the message.
-        reason: What the rule does with a loss, for the message.
-        remedy: What to do about it, for the message: a sentence that begins with a lower-case verb.
+        method: Name of the rule, for the message.
+        reason: Operation of the rule on a loss, for the message.
+        remedy: Remedy, for the message: a sentence that begins with a lower-case verb.
         quantity: Name of the values, for the message.
 
     Raises:
-        TaskError: For the first task whose loss does not (NaN included). For a loss of exactly 0 the message also names
-            the likely cause.
+        TaskError: For the first task whose loss is not above its minimum, or is NaN. For a loss of exactly 0 the message
+            also names the likely cause.
     """
     bounds = torch.as_tensor(minimum, dtype=torch.float64, device="cpu").expand_as(losses)
     for task, (loss, bound) in enumerate(zip(losses.tolist(), bounds.tolist(), strict=True)):
@@ -67,15 +67,18 @@ def require_above(
 
 
 def lower_bounds(min_losses: list[float] | None, count: int, present: Tensor | None) -> Tensor:
-    """Return the lower bounds of the losses of one step, float64. Shape (count,).
+    """Return the lower bounds of the losses of one step.
 
     Args:
         min_losses: One number for every task, present or not; None for zeros.
         count: Number of losses in this step.
-        present: Indices of their tasks; None for all.
+        present: Indices of the tasks of these losses; None for all tasks.
+
+    Returns:
+        Shape (count,), float64, on the host.
 
     Raises:
-        ValueError: If there are not as many numbers as tasks.
+        ValueError: If ``min_losses`` does not have one number per task.
     """
     if not min_losses:
         return torch.zeros(count, dtype=torch.float64, device="cpu")

@@ -1,4 +1,4 @@
-"""A soft actor-critic agent for igbv2: states are losses, actions are weights. Small networks, on the host, in float32."""
+"""Soft actor-critic agent of igbv2: states are losses, actions are weights. Small networks, on the host, in float32."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ UPDATES = 50  # updates at each training when the buffer is full; half of it whe
 class Agent:
     """Actor, two critics with slow copies, temperature, replay buffer and generator.
 
-    Not a module, so that the optimizer of the user's network never sees its parameters, and so that moving or casting the
-    user's network leaves the agent on the host in float32. The default dtype and the default device of torch have no effect.
+    The agent is not a module. So its parameters are never in the optimizer of the user's network, and it stays on the host in
+    float32 when that network is moved or cast. The default dtype and the default device of torch have no effect.
 
     Args:
         num_tasks: K, the size of states and actions.
@@ -57,7 +57,7 @@ class Agent:
         # Rows: state, action, reward, next state
         self.buffer = torch.zeros(capacity, 3 * num_tasks + 1, dtype=torch.float32, device="cpu")
         self.stored = torch.zeros((), dtype=torch.int64, device="cpu")  # transitions so far, overwritten ones included
-        # Views on the bytes of the whole state, so that saving it is one copy
+        # Views of the bytes of the whole state, so that saving it is one copy
         self._bytes = [tensor.detach().flatten().view(torch.uint8) for tensor in self._tensors()]
 
     def explore(self) -> Tensor:
@@ -105,37 +105,12 @@ class Agent:
                 f"and {state.dtype}. Use the same number of tasks and buffer_size as in the run that was saved."
             )
         *pieces, generator = torch.split(state.cpu(), sizes)
-        for own, piece in zip(self._bytes, pieces, strict=True):
-            own.copy_(piece)
+        for view, piece in zip(self._bytes, pieces, strict=True):
+            view.copy_(piece)
         self.generator.set_state(generator.clone())
 
-    @torch.no_grad()
-    def restore_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state in the form of earlier versions: networks, optimizers, filled rows, counter and generator.
-
-        Raises:
-            ValueError: If the buffer is too small for its transitions.
-        """
-        if len(state["buffer"]) > len(self.buffer):
-            raise ValueError(
-                f"buffer_size of 'igbv2' must be at least {len(state['buffer'])} for this checkpoint, "
-                f"but got {len(self.buffer)}. Use the buffer_size of the run that was saved."
-            )
-        for name in ("actor", "critics", "slow_critics"):
-            getattr(self, name).load_state_dict(state[name])
-        self.log_temperature.copy_(state["log_temperature"])
-        for name, optimizer in self.optimizers.items():
-            for index, moments in enumerate(optimizer.state.values()):
-                saved = state["optimizers"][name]["state"].get(index, {})  # empty before the first update
-                for key, tensor in moments.items():
-                    tensor.copy_(saved[key]) if key in saved else tensor.zero_()
-        self.buffer.zero_()
-        self.buffer[: len(state["buffer"])] = state["buffer"].to(self.buffer)
-        self.stored.fill_(state["stored"])
-        self.generator.set_state(state["generator"].cpu())
-
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy of every attribute would separate the views on the bytes from the tensors that they show
+        # Copies of the attributes would separate the views of the bytes from the tensors
         options = (self.num_tasks, self.lr, len(self.buffer), self.official)
         return _restored, (*options, self.state())
 
@@ -194,14 +169,14 @@ class Agent:
             # skip_init, because the initialisation of nn.Linear draws from torch's global generator
             options = {"dtype": torch.float32, "device": "cpu"}
             layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, **options)  # type: ignore[no-untyped-call]
-            for parameter in layer.parameters():  # PyTorch's own distribution, from this generator
+            for parameter in layer.parameters():  # the distribution of nn.Linear, from this generator
                 nn.init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5, generator=self.generator)
             layers += [layer, nn.ReLU()]
         return layers[:-1]
 
 
 def adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
-    """Return an Adam optimizer whose state exists before its first update, so that a checkpoint always has the same shape."""
+    """Return an Adam optimizer whose state exists before its first update, so that all checkpoints have one shape."""
     optimizer = torch.optim.Adam(parameters, lr=lr)
     for parameter in optimizer.param_groups[0]["params"]:
         optimizer.state[parameter] = {
@@ -213,21 +188,18 @@ def adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
 
 
 def schedule(fill: float) -> tuple[int, int]:
-    """Return the number of updates at a training and the size of their batches, for a buffer filled to ``fill`` in 0..1."""
+    """Return the number and the batch size of the updates at one training, for a buffer filled to ``fill`` in 0..1."""
     share = (1 + fill) / 2
     return int(UPDATES * share), int(BATCH * share)
 
 
 def gaussian_log_density(noise: Tensor, log_deviation: Tensor) -> Tensor:
-    """Compute the log-density of u = mean + deviation * noise. Shapes (..., K), (..., K) -> (...)."""
+    """Compute the log-density of u = mean + deviation * noise, from shapes (..., K) and (..., K) to (...)."""
     return (-0.5 * noise.square() - log_deviation - 0.5 * math.log(2 * math.pi)).sum(dim=-1)
 
 
 def tanh_correction(u: Tensor) -> Tensor:
-    """Compute the term that the authors' code subtracts from the log-density, as if u were squashed by a tanh.
-
-    Shape (..., K) -> (...).
-    """
+    """Compute the authors' correction of the log-density, as if a tanh squashed u, from shape (..., K) to (...)."""
     return (2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(dim=-1)
 
 

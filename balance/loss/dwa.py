@@ -31,24 +31,24 @@ class DynamicWeightAverage(nn.Module):
 
     .. math:: \lambda = K \operatorname{softmax}(r / T), \qquad r_k = \bar L_k(t-1) / \bar L_k(t-2)
 
-    with mean losses of the two epochs before. Weights sum to K. They do not change when a loss is multiplied by a
+    with the mean losses of the two previous epochs. Weights sum to K. They do not change when a loss is multiplied by a
     constant. A task counts as steady (r = 1) until both of its means exist, so all weights are 1 at first. Absent tasks
     take no part in the softmax.
 
     Args:
         num_tasks: K.
         temperature: T > 0; the larger, the more equal the weights.
-        mode: ``"epoch"``: means over epochs, which `end_epoch` closes; ``"window"``: means over the last ``window``
-            steps, the current one included, and the ``window`` steps before them.
+        mode: ``"epoch"``: means over epochs, which `end_epoch` closes. ``"window"``: means over the last ``window``
+            steps, with the current step, and over the ``window`` steps before them.
         window: Steps in each window, at least 1.
 
     Raises:
         ValueError: If an option is out of range.
 
     Source:
-        Liu, Johns & Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019, eq. (7). The window is that of
-        Nash-MTL's code. Differs from that code: weights stay 1 until both windows hold losses that were seen, where the
-        code counts placeholders of one as losses; and they sum to K as in the paper, not to 1.
+        Liu, Johns & Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019, eq. (7). The mode ``"window"`` is
+        from Nash-MTL's code. Differs from that code: weights stay 1 until both windows are full, where the code counts
+        placeholders of one as losses. Weights sum to K as in the paper, not to 1.
     """
 
     history: Tensor
@@ -63,7 +63,7 @@ class DynamicWeightAverage(nn.Module):
         self.mode = mode
         self.needs_epochs = mode == "epoch"
         rows = 2 if mode == "epoch" else 2 * window
-        # oldest row first; NaN where a task has no such row yet
+        # oldest row first; NaN until a task has that row
         self.register_buffer("history", torch.full((rows, num_tasks), torch.nan, dtype=torch.float64, device="cpu"))
 
     def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:

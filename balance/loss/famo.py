@@ -31,27 +31,30 @@ class FAMO(nn.Module):
 
     .. math:: \tilde L_k = \frac{z_k}{S} \log D_k, \qquad S = \sum_j z_j / D_j ,
 
-    z and S held constant, so that the weights :math:`z_k / (D_k S)` are positive and sum to one. After the optimizer's step,
-    `observe` gets the losses L' of the same batch, and ξ takes one Adam step (weight decay γ added to its gradient) along
-    :math:`v_k = z_k (\delta_k - \sum_j z_j \delta_j)`, :math:`\delta_k = \log D_k - \log D'_k`: a task that fell faster than
-    the others loses weight. With b = 0 the direction does not change when a loss is multiplied by a constant. One task has
-    weight 1. An absent task keeps its logit and its moments; the others go on as if it did not exist.
+    where z and S are constants, so that the weights :math:`z_k / (D_k S)` are positive and sum to one. After the optimizer's
+    step, `observe` gets the losses L' of the same batch. Then ξ takes one Adam step along the gradient
+
+    .. math:: v_k = z_k \Bigl(\delta_k - \sum_j z_j \delta_j\Bigr), \qquad \delta_k = \log D_k - \log D'_k ,
+
+    to which weight decay γ is added. So a task whose loss falls faster than the other losses loses weight. With b = 0 the
+    direction does not change when a loss is multiplied by a constant. One task has weight 1. An absent task keeps its logit
+    and its moments, and has no effect on the present tasks.
 
     Args:
         num_tasks: K.
         gamma: Weight decay γ ≥ 0 of the logits.
         lr: Learning rate of the logits, positive.
         min_losses: Lower bound b of every loss, K numbers; None for zeros.
-        next_batch: Learn from the losses of the next batch, at the next step, instead of observing the same batch again: no
-            second forward pass, but the differences between batches are taken for progress.
+        next_batch: Learn from the losses of the next batch, at the next step, instead of observing this batch again. This
+            saves the second forward pass, but treats differences between batches as progress.
 
     Raises:
         ValueError: If an option is out of range.
 
     Source:
         Liu et al., "FAMO: Fast Adaptive Multitask Optimization", NeurIPS 2023, algorithm 2 (appendix). γ = 1e-3 is the paper's
-        choice for most problems. Differs: losses below their bound are an error, where the code goes on with reversed
-        signs. Clip gradients after ``backward``: the published code clipped before it, that is, not at all.
+        choice for most problems. Differs: a loss below its bound is an error, where the code reverses the signs of the
+        gradients. Clip gradients after ``backward``; the published code clips before it, which has no effect.
     """
 
     logits: Tensor

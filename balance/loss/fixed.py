@@ -43,7 +43,7 @@ def ls(losses: Losses) -> WeightedLosses:
     invariances=("gradient_unchanged_by_scaling_a_loss", "separable"),
 )
 class SingleTask:
-    """Single-task learning: one task keeps its loss, the others get weight zero.
+    """Single-task learning: one task keeps its loss, and every other task gets weight zero.
 
     Args:
         num_tasks: K.
@@ -83,7 +83,7 @@ class SingleTask:
     invariances=("separable",),
 )
 class RandomLossWeighting(nn.Module):
-    r"""Weights drawn anew at each step: a softmax of standard normal numbers, times ``scale``.
+    r"""Random weights, drawn at each step: a softmax of standard normal numbers, times ``scale``.
 
     Positive, sum ``scale``, mean ``scale`` / K. Absent tasks take no part in the softmax.
 

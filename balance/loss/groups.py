@@ -37,18 +37,18 @@ class GO4Align(nn.Module):
         \gamma_k = q_k \frac{\sum_j L_j}{L_k}, \qquad
         \omega_k = \operatorname{mean}\{\gamma_j : j \text{ in the group of } k\}
 
-    The indicators γ bring all losses to one level, less for tasks with a large accumulated loss; k-means on γ forms the groups.
-    The whole history counts, nothing is forgotten. :math:`\sum_k \gamma_k L_k = \sum_k L_k` and
+    The indicators γ scale all losses to one level, which is lower for tasks with a large accumulated loss. k-means on γ forms
+    the groups. The whole history counts. :math:`\sum_k \gamma_k L_k = \sum_k L_k` and
     :math:`\sum_k \omega_k = \sum_k \gamma_k`. One group gives equal weights; K groups give γ. An absent task is in no group
     and accumulates nothing.
 
     Args:
         num_tasks: K.
-        num_groups: Number of groups, at least 1; more than K are as K.
+        num_groups: Number of groups, at least 1; a number above K has the effect of K.
         step_size: β ≥ 0, per unit of loss.
-        grouping: ``"kmeans"``: exact, in this library; ``"spectral"``: spectral clustering by scikit-learn; ``"sdp"``: a
-            semi-definite relaxation of k-means by cvxpy, whose groups are connected components. The last two are
-            imported on use, and slow.
+        grouping: Method that forms the groups. ``"kmeans"``: exact k-means. ``"spectral"``: spectral clustering by
+            scikit-learn, slow. ``"sdp"``: a semi-definite relaxation of k-means by cvxpy, slow, whose groups are connected
+            components.
 
     Raises:
         ValueError: If an option is out of range.
@@ -56,9 +56,9 @@ class GO4Align(nn.Module):
 
     Source:
         Shen et al., "GO4Align: Group Optimization for Multi-Task Alignment", NeurIPS 2024, algorithm 1, with the scale
-        of its code (K times the paper's). Differs: the groups are the exact optimum of the 1-D k-means problem, found
-        deterministically, where the code draws random centres and can loop for ever; two groups by default, where the
-        code's single group turns the method off; the history is kept as a sum of losses, so that it cannot underflow.
+        of its code, which is K times the paper's. Differs: the groups are the exact optimum of the 1-D k-means problem, where
+        the code draws random centres and can loop for ever. The default is two groups, where the code's single group turns
+        the method off. The history is a sum of losses, so that it cannot underflow.
     """
 
     cumulative_losses: Tensor
@@ -95,7 +95,7 @@ class GO4Align(nn.Module):
         indicators = q * (L.sum() / L)
         groups = _GROUPINGS[self.grouping](indicators.numpy(), self.num_groups)
         weighted = weigh(losses, group_means(indicators, torch.from_numpy(groups)))
-        # Last, because a grouping whose library is missing, or whose solver fails, raises
+        # Last, because a grouping can raise an error: its library is missing, or its solver fails
         self.cumulative_losses[tasks] = cumulative.to(self.cumulative_losses)
         return weighted
 
@@ -113,16 +113,26 @@ def spectral(points: Array, num_groups: int) -> Indices:
     if len(np.unique(points)) <= num_groups or num_groups == 1:
         return k_means_1d(points, num_groups)
     distances = (points[:, None] - points) / points.std()
-    affinity = np.exp(-(distances**2)) + 1e-9  # Zero affinities would disconnect the graph
+    affinity = np.exp(-(distances**2)) + 1e-9  # zero affinities would disconnect the graph
     clustering = SpectralClustering(num_groups, affinity="precomputed", assign_labels="cluster_qr", random_state=0)
     labels: Indices = clustering.fit_predict(affinity).astype(np.intp)
     return labels
 
 
 def semidefinite(points: Array, num_groups: int) -> Indices:
-    """Group numbers by the semi-definite relaxation of k-means (Peng & Wei, SIAM J. Optim. 2007). Shape (K,).
+    """Group numbers by the semi-definite relaxation of k-means.
 
-    The relaxation is tight where groups are well apart; elsewhere it can return fewer groups than ``num_groups``.
+    The relaxation is tight if the groups are well separated. Otherwise it can return fewer groups than ``num_groups``.
+
+    Args:
+        points: Shape (K,).
+        num_groups: Number of groups, at least 1.
+
+    Returns:
+        Group of every number. Shape (K,).
+
+    Source:
+        Peng & Wei, "Approximating K-means-type Clustering via Semidefinite Programming", SIAM J. Optim. 2007.
     """
     import cvxpy as cp  # noqa: PLC0415 - an option, not a dependency
     from scipy.sparse.csgraph import connected_components  # noqa: PLC0415

@@ -1,8 +1,8 @@
-"""Weights by the gap that can still be closed."""
+"""Improvable gap balancing: larger weights for losses that are large relative to an early epoch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ class BaseLosses(nn.Module):
 
     Args:
         num_tasks: K.
-        epoch: The epoch, counted from 0. A task that is absent throughout it takes its first epoch after that.
+        epoch: The epoch, counted from 0. For a task that is absent from this epoch, its first later epoch counts.
         method: Name of the rule, for messages.
     """
 
@@ -43,7 +43,7 @@ class BaseLosses(nn.Module):
         self.register_buffer("epochs", torch.zeros((), dtype=torch.int64, device="cpu"))  # number of epochs that have ended
 
     def end_epoch(self, mean_losses: Tensor) -> None:
-        """Close an epoch; ``mean_losses`` (K,) are NaN for tasks that were never present."""
+        """Close an epoch with mean losses of shape (K,), NaN for tasks that were never present."""
         if self.epochs >= self.epoch:
             seen = values(mean_losses).nan_to_num(nan=1.0)  # an absent task has no mean that could be out of range
             require_above(seen, 0, self.method, DIVISION, ADD_CONSTANT, quantity="Mean loss")
@@ -64,9 +64,9 @@ class IGBv1(nn.Module):
 
     .. math:: \tilde L_k = w_k \log L_k, \qquad w = K \operatorname{softmax}(L / b)
 
-    with the mean losses b of epoch ``base_epoch``; all weights are 1 until that has ended. Weights sum to K and are constants;
-    gradients do not change when a loss is multiplied by a constant from the start. One task has weight 1. Absent tasks take
-    no part in the softmax.
+    with the mean losses b of epoch ``base_epoch``; all weights are 1 until the end of that epoch. Weights sum to K and are
+    constants. Gradients do not change when a loss is multiplied by a constant from the start. One task has weight 1. Absent
+    tasks take no part in the softmax.
 
     Args:
         num_tasks: K.
@@ -77,7 +77,7 @@ class IGBv1(nn.Module):
 
     Source:
         Dai, Fei & Lu, "Improvable Gap Balancing for Multi-Task Learning", UAI 2023, with the formulas of its code. Differs: the
-        base is measured by `end_epoch`, over the steps at which a task was present.
+        base losses are means over the steps at which a task was present.
     """
 
     needs_epochs = True
@@ -108,7 +108,7 @@ class IGBv1(nn.Module):
         return weigh(losses.log(), weights)
 
     def end_epoch(self, mean_losses: Tensor) -> None:
-        """Close an epoch; ``mean_losses`` (K,) are NaN for tasks that were never present."""
+        """Close an epoch with mean losses of shape (K,), NaN for tasks that were never present."""
         self.reference.end_epoch(mean_losses)
 
 
@@ -125,9 +125,9 @@ class IGBv2(nn.Module):
 
     .. math:: \tilde L_k = a_k \log L_k, \qquad a = K \operatorname{softmax}(u), \quad u \sim \mathcal N(\mu(L), \sigma(L))
 
-    The agent observes the losses L and is rewarded with the smallest relative improvement,
-    :math:`\min_k (L_k(t-1) - L_k(t)) / b_k`, with the mean losses b of epoch ``base_epoch``. From then on it stores
-    transitions; from the fourth epoch it trains every 50 steps; until the end of the fifth, weights are random. Weights
+    The agent observes the losses L. Its reward is the smallest relative improvement,
+    :math:`\min_k (L_k(t-1) - L_k(t)) / b_k`, with the mean losses b of epoch ``base_epoch``. After that epoch the agent stores
+    transitions. From the fourth epoch it trains every 50 steps. Until the end of the fifth epoch, weights are random. Weights
     are positive, sum to K and are constants. One task has weight 1. All tasks must be present at every step, since the losses
     are the agent's state.
 
@@ -137,15 +137,15 @@ class IGBv2(nn.Module):
         sac_lr: Learning rate of the agent.
         buffer_size: Number of transitions that the agent stores.
         official: Use the log-density of the authors' code.
-        seed: Seed of the agent, whose whole state is saved in the state_dict, as one uint8 tensor of fixed size.
+        seed: Seed of the agent. The state_dict contains the agent's whole state, as one uint8 tensor of fixed size.
 
     Raises:
         ValueError: If an option is out of range.
 
     Source:
         Dai, Fei & Lu, "Improvable Gap Balancing for Multi-Task Learning", UAI 2023, with networks, schedule and reward of its
-        code. Differs: the agent's log-density is that of u, where the code corrects for a tanh although it squashes with a
-        softmax; rewards are not multiplied by the ratio of initial and current learning rate; training on an empty buffer
+        code. Differs: the agent uses the log-density of u, where the code corrects for a tanh although it squashes with a
+        softmax. Rewards are not multiplied by the ratio of initial and current learning rate. Training on an empty buffer
         is no error.
     """
 
@@ -176,7 +176,7 @@ class IGBv2(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     def forward(self, losses: Losses) -> WeightedLosses:
-        """Return the weighted logarithms of the losses: the agent stores a transition, trains and acts.
+        """Return the weighted logarithms of the losses, after the agent has stored a transition, trained and acted.
 
         Args:
             losses: Positive values. Shape (K,).
@@ -202,19 +202,16 @@ class IGBv2(nn.Module):
         return weigh(losses.log(), action)
 
     def end_epoch(self, mean_losses: Tensor) -> None:
-        """Close an epoch. ``mean_losses``: shape (K,)."""
+        """Close an epoch with mean losses of shape (K,)."""
         self.reference.end_epoch(mean_losses)
 
     def get_extra_state(self) -> Tensor:
         """Return the state of the agent, for state_dict. Shape (n,), uint8."""
         return self.agent.state()
 
-    def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
-        """Restore the agent of a checkpoint; earlier versions saved a dict."""
-        if isinstance(state, dict):
-            self.agent.restore_dict(state)
-        else:
-            self.agent.restore(state)
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore the state of the agent, as `get_extra_state` returns it."""
+        self.agent.restore(state)
 
 
 def reward(before: Tensor, after: Tensor, base: Tensor) -> float:

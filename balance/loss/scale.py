@@ -1,4 +1,4 @@
-"""Losses brought to one scale."""
+"""Losses on one scale, by their logarithms."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def scaleinvls(losses: Losses, *, min_losses: list[float] | None = None, present
 
     .. math:: \tilde L_k = \log (L_k - b_k), \qquad \nabla \tilde L_k = \nabla L_k / (L_k - b_k)
 
-    With b = 0 the gradient does not change when a loss is multiplied by a positive constant. It does not equalise gradient
-    norms. A loss that approaches its bound gets a weight without bound, so a task that is fitted perfectly ends in an error; a
-    bound slightly below what can be reached, such as -1e-6, limits the weight.
+    With b = 0 the gradient does not change when a loss is multiplied by a positive constant. Gradient norms can still differ.
+    A loss that approaches its bound gets an unlimited weight, so a task that is fitted perfectly ends in an error. A bound
+    slightly below all reachable losses, such as -1e-6, limits the weight.
 
     Args:
         losses: Values above ``min_losses``. Shape (K,).

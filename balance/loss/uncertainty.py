@@ -1,4 +1,4 @@
-"""Losses divided by a noise level that is learned with the model."""
+"""Losses divided by a noise level that is trained with the model."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class UncertaintyWeighting(nn.Module):
 
     .. math:: \tilde L_k = \tfrac12 \left( e^{-s_k} L_k + s_k \right)
 
-    The weight of a task is :math:`\tfrac12 e^{-s_k}`, at the optimum :math:`1 / (2 L_k)`. The log-variances are parameters:
-    give ``balancer.parameters()`` to the optimizer, without weight decay, which would pull every weight to one half. A
-    loss that stays negative drives its s to minus infinity.
+    The weight of a task is :math:`\tfrac12 e^{-s_k}`, at the optimum :math:`1 / (2 L_k)`. The log-variances are parameters, so
+    the optimizer needs ``balancer.parameters()``, without weight decay, which would pull every weight to one half. A loss
+    that stays negative drives its s to minus infinity.
 
     Args:
         num_tasks: K.
@@ -38,7 +38,7 @@ class UncertaintyWeighting(nn.Module):
 
     Source:
         Kendall, Gal & Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses", CVPR 2018, eq. (10). As in every
-        published code the regression form serves for all tasks (the paper has no 1/2 before a classification loss).
+        published code, all tasks have the regression form; the paper has no factor 1/2 before a classification loss.
     """
 
     def __init__(self, num_tasks: int, init: float = 0.0) -> None:
@@ -49,7 +49,7 @@ class UncertaintyWeighting(nn.Module):
         self.log_variances = nn.ParameterList(torch.tensor(float(init), dtype=dtype, device="cpu") for _ in range(num_tasks))
 
     def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
-        """Divide the losses by their learned variances and add the log-variances.
+        """Return the losses divided by their learned variances, plus the log-variances.
 
         Args:
             losses: Finite values of the present tasks. Shape (K,).
