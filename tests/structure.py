@@ -79,9 +79,9 @@ TO_DO: dict[str, set[str]] = {
     },
     "file": {
         "balance/diagnosis/diagnose.py", "experiments/sweep.py",
-        "tests/test_balancer.py", "tests/test_compose.py", "tests/test_diagnosis.py", "tests/test_engine.py",
-        "tests/test_experiments.py", "tests/test_multimnist.py", "tests/test_splitter.py", "tests/test_steps.py",
-        "tests/test_sweep.py", "tests/test_trainer.py",
+        "tests/test_engine.py",
+        "tests/test_multimnist.py", "tests/test_steps.py",
+        "tests/test_sweep.py",
     },
     "docstring": {
         "balance/config.py", "balance/diagnosis/", "balance/engine/", "balance/gradient/", "balance/profiling.py",
