@@ -5,7 +5,7 @@ from torch import nn
 import balance
 from experiments.problems import cityscapes, nyuv2
 from experiments.problems.base import Network
-from experiments.problems.dense.model import NAMES, Heads, UnitLength
+from experiments.problems.dense.model import NAMES, UnitLength, build_heads
 from experiments.problems.dense.mtan import MTAN
 from experiments.problems.dense.segnet import SegNet
 
@@ -118,7 +118,7 @@ def test_convolutions_begin_xavier_normal_without_bias():
 
 
 def test_what_each_loss_reaches_in_a_segnet():
-    network = SegNet(NARROW, SHALLOW), Heads(4, {"segmentation": 13, "depth": 1, "normals": 3})
+    network = SegNet(NARROW, SHALLOW), build_heads(4, {"segmentation": 13, "depth": 1, "normals": 3})
     network[1](network[0](torch.rand(2, 3, 16, 16)))["depth"].mean().backward()
     assert all(parameter.grad is not None for parameter in network[0].parameters())
     assert {name.partition(".")[0] for name, parameter in network[1].named_parameters() if parameter.grad is not None} == {
@@ -129,7 +129,7 @@ def test_what_each_loss_reaches_in_a_segnet():
 def test_what_each_loss_reaches_in_an_mtan():
     """All of the trunk counts as shared, but of the masks a task reaches its own only."""
     torch.manual_seed(0)
-    trunk, heads = MTAN(3, NARROW, SHALLOW), Heads(4, {"segmentation": 13, "depth": 1, "normals": 3})
+    trunk, heads = MTAN(3, NARROW, SHALLOW), build_heads(4, {"segmentation": 13, "depth": 1, "normals": 3})
     features = trunk(torch.rand(2, 3, 16, 24))
     assert [tuple(own.shape) for own in features] == 3 * [(2, 4, 16, 24)]
     heads(features)["depth"].mean().backward()
@@ -216,7 +216,7 @@ def test_a_vector_without_direction_is_zero_and_has_a_finite_gradient():
 @pytest.mark.parametrize("trunk", [SegNet(NARROW, SHALLOW), MTAN(3, NARROW, SHALLOW)], ids=["segnet", "mtan"])
 def test_a_balanced_step_with_the_representation_of_each_network(trunk, source):
     torch.manual_seed(0)
-    network = Network(trunk, Heads(NARROW[0], {"segmentation": 13, "depth": 1, "normals": 3}))
+    network = Network(trunk, build_heads(NARROW[0], {"segmentation": 13, "depth": 1, "normals": 3}))
     images = torch.rand(2, 3, 16, 24)
     normals = nn.functional.normalize(torch.rand(2, 3, 16, 24), dim=1)
     batch = (images, torch.randint(13, (2, 16, 24)), torch.rand(2, 1, 16, 24), normals)
@@ -236,7 +236,7 @@ def test_features_given_as_a_hint_change_no_gradient():
     gradients = []
     for hint in (False, True):
         torch.manual_seed(3)
-        network = Network(MTAN(2, NARROW, SHALLOW), Heads(NARROW[0], cityscapes.model.OUTPUTS))
+        network = Network(MTAN(2, NARROW, SHALLOW), build_heads(NARROW[0], cityscapes.model.OUTPUTS))
         batch = (torch.rand(2, 3, 16, 16), torch.randint(7, (2, 16, 16)), torch.rand(2, 1, 16, 16))
         features = network.trunk(batch[0])
         losses = cityscapes.losses(network.heads(features), batch)

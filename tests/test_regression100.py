@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from balance import Balancer
-from experiments.problems.regression100 import TASKS, DataConfig, ModelConfig, build_model, load, losses, metrics, targets
+from experiments.problems.regression100 import TASKS, DataConfig, build_model, load, losses, metrics, targets
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +13,7 @@ def batch():
 def train(balancer, batch, steps):
     """Losses before each step (steps, 100), and the layer."""
     torch.manual_seed(0)
-    model = build_model(ModelConfig())
+    model = build_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     seen = []
     for _ in range(steps):

@@ -57,7 +57,7 @@ def shipped_for(experiment: str, common: Settings) -> Reference | None:
 def of_paper(experiment: str, common: Settings) -> Reference | None:
     """The published single-task numbers, for runs of the published protocol on the data set itself; else None."""
     settings = dict(common)
-    on_disk = getattr(experiments.find(experiment), "ON_DISK", None)
+    on_disk = experiments.find(experiment).ON_DISK
     if settings.get("protocol") != "paper" or settings.get("data.source") != on_disk or experiment not in published.names():
         return None
     fitting = [table for table in published.of(experiment) if not table.differences(settings)]

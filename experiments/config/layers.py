@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from experiments.problems.base import Experiment
+    from experiments.problems.base import Problem
 
 Settings = dict[str, Any]  # nested as the configuration is
 
@@ -85,9 +85,9 @@ def read_file(name: str) -> ProblemFile:
     return ProblemFile(content, methods or {}, on_disk or {}, paper, paper_methods)
 
 
-def on_disk_layers(experiment: Experiment, file: ProblemFile, values: Mapping[str, str]) -> list[Settings]:
+def on_disk_layers(experiment: Problem, file: ProblemFile, values: Mapping[str, str]) -> list[Settings]:
     """Return the layers for the data set itself, which ``data.path``, ``data.source`` or ``protocol=paper`` select."""
-    on_disk = getattr(experiment, "ON_DISK", None)
+    on_disk = experiment.ON_DISK
     if on_disk is None:
         return []
     implied = "data.source" not in values and values.get("data.path", "null") not in ("null", "")
@@ -96,7 +96,7 @@ def on_disk_layers(experiment: Experiment, file: ProblemFile, values: Mapping[st
     return [*layers, file.on_disk] if reads_data_set or is_paper(values) else layers
 
 
-def paper_layers(experiment: Experiment, file: ProblemFile, values: Mapping[str, str]) -> list[Settings]:
+def paper_layers(experiment: Problem, file: ProblemFile, values: Mapping[str, str]) -> list[Settings]:
     """Return the layers for the published protocol and for the chosen methods in it."""
     if not is_paper(values) or file.paper is None:
         return []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from balance.config import StageConfig, methods_schema, setting
 
 if TYPE_CHECKING:
-    from experiments.problems.base import Experiment
+    from experiments.problems.base import Problem
 
 Protocol = Literal["sound", "paper"]
 
@@ -66,15 +66,13 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def config_schema(experiment: Experiment, loss_method: str, gradient_method: str | None) -> type[RunConfig]:
+def config_schema(experiment: Problem, loss_method: str, gradient_method: str | None) -> type[RunConfig]:
     """Return `RunConfig` with the options of the two methods, of the problem's data and of its network.
 
     Raises:
         ValueError: If a method is unknown.
     """
     loss, gradient = methods_schema(loss_method, gradient_method)
-    groups = {"loss": loss, "gradient": gradient, "data": experiment.DataConfig}
-    if hasattr(experiment, "ModelConfig"):
-        groups["model"] = experiment.ModelConfig
+    groups = {"loss": loss, "gradient": gradient, "data": experiment.DataConfig, "model": experiment.ModelConfig}
     entries = [(name, group, field(default_factory=group)) for name, group in groups.items()]
     return make_dataclass("Config", entries, bases=(RunConfig,))

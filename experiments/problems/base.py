@@ -1,47 +1,44 @@
-"""What the trainer asks of an experiment's folder, which is a module with these names."""
+"""The contract of a problem, and the problems by name: every folder here with a ``config.yaml``.
+
+To add a problem, add a folder whose ``__init__.py`` exports the attributes of `Problem`. The first line of its docstring is the
+description of the problem in lists.
+"""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import warnings
 from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from balance.messages import unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
+    from types import ModuleType
 
-    from torch import Tensor
     from torch.utils.data import Dataset
     from torchmetrics import Metric
 
 FOLDER = Path(__file__).resolve().parent
 
-# Inputs first, then what the losses need: tensors, or whatever else has a method ``to(device)``, such as a batch of graphs
-Batch = tuple[Any, ...]
-
-
-@contextmanager
-def by_design() -> Iterator[None]:
-    """Silence warnings about what experiments do on purpose: published codes share whole networks, and epochs can be long."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="shared must hold parameters that several tasks reach")
-        warnings.filterwarnings("ignore", message=r"The loss balancer .* needs balancer\.end_epoch\(\)")
-        yield
+# The inputs, then the data that the losses need: tensors, or objects with a method ``to(device)`` such as a batch of graphs
+Batch: TypeAlias = tuple[Any, ...]
+ByTask: TypeAlias = dict[str, Tensor]
 
 
 class Splits(NamedTuple):
     """Data sets whose items are batches when they are indexed with a list.
 
-    One whose items change from epoch to epoch has ``set_epoch(epoch)``, which is called before each, so that worker processes
-    know. Validation and test may be one object.
+    A data set whose items change from epoch to epoch has a method ``set_epoch(epoch)``. It is called before each epoch, so that
+    worker processes receive the epoch too. Validation and test may be one object.
     """
 
     train: Dataset[Batch]
@@ -50,9 +47,9 @@ class Splits(NamedTuple):
 
 
 class Network(nn.Module):
-    """A shared trunk, whose outputs are the features, and heads, which make of them the outputs by task.
+    """A shared trunk, whose outputs are the features, and heads, which map the features to outputs by task.
 
-    Features are a tensor, or several in sequences or dicts.
+    Features are a tensor, or several tensors in sequences or dicts.
     """
 
     def __init__(self, trunk: nn.Module, heads: nn.Module) -> None:
@@ -60,79 +57,154 @@ class Network(nn.Module):
         self.trunk = trunk
         self.heads = heads
 
-    def forward(self, inputs: Any) -> dict[str, Tensor]:
-        """Outputs by task."""
-        outputs: dict[str, Tensor] = self.heads(self.trunk(inputs))
+    def forward(self, inputs: Any) -> ByTask:
+        """Return outputs by task."""
+        outputs: ByTask = self.heads(self.trunk(inputs))
         return outputs
 
 
-class Experiment(Protocol):
-    """A folder under ``experiments``. Beside the names below it may have others.
+class Heads(nn.ModuleDict):
+    """One head per task, so that the gradient of a task does not reach the heads of the other tasks."""
 
-    ``ModelConfig``: a dataclass, which ``build_model`` is then given; the group ``model`` of the configuration.
+    def forward(self, features: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]) -> ByTask:
+        """Return outputs by task.
 
-    ``ON_DISK``: the ``source``, among those of ``DataConfig``, that ``data.path`` implies.
+        Args:
+            features: The input of all heads, or one input per task: in the order of the tasks, or by task.
 
-    ``score(metrics)``: a number by which the best epoch is chosen, the least one being the best, in place of delta_m.
+        Returns:
+            The output of each head.
+        """
+        if isinstance(features, Tensor):
+            features = (features,) * len(self)
+        if isinstance(features, tuple):
+            features = dict(zip(self, features, strict=True))
+        return {task: head(features[task]) for task, head in self.items()}
 
-    ``DataConfig`` may have an entry ``protocol``, and ``losses`` and ``metrics`` a parameter of that name: ``"sound"``, or
-    ``"paper"`` for what the published codes do in another way.
+
+class ScalarHead(nn.Linear):
+    """A linear head with one output."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return one number for each sample. Shape (B, width) -> (B,)."""
+        return super().forward(features).squeeze(1)
+
+
+@dataclass
+class NoOptions:
+    """The group ``model`` of a problem that offers no choice of the network."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A multi-task problem: names that its folder exports, with defaults for names that a folder may leave out.
+
+    Attributes:
+        TASKS: Names of the tasks.
+        HIGHER_IS_BETTER: Names of the metrics whose best value is the highest.
+        DataConfig: A dataclass, the group ``data`` of a configuration. It may have an entry ``protocol``.
+        load: Return the data that a ``DataConfig`` describes.
+        build_model: Return a freshly initialised network. It takes a ``ModelConfig`` if the folder exports one.
+        losses: Return the scalar task losses of a batch, from outputs by task and the batch. A task may be left out if nothing
+            in the batch counts for it. With a parameter ``protocol``: ``"sound"``, or ``"paper"`` as the published codes do it.
+        metrics: Return fresh metrics by name, which is ``<task>/<metric>``. It may have a parameter ``protocol`` as well. A
+            metric may have a method ``remark()``, which returns a note on its value or an empty text.
+        targets: Return by task the part of a batch that the metrics compare outputs with.
+        ModelConfig: A dataclass, the group ``model`` of a configuration.
+        ON_DISK: The value of ``data.source`` that ``data.path`` implies; None if the problem reads no files.
+        score: Return the number by which the best epoch is chosen, the lowest, from its validation metrics; None for delta_m.
     """
 
     TASKS: tuple[str, ...]
-    HIGHER_IS_BETTER: frozenset[str]  # among the metrics, which are named <task>/<metric>
+    HIGHER_IS_BETTER: frozenset[str]
     DataConfig: type
-
-    def load(self, config: object) -> Splits:
-        """The data that a ``DataConfig`` describes."""
-
-    @property
-    def build_model(self) -> Callable[..., Network]:
-        """A freshly initialised network, from a ``ModelConfig`` where the experiment has one."""
-
-    def losses(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """The K task losses of a batch, scalars; a task for which nothing in the batch counts may be left out."""
-
-    def metrics(self) -> dict[str, Metric]:
-        """Fresh metrics by name. One may have a method ``remark()``: words about its value, or none."""
-
-    def targets(self, batch: Batch) -> dict[str, Tensor]:
-        """What the metrics compare the outputs with, by task."""
+    load: Callable[[Any], Splits]
+    build_model: Callable[[Any], Network]
+    losses: Callable[[ByTask, Batch], ByTask]
+    metrics: Callable[[], dict[str, Metric]]
+    targets: Callable[[Batch], ByTask]
+    ModelConfig: type = NoOptions
+    ON_DISK: str | None = None
+    score: Callable[[Mapping[str, float]], float] | None = None
 
 
 def names() -> tuple[str, ...]:
-    """Names of the experiments: the folders with a configuration."""
+    """Return the names of the problems: the folders with a configuration."""
     return tuple(sorted(file.parent.name for file in FOLDER.glob("*/config.yaml")))
 
 
-def find(name: str) -> Experiment:
-    """The experiment called ``name``.
+def summaries() -> dict[str, str]:
+    """Return the first line of every problem's docstring by name; nothing is imported."""
+    sources = {name: (FOLDER / name / "__init__.py").read_text(encoding="utf-8") for name in names()}
+    return {name: (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0] for name, source in sources.items()}
+
+
+def find(name: str) -> Problem:
+    """Import a problem.
 
     Raises:
-        ValueError: If there is none.
-        ModuleNotFoundError: If it needs a library that is not installed.
+        ValueError: If there is no such problem, or its folder does not export a name that a problem must have.
+        ModuleNotFoundError: If the problem needs a library that is not installed.
     """
     if name not in names():
         raise ValueError(unknown("experiment", name, names()))
     try:
-        return cast("Experiment", import_module(f"experiments.problems.{name}"))
+        return _problem(import_module(f"{__package__}.{name}"))
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] in ("experiments", "balance"):  # which says by itself what to do
+        if error.name is None or error.name.partition(".")[0] in ("experiments", "balance"):  # its message has the remedy
             raise
         message = f"The experiment '{name}' needs {error.name}: pip install 'mtl-balance[experiments]'."
         raise ModuleNotFoundError(message) from None
 
 
-def under(protocol: str, experiment: Experiment) -> Experiment:
-    """The experiment, with losses and metrics as a protocol has them, where they know it."""
-    bound = {
-        name: partial(getattr(experiment, name), protocol=protocol)
-        for name in ("losses", "metrics")
-        if "protocol" in inspect.signature(getattr(experiment, name)).parameters
+def _problem(folder: ModuleType) -> Problem:
+    """Return the problem that a folder exports."""
+    exported = {entry.name: vars(folder)[entry.name] for entry in fields(Problem) if entry.name in vars(folder)}
+    missing = [entry.name for entry in fields(Problem) if entry.default is MISSING and entry.name not in exported]
+    if missing:
+        raise ValueError(f"{folder.__file__} must export all names of a problem, but lacks {', '.join(missing)}.")
+    if "ModelConfig" not in exported:
+        build = exported["build_model"]
+        exported["build_model"] = lambda _: build()
+    return Problem(**exported)
+
+
+def under(protocol: str, problem: Problem) -> Problem:
+    """Return a problem with the losses and metrics of a protocol, where these depend on the protocol."""
+    functions: dict[str, Callable[..., Any]] = {"losses": problem.losses, "metrics": problem.metrics}
+    bound: dict[str, Any] = {
+        name: partial(function, protocol=protocol)
+        for name, function in functions.items()
+        if "protocol" in inspect.signature(function).parameters
     }
-    return cast("Experiment", SimpleNamespace(**(vars(experiment) | bound)))
+    return replace(problem, **bound)
 
 
-def build_network(experiment: Experiment, config: Any) -> Network:
-    """The network of an experiment, from the group ``model`` of a configuration where there is one."""
-    return experiment.build_model(config.model) if hasattr(experiment, "ModelConfig") else experiment.build_model()
+def check_source(source: str, path: str | None, on_disk: str, content: str) -> None:
+    """Check that ``data.path`` is given if, and only if, ``data.source`` is the data set on disk.
+
+    Args:
+        source: Value of ``data.source``.
+        path: Value of ``data.path``.
+        on_disk: The source that is read from a folder.
+        content: Content of that folder, for messages.
+
+    Raises:
+        ValueError: If only one of the two is given.
+    """
+    if source == on_disk and path is None:
+        raise ValueError(f"data.path must be the folder with {content}, but got None. Set data.path=FOLDER.")
+    if source != on_disk and path is not None:
+        raise ValueError(f"data.source must be {on_disk} where data.path is given, but got {source}. Leave one of them out.")
+
+
+@contextmanager
+def by_design() -> Iterator[None]:
+    """Silence warnings about deliberate choices of problems: published codes share whole networks, and epochs can be long."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="shared must hold parameters that several tasks reach")
+        warnings.filterwarnings("ignore", message=r"The loss balancer .* needs balancer\.end_epoch\(\)")
+        yield

@@ -74,7 +74,7 @@ class Selection:
 
     def score(self, metrics: Mapping[str, float]) -> float:
         """Return the score of an epoch; a smaller one is better."""
-        if hasattr(self.run.experiment, "score"):
+        if self.run.experiment.score is not None:
             return float(self.run.experiment.score(self.trained_only(metrics)))
         delta_m = self.delta_m(metrics)
         if delta_m is not None:

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from balance import Balancer
-    from experiments.problems.base import Batch, Experiment, Network, Splits
+    from experiments.problems.base import Batch, Network, Problem, Splits
 
 
 class Run(NamedTuple):
     """Configuration, data, network and balancer of a training run, and the places for its output."""
 
     config: DictConfig
-    experiment: Experiment
+    experiment: Problem
     data: Splits
     batches: DataLoader[Batch]  # of the training data
     model: Network
@@ -67,7 +67,7 @@ def build(config: DictConfig, console: Console | None = None) -> Run:
     torch.manual_seed(config.seed)
     data = experiment.load(config.data)
     batches = training_batches(data.train, config)
-    model = experiments.build_network(experiment, config).to(config.device)
+    model = experiment.build_model(config.model).to(config.device)
     measured(dict(model.trunk.named_parameters()), config.balancer.measure)  # refuses patterns that fit no parameter
     return Run(config, experiment, data, batches, model, balancer, Path(config.output_dir), console or Console())
 

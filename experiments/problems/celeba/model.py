@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import nn
 
-from experiments.problems.base import Network
+from experiments.problems.base import Heads, Network, ScalarHead
 from experiments.problems.celeba.tasks import TASKS
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass
@@ -22,11 +19,11 @@ class ModelConfig:
 
 
 class Shape(NamedTuple):
-    """What differs between the networks."""
+    """Sizes of a network."""
 
     stages: tuple[tuple[int, ...], ...]  # channels of the convolutions; images are halved between stages
     stride: int  # of the first convolution
-    pooled: int  # side of what the last stage is averaged to
+    pooled: int  # side of the map to which the output of the last stage is averaged
     hidden: tuple[int, ...]  # widths of the fully connected layers
 
 
@@ -36,30 +33,27 @@ SHAPES = {
 }
 
 
-class Heads(nn.ModuleDict):
-    """One linear head per task, each of its own, so that a task's gradient does not touch the other heads."""
-
-    def forward(self, features: Tensor) -> dict[str, Tensor]:
-        """Logits by task. Shape (B, F) -> (B,)."""
-        return {task: head(features).squeeze(1) for task, head in self.items()}
-
-
 def build_model(config: ModelConfig | None = None) -> Network:
-    """A freshly initialised network for images (B, 3, 64, 64).
+    """Return a freshly initialised network: images (B, 3, 64, 64) to logits (B,) by task.
+
+    Args:
+        config: The network; the small one by default.
+
+    Returns:
+        The network.
 
     Raises:
         ValueError: If there is no network of that name.
 
     Source:
-        The 9 layers of the FAMO repository (Liu et al., NeurIPS 2023), seven of them convolutions. Differs: heads give logits,
-        of which the loss takes the sigmoid.
+        The 9 layers of the FAMO repository (Liu et al., NeurIPS 2023), seven of them convolutions. Differs: heads return
+        logits, and the loss takes their sigmoid.
     """
     name = (config or ModelConfig()).name
     if name not in SHAPES:
         raise ValueError(f"model.name must be one of {', '.join(SHAPES)}, but got '{name}'.")
     shape = SHAPES[name]
-    width = shape.hidden[-1]
-    return Network(_trunk(shape), Heads({task: nn.Linear(width, 1) for task in TASKS}))
+    return Network(_trunk(shape), Heads({task: ScalarHead(shape.hidden[-1]) for task in TASKS}))
 
 
 def _trunk(shape: Shape) -> nn.Sequential:

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
-from experiments.problems.base import Network
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from experiments.problems.base import Heads, Network
 
 WIDTH = 16
 FEATURES = 64
 OUTPUTS = {"left": 10, "right": 10, "sum": 1, "reconstruction": 64}
 
 
-class LinearHeads(nn.ModuleDict):
-    """One linear head per task, on the shared features."""
-
-    def forward(self, features: Tensor) -> dict[str, Tensor]:
-        """Outputs by task. Shape (B, FEATURES) -> (B, outputs of the task)."""
-        return {task: head(features) for task, head in self.items()}
-
-
 def build_model() -> Network:
-    """A freshly initialised network for canvases (B, 1, 12, 12).
+    """Return a freshly initialised network for canvases (B, 1, 12, 12), with outputs (B, outputs of the task).
 
-    The trunk has 23 296 parameters, few enough that the four tasks compete for it.
+    The trunk has 23 296 parameters, so few that the four tasks compete for them.
+
+    Returns:
+        The network.
     """
     trunk = nn.Sequential(
         nn.Conv2d(1, WIDTH, 3, padding=1),
@@ -40,4 +30,4 @@ def build_model() -> Network:
         nn.Linear(2 * WIDTH * 9, FEATURES),
         nn.ReLU(),
     )
-    return Network(trunk, LinearHeads({task: nn.Linear(FEATURES, size) for task, size in OUTPUTS.items()}))
+    return Network(trunk, Heads({task: nn.Linear(FEATURES, size) for task, size in OUTPUTS.items()}))

@@ -10,7 +10,7 @@ from torch import nn
 from balance import gradient_balancers
 from balance.messages import unknown
 from balance.splitter.splitter import Splitter
-from experiments.problems.base import Network
+from experiments.problems.base import Heads, Network
 from experiments.problems.multimnist.data import CLASSES
 from experiments.problems.multimnist.tasks import TASKS
 
@@ -35,10 +35,10 @@ class ModelConfig:
     Attributes:
         name: ``"small"``, for digits on 10 x 12 pixels, or ``"demo"``, the published one for MNIST on 28 x 28.
         width: Channels of the small network's first convolution. 8 are so few that the tasks compete for them.
-        splitter: What balances the gradients of the features, if anything: a name of `SPLITTERS` or a gradient balancer.
-        shared: What a gradient balancer takes for shared: the ``"trunk"``, or ``"everything"``, the heads included, whose
-            gradients then count in the lengths of the tasks' gradients and get the tasks' weights.
-        splitter_seed: Of projections in random order.
+        splitter: Balancer of the gradients of the features, if any: a name of `SPLITTERS` or a gradient balancer.
+        shared: The parameters that a gradient balancer treats as shared: the ``"trunk"``, or ``"everything"``, which includes
+            the heads. Their gradients then count in the lengths of the tasks' gradients and get the tasks' weights.
+        splitter_seed: Seed of projections in random order.
     """
 
     name: str = "small"
@@ -49,35 +49,41 @@ class ModelConfig:
 
 
 class Canvases(nn.Module):
-    """Lets canvases of the right size pass."""
+    """Refuse canvases of a wrong size; return all others unchanged."""
 
     def __init__(self, rows: int, columns: int, remedy: str) -> None:
         super().__init__()
         self.size, self.remedy = (1, rows, columns), remedy
 
     def forward(self, canvases: Tensor) -> Tensor:
-        """The canvases as they are. Shape (B, 1, rows, columns)."""
+        """Return the canvases. Shape (B, 1, rows, columns)."""
         if canvases.shape[1:] != self.size:
             raise ValueError(f"Canvases must have shape {self.size}, but got {tuple(canvases.shape[1:])}. Use {self.remedy}.")
         return canvases
 
 
-class Heads(nn.Module):
-    """A head for each task, on the features or on the task's view of them."""
+class SplitHeads(nn.Module):
+    """Heads, and a splitter before them if there is one."""
 
     def __init__(self, of_task: Mapping[str, nn.Module], splitter: Splitter | None) -> None:
         super().__init__()
         self.splitter = splitter
-        self.of_task = nn.ModuleDict(of_task)
+        self.of_task = Heads(of_task)
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
-        """Logits, or their log-softmax, by task. Shape (B, F) -> (B, 10)."""
-        views = dict.fromkeys(self.of_task, features) if self.splitter is None else self.splitter(features)
-        return {task: head(views[task]) for task, head in self.of_task.items()}
+        """Return logits, or their log-softmax, by task. Shape (B, F) -> (B, 10)."""
+        outputs: dict[str, Tensor] = self.of_task(features if self.splitter is None else self.splitter(features))
+        return outputs
 
 
 def build_model(config: ModelConfig | None = None) -> Network:
-    """A freshly initialised network.
+    """Return a freshly initialised network.
+
+    Args:
+        config: The network; the small one without a splitter by default.
+
+    Returns:
+        The network.
 
     Raises:
         ValueError: If a name is unknown or the width is not positive.
@@ -90,15 +96,22 @@ def build_model(config: ModelConfig | None = None) -> Network:
         raise ValueError(f"model.width must be at least 1, but got {config.width}.")
     splitter = None if config.splitter is None else build_splitter(config.splitter, config.splitter_seed)
     trunk = small_trunk(config.width) if config.name == "small" else demo_trunk()
-    heads = Heads({task: nn.Linear(64, CLASSES) if config.name == "small" else demo_head() for task in TASKS}, splitter)
+    heads = SplitHeads({task: nn.Linear(64, CLASSES) if config.name == "small" else demo_head() for task in TASKS}, splitter)
     return Network(trunk, heads) if config.shared == "trunk" else Network(nn.Sequential(trunk, heads), nn.Identity())
 
 
 def build_splitter(name: str, seed: int = 0) -> Splitter:
-    """The splitter called ``name``: of the published comparison, or one with a gradient balancer.
+    """Return a splitter of the published comparison, or one with a gradient balancer.
+
+    Args:
+        name: A name of `SPLITTERS` or a gradient balancer.
+        seed: Seed of projections in random order.
+
+    Returns:
+        The splitter of the two tasks.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no splitter of that name.
     """
     if name not in SPLITTERS and name not in gradient_balancers:
         raise ValueError(unknown("model.splitter", name, (*SPLITTERS, *gradient_balancers.names())))
@@ -107,7 +120,7 @@ def build_splitter(name: str, seed: int = 0) -> Splitter:
 
 
 def small_trunk(width: int) -> nn.Sequential:
-    """Canvases (B, 1, 10, 12) -> features (B, 64)."""
+    """Return the trunk for scikit-learn's digits: canvases (B, 1, 10, 12) to features (B, 64)."""
     return nn.Sequential(
         Canvases(10, 12, "model.name=demo for MNIST"),
         nn.Conv2d(1, width, 3, padding=1),
@@ -124,7 +137,7 @@ def small_trunk(width: int) -> nn.Sequential:
 
 
 def demo_trunk() -> nn.Sequential:
-    """Canvases (B, 1, 28, 28) -> features (B, 128)."""
+    """Return the published trunk for MNIST: canvases (B, 1, 28, 28) to features (B, 128)."""
     return nn.Sequential(
         Canvases(28, 28, "model.name=small for scikit-learn's digits"),
         nn.Conv2d(1, 10, 5),
@@ -144,7 +157,7 @@ def demo_trunk() -> nn.Sequential:
 
 
 def demo_head() -> nn.Sequential:
-    """Features (B, 128) -> log-probabilities (B, 10)."""
+    """Return a published head: features (B, 128) to log-probabilities (B, 10)."""
     return nn.Sequential(
         nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, CLASSES), nn.LogSoftmax(dim=1)
     )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch_geometric.nn.aggr import Set2Set
 
-from experiments.problems.base import Network
+from experiments.problems.base import Heads, Network, ScalarHead
 from experiments.problems.quantum_chemistry.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -38,15 +38,7 @@ def build_model(config: ModelConfig | None = None) -> Network:
     dim = (config or ModelConfig()).dim
     if dim < 1:
         raise ValueError(f"model.dim must be at least 1, but got {dim}.")
-    return Network(MessagePassing(dim), ScalarHeads({task: nn.Linear(dim, 1) for task in TASKS}))
-
-
-class ScalarHeads(nn.ModuleDict):
-    """One linear head per task, on the representation of the molecule."""
-
-    def forward(self, features: Tensor) -> dict[str, Tensor]:
-        """Outputs by task. Shape (B, dim) -> (B,)."""
-        return {task: head(features).squeeze(1) for task, head in self.items()}
+    return Network(MessagePassing(dim), Heads({task: ScalarHead(dim) for task in TASKS}))
 
 
 class MessagePassing(nn.Module):

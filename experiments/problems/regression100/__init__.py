@@ -12,7 +12,7 @@ Source: the demonstration in the stand-alone famo.py of the repository Cranial-X
 """
 
 from experiments.problems.regression100.data import DataConfig, load
-from experiments.problems.regression100.model import ModelConfig, build_model
+from experiments.problems.regression100.model import build_model
 from experiments.problems.regression100.tasks import HIGHER_IS_BETTER, TASKS, losses, metrics, targets
 
-__all__ = ["HIGHER_IS_BETTER", "TASKS", "DataConfig", "ModelConfig", "build_model", "load", "losses", "metrics", "targets"]
+__all__ = ["HIGHER_IS_BETTER", "TASKS", "DataConfig", "build_model", "load", "losses", "metrics", "targets"]

@@ -1,8 +1,7 @@
-"""One linear layer, each of whose outputs is a task."""
+"""One linear layer; each of its outputs is a task."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -15,19 +14,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass
-class ModelConfig:
-    """There is nothing to choose."""
-
-
 class Columns(nn.Module):
-    """The outputs one by one; no parameters."""
+    """Separate the outputs of the layer; no parameters."""
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
-        """Outputs by task. Shape (B, 100) -> (B,)."""
+        """Return outputs by task. Shape (B, 100) -> (B,)."""
         return dict(zip(TASKS, features.unbind(dim=1), strict=True))
 
 
-def build_model(config: ModelConfig | None = None) -> Network:  # noqa: ARG001 - every experiment is asked the same way
-    """A freshly initialised layer. Its weight is shared by all tasks, each of which reaches a row of its own."""
+def build_model() -> Network:
+    """Return a freshly initialised layer. All tasks share its weight, but each task reaches only one row."""
     return Network(nn.Linear(INPUTS, OUTPUTS), Columns())
