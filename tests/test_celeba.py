@@ -162,9 +162,9 @@ def test_damaged_files_are_named(root, config, damage):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": "celeba"}, r"data\.path="),
+        ({"source": "celeba"}, r"Anno, Eval and Img in it, but got None\. Set data\.path="),
         ({"source": "faces"}, "must be synthetic or celeba, but got 'faces'"),
-        ({"path": "somewhere"}, r"data\.source=celeba"),
+        ({"path": "somewhere"}, r"data\.source must be celeba where data\.path is given"),
         ({"workers": 0}, r"data\.workers must be at least 1"),
         ({"test_images": 0}, "at least one image"),
     ],

@@ -150,8 +150,8 @@ def test_labels_out_of_range_are_named(official, value):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": "files"}, "needs data.path=FOLDER"),
-        ({"path": "somewhere"}, "goes with data.source=files"),
+        ({"source": "files"}, "must be the folder with train and val in it, but got None. Set data.path=FOLDER"),
+        ({"path": "somewhere"}, "data.source must be files where data.path is given, but got scenes"),
         ({"source": "files", "path": "/nowhere"}, "no folder /nowhere/train/image.*train and val"),
         ({"num_train": 0}, "data.num_train must be at least 1"),
         ({"seed": -1}, "data.seed must not be negative"),

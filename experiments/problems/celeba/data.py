@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from experiments.datasets import image_cache
 from experiments.datasets.faces import layout, synthetic
-from experiments.problems.base import Splits
+from experiments.problems.base import Splits, check_source
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -98,14 +98,11 @@ def load(config: DataConfig) -> Splits:
 
 def _root(config: DataConfig, folder: Path) -> Path:
     """Folder of the data set; drawn images are written if they are not there."""
-    if config.source == "celeba":
-        if config.path is None:
-            raise ValueError("data.source=celeba needs the folder of CelebA: data.path=... with Anno, Eval and Img in it.")
-        return Path(config.path).expanduser()
-    if config.source != "synthetic":
+    if config.source not in ("synthetic", ON_DISK):
         raise ValueError(f"data.source must be synthetic or celeba, but got '{config.source}'.")
+    check_source(config.source, config.path, ON_DISK, "Anno, Eval and Img in it")
     if config.path is not None:
-        raise ValueError(f"data.path={config.path} is not read by data.source=synthetic. Say data.source=celeba.")
+        return Path(config.path).expanduser()
     return synthetic.written(folder, (config.train_images, config.validation_images, config.test_images), config.seed)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from experiments.datasets.rooms.storage import cached
-from experiments.problems.base import Splits
+from experiments.problems.base import Splits, check_source
 from experiments.problems.dense.augmentation import Augmented
 from experiments.problems.dense.files import Files, count
 
@@ -97,12 +97,7 @@ def load_dense(config: DenseDataConfig, layout: Layout, scenes: Scenes) -> Split
 
 def check(config: DenseDataConfig) -> None:
     """Entries that contradict each other or are out of range are errors."""
-    if config.source == "files" and config.path is None:
-        raise ValueError("data.source=files needs data.path=FOLDER, the folder that has train and val in it.")
-    if config.source == "scenes" and config.path is not None:
-        raise ValueError(
-            "data.path is where the files are, and goes with data.source=files. Scenes are kept in data.cache=FOLDER."
-        )
+    check_source(config.source, config.path, ON_DISK, "train and val in it")
     if config.source == "files" and (config.height is None) != (config.width is None):
         raise ValueError(f"Give both data.height and data.width, or none, but got {config.height} and {config.width}.")
     for key in ("num_train", "num_validation", "num_test", "height", "width"):

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch.nn.functional import interpolate, one_hot
 from torch.utils.data import TensorDataset
 
-from experiments.problems.base import Splits
+from experiments.problems.base import Splits, check_source
 from experiments.problems.multimnist import idx
 
 if TYPE_CHECKING:
@@ -58,11 +58,7 @@ def load(config: DataConfig) -> Splits:
     """
     if config.protocol not in PROTOCOLS:
         raise ValueError(f"data.protocol must be one of {', '.join(PROTOCOLS)}, but got '{config.protocol}'.")
-    if (config.source == "mnist") != (config.path is not None):
-        raise ValueError(
-            "data.source=mnist and data.path=FOLDER, the folder with the files of MNIST, go together, but got "
-            f"data.source={config.source} and data.path={config.path}."
-        )
+    check_source(config.source, config.path, ON_DISK, "the four files of MNIST")
     if config.protocol == "paper" and config.path is None:
         raise ValueError("protocol=paper is of MNIST: give data.path=FOLDER, the folder with its files.")
     if not config.imbalance > 0:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from experiments.datasets import molecules
-from experiments.problems.base import Splits
+from experiments.problems.base import Splits, check_source
 from experiments.problems.quantum_chemistry import qm9
 from experiments.problems.quantum_chemistry.graphs import Graphs, Standardised, complete, exclusive_sum, node_features
 from experiments.problems.quantum_chemistry.tasks import TASKS
@@ -80,11 +80,7 @@ def source_of(config: DataConfig) -> str:
         raise ValueError(f"data.source must be one of {', '.join(HELD_OUT)}, but got {config.source!r}.")
     if config.protocol not in ("sound", "paper"):
         raise ValueError(f"data.protocol must be sound or paper, but got {config.protocol!r}.")
-    if (config.source == "qm9") != (config.path is not None):
-        raise ValueError(
-            "data.source=qm9 and data.path=FOLDER, with raw/gdb9.sdf in that folder, go together, but got "
-            f"data.source={config.source} and data.path={config.path}."
-        )
+    check_source(config.source, config.path, ON_DISK, "raw/gdb9.sdf in it")
     return config.source
 
 
