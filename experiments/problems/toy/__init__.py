@@ -1,11 +1,11 @@
-"""Two losses over a plane whose landscape has conflicting and dominating gradients: where does a method come to rest?
+"""Two losses over a plane, with conflicting and dominating gradients; the end point shows the preference of a method.
 
-The point (a, b) is all that is trained, and every method has the same five starts.
+The point (a, b) is the only parameter, and every method has the same five starts.
 
     f1, f2   the losses of `experiments.problems.toy.landscape`; the first has a tenth of the scale of the second
 
-``python -m experiments.problems.toy --output FOLDER`` draws the trajectories of methods in the plane of the losses and in that
-of the parameters. For the trainer the folder is like any other: the trunk holds the point, and a batch is a constant.
+``python -m experiments.problems.toy --output FOLDER`` draws trajectories in the plane of the losses and in the plane of the
+parameters. For the trainer the folder is a problem like any other: the trunk is the point, and a batch is constant.
 """
 
 from experiments.problems.toy.landscape import TASKS

@@ -1,27 +1,29 @@
-"""Trajectories through the real stage, for any pairing of a loss balancer with a gradient balancer."""
+"""Trajectories of the point, for any pairing of a loss balancer with a gradient balancer."""
 
 from __future__ import annotations
 
-from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 
 from balance import Balancer, gradient_balancers, loss_balancers
 from balance.messages import unknown
-from experiments.problems.toy import closed_forms
-from experiments.problems.toy.landscape import LOWER_BOUND, SCALE, STARTS, TASKS, Array, losses
+from experiments.problems.toy.landscape import SCALE, TASKS, Array, above_bounds, losses
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping
 
-STEPS = 50_000
-EPOCH = 1000  # steps, for rules that think in epochs
+    Options = Mapping[str, Mapping[str, Any]]  # of methods, by name
+
+# The published trajectories have 50 000 steps of 0.001 and beta2 = 0.999. With these they end on the same side of the front
+STEPS, LR, BETA2 = 2000, 0.02, 0.99
+EPOCH = 1000  # steps after which rules that update once per epoch are called
 METHODS = ("ls", "mgda", "pcgrad", "cagrad", "nashmtl", "famo", "go4align")
-OPTIONS: Mapping[str, Mapping[str, Any]] = {"famo": {"gamma": 0.0}}  # the published choice for a problem without noise
-_STAGE_OPTIONS = {"famo": {"next_batch": True}}  # as the published trainer of this problem has it
+OPTIONS: Options = yaml.safe_load(Path(__file__).with_name("config.yaml").read_text(encoding="utf-8"))["methods"]
 
 
 class Pairing(NamedTuple):
@@ -32,35 +34,44 @@ class Pairing(NamedTuple):
 
 
 def pairing(name: str) -> Pairing:
-    """Read the name of a pairing: loss balancers in the order in which they are applied, a gradient balancer, joined by ``+``.
+    """Read the name of a pairing.
+
+    Args:
+        name: Loss balancers in the order in which they are applied, then perhaps a gradient balancer, joined by ``+``.
+
+    Returns:
+        The names of the methods.
 
     Raises:
-        ValueError: If a part is unknown, or anything follows a gradient balancer.
+        ValueError: If a method is unknown, or follows a gradient balancer.
     """
     *before, last = name.split("+")
     gradient = last if last in gradient_balancers else None
     loss = tuple(before if gradient else (*before, last))
     for part in loss:
+        if part not in loss_balancers and part in gradient_balancers:
+            raise ValueError(f"A gradient balancer must come last, but got '{name}'. Write for example uw+{part}.")
         if part not in loss_balancers:
-            if part in gradient_balancers:
-                raise ValueError(f"A gradient balancer must come last, but got '{name}'. Write for example uw+{part}.")
             raise ValueError(unknown("method", part, (*loss_balancers.names(), *gradient_balancers.names())))
     return Pairing(loss or ("ls",), gradient)
 
 
-def build_balancer(name: str, options: Mapping[str, Mapping[str, Any]] = OPTIONS) -> Balancer:
-    """The stage for a pairing.
+def build_balancer(name: str, options: Options = OPTIONS) -> Balancer:
+    """Return the balancer of a pairing.
 
     Args:
-        name: As `pairing` reads it.
-        options: Of the methods, by name.
+        name: A name that `pairing` reads.
+        options: Options of the methods, by name.
+
+    Returns:
+        The balancer of the two tasks.
     """
     loss, gradient = pairing(name)
     return Balancer(
         TASKS,
         loss=loss,
         gradient=gradient,
-        loss_options={part: {**_STAGE_OPTIONS.get(part, {}), **options.get(part, {})} for part in loss},
+        loss_options={part: options.get(part, {}) for part in loss},
         gradient_options=options.get(gradient or ""),
     )
 
@@ -70,87 +81,39 @@ def descend(
     start: tuple[float, float],
     steps: int = STEPS,
     *,
-    lr: float = 1e-3,
+    lr: float = LR,
+    beta2: float = BETA2,
     balancer_lr: float = 0.025,
     scale: float = SCALE,
-    advance: Callable[[int], object] = lambda _: None,
 ) -> Array:
-    """One trajectory; the point is the shared parameter, in double precision.
+    """Compute one trajectory with Adam; the point is the only parameter, and shared.
 
-    The stage gets the losses above their lower bounds, `LOWER_BOUND` of each, since several rules need positive losses; the
-    constants change no gradient.
+    Unlike the trainer it keeps every point, and computes in double precision.
 
     Args:
-        balancer: Fresh, for `TASKS`; it is changed.
-        start: Where the point is at first.
-        steps: Of Adam.
+        balancer: A new balancer for `TASKS`; its state changes.
+        start: First point.
+        steps: Number of steps.
         lr: Learning rate of the point.
-        balancer_lr: Learning rate of parameters that the balancer owns.
-        scale: Of the first loss.
-        advance: Is told, every now and then, how many steps were done since.
+        beta2: Decay of Adam's mean of squared gradients.
+        balancer_lr: Learning rate of the balancer's parameters.
+        scale: Scale of the first loss.
 
     Returns:
         Points before every step and after the last. Shape (steps + 1, 2).
     """
-    theta = nn.Parameter(torch.tensor(start, dtype=torch.float64))
-    optimizer = torch.optim.Adam([{"params": [theta], "lr": lr}, {"params": list(balancer.parameters()), "lr": balancer_lr}])
-    path = np.empty((steps + 1, 2))
-    path[0] = start
+    point = nn.Parameter(torch.tensor(start, dtype=torch.float64))
+    groups = [{"params": [point], "lr": lr, "betas": (0.9, beta2)}, {"params": [*balancer.parameters()], "lr": balancer_lr}]
+    optimizer = torch.optim.Adam(groups)
+    path = [start]
     for step in range(1, steps + 1):
         optimizer.zero_grad()
-        balancer.backward(above_bounds(losses(theta), scale), shared=[theta])
+        balancer.backward(above_bounds(losses(point), scale), shared=[point])
         optimizer.step()
         if balancer.needs_observation:
             with torch.no_grad():
-                balancer.observe(above_bounds(losses(theta), scale))
-        path[step] = theta.detach().numpy()
+                balancer.observe(above_bounds(losses(point), scale))
         if step % EPOCH == 0:
             balancer.end_epoch()
-        if step % 500 == 0 or step == steps:
-            advance(step - (step - 1) // 500 * 500)
-    return path
-
-
-def above_bounds(found: Mapping[str, torch.Tensor], scale: float | torch.Tensor) -> dict[str, torch.Tensor]:
-    """The losses as the stage gets them: positive, the first times its scale."""
-    return {"f1": scale * (found["f1"] - LOWER_BOUND), "f2": found["f2"] - LOWER_BOUND}
-
-
-def trajectories(
-    methods: Sequence[str] = METHODS,
-    starts: Sequence[tuple[float, float]] = STARTS,
-    steps: int = STEPS,
-    *,
-    options: Mapping[str, Mapping[str, Any]] = OPTIONS,
-    scale: float = SCALE,
-    advance: Callable[[str, int], object] = lambda *_: None,
-) -> dict[str, Array]:
-    """Trajectories by method: in closed form where there is one, else through the stage, one start after the other.
-
-    Args:
-        methods: Names as `pairing` reads them.
-        starts: S points.
-        steps: Of Adam.
-        options: Of the methods, by name.
-        scale: Of the first loss.
-        advance: Is told, every now and then, of which methods how many steps were done since.
-
-    Returns:
-        Points before every step and after the last. Shape (steps + 1, S, 2).
-
-    Raises:
-        ValueError: If a method is unknown, or lies outside the domain of its rule.
-    """
-    for method in methods:
-        build_balancer(method, options)  # complains before anything is computed
-    fast = [method for method in dict.fromkeys(methods) if closed_forms.has(method, options.get(method, {}))]
-    found = {}
-    if fast:
-        told = partial(advance, " ".join(fast))
-        found = closed_forms.descend(fast, starts, steps, options, scale=scale, advance=told)
-    for method in dict.fromkeys(methods):
-        if method not in found:
-            told = partial(advance, method)
-            paths = [descend(build_balancer(method, options), start, steps, scale=scale, advance=told) for start in starts]
-            found[method] = np.stack(paths, axis=1)
-    return {method: found[method] for method in methods}
+        path.append(tuple(point.tolist()))
+    return np.array(path)

@@ -1,4 +1,4 @@
-r"""The two losses over the plane of parameters (a, b), their derivatives in closed form, and the Pareto set."""
+r"""The two losses over the plane of parameters (a, b), and their Pareto set."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from scipy.optimize import elementwise
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 Array = NDArray[np.float64]
@@ -17,12 +19,12 @@ Array = NDArray[np.float64]
 TASKS = ("f1", "f2")
 STARTS = ((-8.5, 7.5), (0.0, 0.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0))
 SCALE = 0.1  # of the first loss
-LOWER_BOUND = -21.0  # of the second loss, and of the first divided by its scale
-_FLOOR = 5e-6  # of what logarithms are taken of
+LOWER_BOUND = -21.0  # of the second loss, and of the first loss divided by its scale
+_FLOOR = 5e-6  # least argument of the logarithms
 
 
 def losses(points: Tensor) -> dict[str, Tensor]:
-    r"""The two losses, the first without its scale.
+    r"""Return the two losses, the first without its scale.
 
     .. math::
         L_1 = f_1 c_1 + g_1 c_2, \quad L_2 = f_2 c_1 + g_2 c_2, \qquad
@@ -33,13 +35,14 @@ def losses(points: Tensor) -> dict[str, Tensor]:
 
         g_{1,2} = \bigl((-a \pm 7)^2 + 0.1 (-b - 8)^2\bigr) / 10 - 20
 
-    A maximum has derivative 1 where its two sides are equal. So both tasks pull at b = 0, where with 0 nothing would ever move.
+    A maximum has derivative 1 where its two sides are equal. So both tasks have a gradient at b = 0; with derivative 0 the
+    second start would never move.
 
     Args:
         points: Shape (..., 2).
 
     Returns:
-        By task. Shape (...), each above `LOWER_BOUND`.
+        Losses by task, each above `LOWER_BOUND`. Shape (...).
 
     Source:
         Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, appendix, after Liu et al., "Conflict-Averse
@@ -54,50 +57,28 @@ def losses(points: Tensor) -> dict[str, Tensor]:
     return {"f1": f1 * upper + bowls[0] * lower, "f2": f2 * upper + bowls[1] * lower}
 
 
-def values_and_gradients(points: Array, scale: float = SCALE) -> tuple[Array, Array]:
-    """The two losses and their gradients at many points, without autograd.
-
-    Args:
-        points: Shape (2, S): a and b.
-        scale: Of the first loss.
-
-    Returns:
-        Losses (2, S) by task, and gradients (2, 2, S) by task and coordinate.
-    """
-    a, b = points
-    half, whole = np.tanh(0.5 * b), np.tanh(b)
-    gates = np.maximum([half, -half], 0)  # (2, S): of the logarithms and of the bowls
-    slope = 0.5 * (1 - half * half)
-    gate_slopes = np.array([slope * (b >= 0), -slope * (b <= 0)])
-    inside = np.array([-0.5 * (a + 7) + whole, -0.5 * (a - 7) - whole])  # of f1 and f2
-    size = np.abs(inside)
-    logs = np.log(np.maximum(size, _FLOOR)) + 6
-    away = np.array([a - 7, a + 7])  # from the middles of the bowls
-    down = b + 8
-    bowls = 0.1 * away * away + (0.01 * down * down - 20)
-    inverse = np.divide(1, inside, out=np.zeros_like(inside), where=size >= _FLOOR)
-    tilt = 1 - whole * whole
-    factors = np.array([[scale], [1.0]])
-    values = factors * (logs * gates[0] + bowls * gates[1])
-    gradients = np.empty((2, 2, points.shape[1]))
-    gradients[:, 0] = factors * (-0.5 * inverse * gates[0] + 0.2 * away * gates[1])
-    signs = np.array([[1.0], [-1.0]])
-    gradients[:, 1] = factors * (
-        signs * tilt * inverse * gates[0] + logs * gate_slopes[0] + 0.02 * down * gates[1] + bowls * gate_slopes[1]
-    )
-    return values, gradients
+def above_bounds(raw: Mapping[str, Tensor], scale: float | Tensor) -> dict[str, Tensor]:
+    """Return the losses as a balancer gets them: above zero, which several rules require, and the first times its scale."""
+    return {"f1": scale * (raw["f1"] - LOWER_BOUND), "f2": raw["f2"] - LOWER_BOUND}
 
 
 def values(points: Array, scale: float = SCALE) -> Array:
-    """The two losses. Shape (..., 2) -> (..., 2)."""
-    found = losses(torch.from_numpy(np.ascontiguousarray(points)))
-    return np.stack([scale * found["f1"].numpy(), found["f2"].numpy()], axis=-1)
+    """Return the two losses. Shape (..., 2) -> (..., 2)."""
+    raw = losses(torch.from_numpy(np.ascontiguousarray(points)))
+    return np.stack([scale * raw["f1"].numpy(), raw["f2"].numpy()], axis=-1)
+
+
+def gradients(points: Array) -> Array:
+    """Return the gradients of the two losses, the first without its scale. Shape (..., 2) -> (2, ..., 2)."""
+    inputs = torch.from_numpy(np.ascontiguousarray(points)).requires_grad_()
+    totals = [loss.sum() for loss in losses(inputs).values()]  # every loss depends only on one point
+    return np.stack([torch.autograd.grad(total, inputs, retain_graph=True)[0].numpy() for total in totals])
 
 
 def pareto_set(count: int = 1000) -> Array:
-    """Points from which no step improves both losses: between the two minima the gradients point in opposite directions.
+    """Return points from which no step improves both losses: the gradients point in opposite directions there.
 
-    They do not depend on the scale of the first loss.
+    The points lie between the two minima and do not depend on the scale of the first loss.
 
     Args:
         count: Number of points, with equal steps in a from -7, where the second loss is least, to 7.
@@ -108,11 +89,10 @@ def pareto_set(count: int = 1000) -> Array:
     a = np.linspace(-7, 7, count)
 
     def turn(b: Array, a: Array) -> Array:
-        _, gradients = values_and_gradients(np.stack([a, b]))
-        (x1, y1), (x2, y2) = gradients
+        (x1, y1), (x2, y2) = np.moveaxis(gradients(np.stack([a, b], axis=-1)), -1, 1)
         product: Array = x1 * y2 - y1 * x2
         return product
 
-    found = elementwise.find_root(turn, (np.full(count, -8.6), np.full(count, -8.2)), args=(a,))
-    assert found.success.all()
-    return np.stack([a, found.x], axis=1)
+    root = elementwise.find_root(turn, (np.full(count, -8.6), np.full(count, -8.2)), args=(a,))
+    assert root.success.all()
+    return np.stack([a, root.x], axis=1)

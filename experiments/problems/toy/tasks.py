@@ -1,4 +1,4 @@
-"""The landscape as an experiment of the trainer: the point is the trunk, the two losses are what the heads make of it."""
+"""The landscape as a problem for the trainer: the trunk is the point, and the heads are the two losses."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torchmetrics import MeanAbsoluteError
 
 from experiments.problems.base import Network, Splits
 from experiments.problems.toy import landscape
-from experiments.problems.toy.descent import EPOCH, above_bounds
-from experiments.problems.toy.landscape import LOWER_BOUND, SCALE, STARTS, TASKS
+from experiments.problems.toy.landscape import LOWER_BOUND, SCALE, STARTS, TASKS, above_bounds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,15 +25,15 @@ HIGHER_IS_BETTER: frozenset[str] = frozenset()
 
 @dataclass
 class DataConfig:
-    """Steps of an epoch, in batches of one; the scale of the first loss. There is nothing to learn from but the landscape."""
+    """Steps of an epoch, in batches of one; the scale of the first loss. The landscape is the only thing to learn from."""
 
-    steps: int = EPOCH
+    steps: int = 1000
     scale: float = SCALE
 
 
 @dataclass
 class ModelConfig:
-    """Where the point starts."""
+    """First point."""
 
     a: float = STARTS[0][0]
     b: float = STARTS[0][1]
@@ -48,7 +47,7 @@ class Point(nn.Module):
         self.theta = nn.Parameter(torch.tensor([start]))
 
     def forward(self, ones: Tensor) -> Tensor:
-        """The point once for each sample. Shape (B, 1) -> (B, 2)."""
+        """Return the point once for each sample. Shape (B, 1) -> (B, 2)."""
         return ones @ self.theta
 
 
@@ -56,12 +55,18 @@ class Landscape(nn.Module):
     """The two losses of points, the first without its scale; no parameters."""
 
     def forward(self, points: Tensor) -> dict[str, Tensor]:
-        """Losses by task. Shape (B, 2) -> (B,)."""
+        """Return losses by task. Shape (B, 2) -> (B,)."""
         return landscape.losses(points)
 
 
 def load(config: DataConfig) -> Splits:
-    """Constant inputs and the scale: ``steps`` samples for training, one for the others, all the same.
+    """Return constant inputs and the scale: ``steps`` samples for training, one for validation and one for testing.
+
+    Args:
+        config: Number of samples, and the scale.
+
+    Returns:
+        Splits whose samples are all equal.
 
     Raises:
         ValueError: If there is no step, or the scale is not positive.
@@ -75,22 +80,22 @@ def load(config: DataConfig) -> Splits:
 
 
 def build_model(config: ModelConfig | None = None) -> Network:
-    """A network whose trunk holds the point."""
+    """Return a network whose trunk is the point."""
     config = config or ModelConfig()
     return Network(Point((float(config.a), float(config.b))), Landscape())
 
 
 def targets(batch: Batch) -> dict[str, Tensor]:
-    """The lower bounds of the losses, which lie above them. Shape (B,)."""
+    """Return the lower bounds of the losses. Shape (B,)."""
     bound = torch.full_like(batch[1], LOWER_BOUND)
     return {"f1": bound, "f2": bound}
 
 
 def losses(outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-    """The two losses above their lower bounds, the first times its scale: positive, as several rules need them."""
+    """Return the two losses above their lower bounds, the first times its scale."""
     return {task: loss.mean() for task, loss in above_bounds(outputs, batch[1]).items()}
 
 
 def metrics() -> dict[str, Metric]:
-    """How far each loss, without its scale, lies above its lower bound: at least 1."""
+    """Return fresh metrics: the distance of each loss, without its scale, above its lower bound; at least 1."""
     return {f"{task}/above_bound": MeanAbsoluteError() for task in TASKS}
