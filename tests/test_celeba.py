@@ -12,7 +12,7 @@ from torchmetrics.classification import BinaryF1Score
 
 from balance import Balancer
 from experiments.datasets import image_cache
-from experiments.datasets.faces.layout import ATTRIBUTES
+from experiments.datasets.layouts.celeba import ATTRIBUTES
 from experiments.problems import celeba
 from experiments.problems.celeba import HIGHER_IS_BETTER, TASKS, DataConfig, ModelConfig, build_model, load
 
@@ -127,9 +127,9 @@ DAMAGE = {
     ),
     "cut line": (
         lambda root: os.truncate(root / ANNO, (root / ANNO).stat().st_size - 5),
-        r"list_attr_celeba\.txt: after '000036\.jpg' there must be 40 times 1 or -1",
+        r"list_attr_celeba\.txt: '000036\.jpg' must be followed by 40 times 1 or -1",
     ),
-    "other label": (lambda root: edit(root, ANNO, " 1 ", " 2 "), r"must be 40 times 1 or -1, but there is .*2"),
+    "other label": (lambda root: edit(root, ANNO, " 1 ", " 2 "), r"must be followed by 40 times 1 or -1, but got .*2"),
     "other attributes": (lambda root: edit(root, ANNO, "Bald", "Bold"), r"line 2, must name .* but has 'Bold'"),
     "empty list": (lambda root: (root / ANNO).write_text(""), r"line 2, must name .* but has '0 words'"),
     "no text": (lambda root: (root / EVAL).write_bytes(b"\xff\xd8\xff"), r"list_eval_partition\.txt must be text"),

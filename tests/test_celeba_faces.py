@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from experiments.datasets.faces import faces, synthetic
-from experiments.datasets.faces.layout import ATTRIBUTES
+from experiments.datasets.faces import drawing, storage
+from experiments.datasets.layouts.celeba import ATTRIBUTES
 from experiments.problems.celeba import DataConfig, load
 
 
@@ -24,7 +24,7 @@ def test_drawn_faces_are_files_like_celebas(tmp_path, monkeypatch):
         assert (last.format, last.size) == ("JPEG", (178, 218))
     again = load(DataConfig(source="celeba", path=str(root), cache=str(tmp_path)))
     assert torch.equal(everything(again.test)[0], everything(splits.test)[0])
-    monkeypatch.setattr(faces, "draw", None)
+    monkeypatch.setattr(drawing, "draw", None)
     assert torch.equal(everything(load(config).train)[1], everything(splits.train)[1])  # not drawn again
 
 
@@ -48,16 +48,16 @@ def test_drawn_faces_that_were_lost_are_drawn_again(tmp_path):
 
 
 def test_rates_are_those_of_celeba():
-    drawn = synthetic.attributes(20_000, np.random.default_rng(0))
-    assert np.abs(drawn.mean(0) - np.array(synthetic.PERCENT) / 100).max() < 0.012
-    for group in synthetic.EXCLUSIVE:
+    drawn = storage.attributes(20_000, np.random.default_rng(0))
+    assert np.abs(drawn.mean(0) - np.array(storage.PERCENT) / 100).max() < 0.012
+    for group in storage.EXCLUSIVE:
         assert drawn[:, [ATTRIBUTES.index(name) for name in group]].sum(1).max() == 1
 
 
 @pytest.fixture(scope="module")
 def contexts():
     """Attributes of 24 faces, and how they look."""
-    labels = synthetic.attributes(24, np.random.default_rng(5))
+    labels = storage.attributes(24, np.random.default_rng(5))
     labels[:, ATTRIBUTES.index("Blurry")] = False
     labels[0] = labels[1:5].any(0)
     return labels, seen(labels)
@@ -65,7 +65,7 @@ def contexts():
 
 def seen(labels, seed=7):
     """Faces as the network sees them, with the same place, skin, background, ... for every call. Shape (N, 64, 64, 3)."""
-    drawn = faces.draw(labels, np.random.default_rng(seed))
+    drawn = drawing.draw(labels, np.random.default_rng(seed))
     return np.stack([np.asarray(Image.fromarray(face).resize((64, 64), Image.Resampling.BILINEAR)) for face in drawn]) / 255
 
 
@@ -86,7 +86,7 @@ def test_most_attributes_can_be_learnt():
 
     It cannot find brown hair, whose colour lies between the others.
     """
-    labels = synthetic.attributes(750, np.random.default_rng(0))
+    labels = storage.attributes(750, np.random.default_rng(0))
     pixels = torch.from_numpy(seen(labels)).float().flatten(1)
     X, U = pixels[:500] - pixels[:500].mean(0), pixels[500:] - pixels[:500].mean(0)
     y = torch.from_numpy(labels[:500]).float()

@@ -123,7 +123,7 @@ DAMAGES = {
     "grey": ("train/image/0.npy", lambda file: np.save(file, np.zeros((32, 48))), r"\(H, W, 3\), but has \(32, 48\)"),
     "bytes": ("train/image/4.npy", lambda file: np.save(file, np.zeros((32, 48, 3), np.uint8)), "scaled to 0..1"),
     "a name": ("train/image/first.npy", lambda file: np.save(file, np.zeros(1)), "must be named after a number"),
-    "a folder": ("train/normal", shutil.rmtree, "no folder .*normal"),
+    "a folder": ("train/normal", shutil.rmtree, "folder .*normal does not exist"),
 }
 
 
@@ -143,7 +143,7 @@ def test_labels_out_of_range_are_named(official, value):
     label = np.load(file)
     label[3, 4] = value
     np.save(file, label)
-    with pytest.raises(ValueError, match=rf"val/label/1.npy: labels must be 0..12, or -1 = unknown, but {float(value)}"):
+    with pytest.raises(ValueError, match=rf"val/label/1.npy: labels must be 0..12, or -1 = unknown, but got {float(value)}"):
         nyuv2.load(files(official))
 
 
@@ -152,7 +152,7 @@ def test_labels_out_of_range_are_named(official, value):
     [
         ({"source": "files"}, "must be the folder with train and val in it, but got None. Set data.path=FOLDER"),
         ({"path": "somewhere"}, "data.source must be files where data.path is given, but got scenes"),
-        ({"source": "files", "path": "/nowhere"}, "no folder /nowhere/train/image.*train and val"),
+        ({"source": "files", "path": "/nowhere"}, "folder /nowhere/train/image does not exist.*train and val"),
         ({"num_train": 0}, "data.num_train must be at least 1"),
         ({"seed": -1}, "data.seed must not be negative"),
         ({"num_train": 10_001}, "1 to 10000 scenes"),

@@ -88,7 +88,7 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
     copy = shutil.copy(FILE, tmp_path / "copy.npz")
     assert len(read(copy).smiles) == len(read().smiles)
     copy.write_bytes(copy.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"copy\.npz .* is truncated or changed"):
+    with pytest.raises(ValueError, match=r"copy\.npz .* must have the sha256 .* truncated or changed"):
         read(copy)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.npz is missing"):
         read(tmp_path / "nowhere.npz")

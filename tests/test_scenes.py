@@ -164,7 +164,7 @@ def test_splits_share_no_scene():
     assert len(set.union(*used)) == 30_000
     assert [min(part) for part in used] == [0, 10_000, 20_000]
     assert np.array_equal(arrays("val", 2)["depth"][1], render(10_001).depth)
-    with pytest.raises(ValueError, match="1 to 10000 scenes, but 10001 were asked of 'train'"):
+    with pytest.raises(ValueError, match="1 to 10000 scenes, but got 10001 for 'train'"):
         seeds("train", 10_001)
     with pytest.raises(ValueError, match="Did you mean 'val'"):
         seeds("vall", 1)
@@ -212,7 +212,7 @@ def test_nothing_else_is_mixed_with_the_scenes(tmp_path):
         write(tmp_path / "a", {"train": 1}, height=24, width=24)
     (tmp_path / "b").mkdir()
     (tmp_path / "b/thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="something else than scenes"):
+    with pytest.raises(ValueError, match="empty or a folder of scenes, but has something else"):
         write(tmp_path / "b", {"train": 1})
     with pytest.raises(ValueError, match="Did you mean 'nyuv2'"):
         write(tmp_path / "c", {"train": 1}, layout="nyu")

@@ -1,8 +1,8 @@
-"""Image files that are decoded once, into one file that is mapped into memory.
+"""A cache of decoded images: one file that is mapped into memory.
 
-That file has a header of 4096 bytes (JSON, padded with spaces), which says what it was made of, and then N images of
-(3, 64, 64) bytes. It is written under another name and renamed when it is whole, by one process at a time; the others wait.
-Neither torch nor an experiment is imported here, so that processes that decode start in a second.
+The file has a header of 4096 bytes (JSON, padded with spaces), which describes its sources, and then N images of (3, 64, 64)
+bytes. One process at a time writes it, under another name, and renames it when it is complete; other processes wait. This
+module imports neither torch nor a problem, so that processes that decode start in a second.
 """
 
 from __future__ import annotations
@@ -34,24 +34,27 @@ SHAPE = (3, SIDE, SIDE)
 SIZE = 3 * SIDE * SIDE  # bytes of an image
 HEADER = 4096
 CHUNK = 500  # images that a worker decodes at a time
-MANY = 5000  # images from which on it pays to start workers
-SHOWN = 5  # damaged files that an error names
+MANY = 5000  # images from which on starting workers pays
+SHOWN = 5  # files that an error lists
 
 
 def decoded(source: Path, names: Sequence[str], size: tuple[int, int], folder: Path, workers: int | None = None) -> Path:
-    """The file with the images of a data set, made if it is not there.
+    """Return the file with the decoded images of a data set; decode them if it does not exist.
 
     Args:
         source: Folder of the N images.
-        names: Of the images, in their order.
-        size: Width and height that they must have, in pixels.
-        folder: Where decoded images are kept.
+        names: Names of the images, in their order.
+        size: Width and height of the images, in pixels.
+        folder: Folder of the cache.
         workers: Processes that decode; None: one for each core, if there are many images.
+
+    Returns:
+        The file.
 
     Raises:
         FileNotFoundError: If an image is missing.
         ValueError: If an image is damaged or has another size.
-        OSError: If ``folder`` cannot be written to.
+        OSError: If ``folder`` cannot be written.
     """
     header = _header(source, names)
     file = folder / f"images-{hashlib.sha256(header).hexdigest()[:16]}.u8"
@@ -65,28 +68,28 @@ def decoded(source: Path, names: Sequence[str], size: tuple[int, int], folder: P
 
 
 def mapped(file: Path, count: int) -> NDArray[np.uint8]:
-    """The images of a file that `decoded` made, read when they are used. Shape (N, 3, 64, 64)."""
+    """Map a file that `decoded` has returned into memory. Shape (N, 3, 64, 64)."""
     return np.memmap(file, np.uint8, "r", HEADER, (count, *SHAPE))
 
 
 def build_once(target: Path, is_whole: Callable[[], bool], build: Callable[[Path], None]) -> None:
-    """Make a file or a folder unless it is whole already; other processes wait, and never see a part of it.
+    """Make a file or a folder unless it is complete; other processes wait, and never see an incomplete one.
 
     Args:
-        target: What to make.
-        is_whole: Whether ``target`` is what it should be.
-        build: Makes it under the name that it is given.
+        target: File or folder.
+        is_whole: Return whether ``target`` is complete and up to date.
+        build: Make the file or folder under the given name.
 
     Raises:
         OSError: If ``target`` cannot be written.
     """
-    if is_whole():  # without the lock, so that a folder that is only readable will do
+    if is_whole():  # checked without the lock, so that a read-only folder can be used
         return
     with _locked(target):
         if is_whole():
             return
-        for left in target.parent.glob(f"{target.name}.*.partial"):  # by a process that was killed, since we hold the lock
-            _remove(left)
+        for remnant in target.parent.glob(f"{target.name}.*.partial"):  # of a process that was killed while it had the lock
+            _remove(remnant)
         partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
         try:
             build(partial)
@@ -110,10 +113,17 @@ def _locked(target: Path) -> Iterator[None]:
 
 
 def decode(file: str, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """An image, resized bilinearly to a square. Shape (3, 64, 64).
+    """Decode an image and resize it bilinearly to a square.
+
+    Args:
+        file: The image.
+        size: Width and height that it must have.
+
+    Returns:
+        Shape (3, 64, 64).
 
     Raises:
-        ValueError: If it has not this width and height.
+        ValueError: If it has another size.
         OSError: If it cannot be read.
     """
     with Image.open(file) as image:
@@ -125,16 +135,16 @@ def decode(file: str, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def _header(source: Path, names: Sequence[str]) -> bytes:
-    """What the file is made of: names, sizes and times of the images, and how they are resized."""
+    """Describe the sources of the file: names, sizes and times of the images, and the interpolation."""
     with os.scandir(source) as entries:
-        found = {entry.name: entry.stat() for entry in entries}
-    missing = [name for name in names if name not in found]
+        stats = {entry.name: entry.stat() for entry in entries}
+    missing = [name for name in names if name not in stats]
     if missing:
         raise FileNotFoundError(
-            f"{source} must hold the {len(names)} images of the lists, but {_some(missing)} "
+            f"{source} must have the {len(names)} images of the lists, but {_some(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} missing. Unpack the images again."
         )
-    stamps = np.array([(found[name].st_size, found[name].st_mtime_ns) for name in names], dtype="<i8")
+    stamps = np.array([(stats[name].st_size, stats[name].st_mtime_ns) for name in names], dtype="<i8")
     digest = hashlib.sha256("\n".join(names).encode())
     digest.update(stamps.tobytes())
     content = {"format": 1, "images": len(stamps), "shape": SHAPE, "resized": "bilinear", "made_of": digest.hexdigest()}
@@ -173,7 +183,7 @@ def _decode_all(partial: Path, header: bytes, paths: Sequence[str], size: tuple[
 
 
 def _decode_chunk(partial: Path, start: int, paths: Sequence[str], size: tuple[int, int]) -> list[str]:
-    """Decode images into their place in the file; returns what is wrong with those that are damaged."""
+    """Decode images into their place in the file and return a message for each damaged image."""
     images = np.empty((len(paths), *SHAPE), dtype=np.uint8)
     damaged = []
     for image, path in zip(images, paths, strict=True):
@@ -181,7 +191,7 @@ def _decode_chunk(partial: Path, start: int, paths: Sequence[str], size: tuple[i
             image[...] = decode(path, size)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             damaged.append(f"{path}: {error}")
-    with partial.open("r+b") as stream:  # not a map of memory, for which a full disk is a crash
+    with partial.open("r+b") as stream:  # with a memory map a full disk would end the process
         stream.seek(HEADER + start * SIZE)
         stream.write(images.tobytes())
     return damaged

@@ -14,7 +14,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
@@ -32,6 +32,7 @@ FOLDER = Path(__file__).resolve().parent
 # The inputs, then the data that the losses need: tensors, or objects with a method ``to(device)`` such as a batch of graphs
 Batch: TypeAlias = tuple[Any, ...]
 ByTask: TypeAlias = dict[str, Tensor]
+ProtocolName: TypeAlias = Literal["sound", "paper"]  # sound evaluation, or evaluation as in the published codes
 
 
 class Splits(NamedTuple):

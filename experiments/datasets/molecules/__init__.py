@@ -1,6 +1,6 @@
 """Molecules that ship with the project: 2 to 5 heavy atoms of C, N, O and F, with properties from GFN2-xTB.
 
-See README.md in this folder for what they are; `make.py` makes them. Reading them needs neither RDKit nor tblite.
+README.md in this folder describes them, and `make.py` computes them. Reading them needs neither RDKit nor tblite.
 """
 
 from __future__ import annotations
@@ -32,19 +32,27 @@ class Molecules(NamedTuple):
 
 
 def read(file: Path = FILE, checksum: str = SHA256) -> Molecules:
-    """The molecules, smallest first.
+    """Read the molecules, smallest first.
+
+    Args:
+        file: File that `make.py` has written.
+        checksum: Its SHA-256.
+
+    Returns:
+        The molecules.
 
     Raises:
-        FileNotFoundError: If the file is not there.
-        ValueError: If it is not the file that was shipped.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it has another checksum.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing. Restore it, or make it with {Path(__file__).with_name('make.py')}.")
     content = file.read_bytes()
-    found = sha256(content).hexdigest()
-    if found != checksum:
+    actual = sha256(content).hexdigest()
+    if actual != checksum:
         raise ValueError(
-            f"{file} ({len(content)} bytes) is truncated or changed: its sha256 must be {checksum}, but is {found}. Restore it."
+            f"{file} ({len(content)} bytes) must have the sha256 {checksum}, but has {actual}. "
+            "It is truncated or changed. Restore it."
         )
     with np.load(BytesIO(content)) as arrays:
         named: dict[str, Any] = {name: arrays[name] for name in Molecules._fields}

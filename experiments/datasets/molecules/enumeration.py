@@ -1,4 +1,4 @@
-"""Every small molecule of carbon, nitrogen, oxygen and fluorine, up to a number of heavy atoms, under four rules of taste."""
+"""All small molecules of carbon, nitrogen, oxygen and fluorine, up to a number of heavy atoms, that pass four filters."""
 
 from __future__ import annotations
 
@@ -27,27 +27,31 @@ class Graph(NamedTuple):
 
 
 def enumerate_smiles(least: int = 2, most: int = 5) -> list[str]:
-    """SMILES of all neutral, valence-correct, connected molecules with ``least`` to ``most`` heavy atoms.
+    """Return SMILES of all neutral, valence-correct, connected molecules with ``least`` to ``most`` heavy atoms.
 
-    An atom is added to every smaller molecule in every way. That finds each graph, since each has an atom that can be
-    taken away without cutting it in two. Left out are single bonds between N, O and F, multiple bonds in rings of three
-    and four atoms, triple bonds in rings, and molecules with more than one ring.
+    An atom is added to every smaller molecule in every way. That yields each graph, since each has an atom whose removal
+    leaves it connected. Left out are single bonds between N, O and F, multiple bonds in rings of three and four atoms, triple
+    bonds in rings, and molecules with more than one ring.
+
+    Args:
+        least: Heavy atoms of the smallest molecules.
+        most: Heavy atoms of the largest molecules.
 
     Returns:
         Canonical SMILES, fewest heavy atoms first, alphabetical among equals. Counts for 2 to 5: 13, 44, 215, 1212.
     """
     graphs = {smiles_of(graph): graph for graph in (Graph((atom,), ()) for atom in VALENCES)}
-    found: list[str] = []
+    selected: list[str] = []
     for size in range(1, most + 1):
         if size > 1:
             graphs = {smiles_of(larger): larger for graph in graphs.values() for larger in extensions(graph)}
         if size >= least:
-            found += sorted(smiles for smiles, graph in graphs.items() if wanted(graph))
-    return found
+            selected += sorted(smiles for smiles, graph in graphs.items() if wanted(graph))
+    return selected
 
 
 def extensions(graph: Graph) -> list[Graph]:
-    """All graphs with one atom more."""
+    """Return all graphs with one atom more."""
     free = [VALENCES[atom] for atom in graph.atoms]
     for first, second, order in graph.bonds:
         free[first] -= order
@@ -62,7 +66,7 @@ def extensions(graph: Graph) -> list[Graph]:
 
 
 def molecule(graph: Graph) -> Chem.Mol:
-    """The RDKit molecule of a graph, with the bond orders as they are given, not aromatic."""
+    """Return the RDKit molecule of a graph, with the bond orders as they are given, not aromatic."""
     editable = Chem.RWMol()
     for atom in graph.atoms:
         editable.AddAtom(Chem.Atom(atom))
@@ -73,14 +77,14 @@ def molecule(graph: Graph) -> Chem.Mol:
 
 
 def smiles_of(graph: Graph) -> str:
-    """Canonical SMILES, the same for both ways to write the bonds of an aromatic ring."""
+    """Return canonical SMILES, which do not depend on the notation of the bonds of an aromatic ring."""
     aromatic = molecule(graph)
     Chem.SanitizeMol(aromatic)
     return str(Chem.MolToSmiles(aromatic))
 
 
 def wanted(graph: Graph) -> bool:
-    """Whether none of the four rules speaks against it."""
+    """Return whether a graph passes all four filters."""
     candidate = molecule(graph)
     rings = len(graph.bonds) - len(graph.atoms) + 1
     return rings <= 1 and not any(candidate.HasSubstructMatch(pattern) for pattern in UNWANTED)

@@ -1,9 +1,9 @@
 """Make molecules.npz: every small molecule of C, N, O and F, with its structure and 11 properties from GFN2-xTB.
 
-python experiments/molecules/make.py --processes=2
+python experiments/datasets/molecules/make.py --processes=2
 
-Takes about ten minutes of one core. Needs the extra "molecules". What is finished is kept in the checkpoint file, one line
-of JSON for each molecule, so that an interrupted run goes on where it was.
+Takes about ten minutes of one core, and needs the extra "molecules". The checkpoint file stores finished molecules, one line of
+JSON each, so that an interrupted run can be resumed.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="molecules at a time (default: 2)")
     parser.add_argument("--most", type=int, default=5, metavar="N", help="heavy atoms of the largest (default: 5)")
-    parser.add_argument("--checkpoint", type=Path, default=Path("molecules.jsonl"), metavar="FILE", help="what is finished")
-    parser.add_argument("--output", type=Path, default=FILE, metavar="FILE", help=f"(default: {FILE.name} beside the script)")
+    parser.add_argument("--checkpoint", type=Path, default=Path("molecules.jsonl"), metavar="FILE", help="finished molecules")
+    parser.add_argument("--output", type=Path, default=FILE, metavar="FILE", help=f"(default: {FILE.name} next to the script)")
     options = parser.parse_args(arguments)
     outcomes = compute_all(enumerate_smiles(most=options.most), options.checkpoint, options.processes)
     minima = [outcome for outcome in outcomes if not outcome.reason]
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def compute_all(smiles: Sequence[str], checkpoint: Path, processes: int) -> list[Outcome]:
-    """Outcomes in the order of ``smiles``; those in the checkpoint are not computed again, new ones are added to it."""
+    """Return outcomes in the order of ``smiles``; take finished ones from the checkpoint, and add new ones to it."""
     finished: dict[str, Outcome] = {}
     if checkpoint.is_file():
         lines = checkpoint.read_text(encoding="utf-8").splitlines()
@@ -67,7 +67,7 @@ def compute_all(smiles: Sequence[str], checkpoint: Path, processes: int) -> list
 
 
 def write(molecules: Sequence[Outcome], file: Path) -> None:
-    """One compressed file: what has one row for each molecule, and rows of atoms and bonds, one molecule after the other."""
+    """Write one compressed file: rows of molecules, and rows of atoms and bonds, one molecule after the other."""
     np.savez_compressed(
         file,
         smiles=np.array([molecule.smiles for molecule in molecules]),

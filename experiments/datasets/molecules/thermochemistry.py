@@ -1,4 +1,4 @@
-"""Rigid rotor, harmonic oscillator, ideal gas: from a Hessian to energies at room temperature.
+"""Thermochemistry of rigid rotor, harmonic oscillator and ideal gas: energies at room temperature from a Hessian.
 
 Everything is in atomic units: energies in Hartree (Eh), lengths in Bohr (a0), masses in electron masses, temperature times
 Boltzmann's constant in Eh. The reduced Planck constant is 1, so that an angular frequency is an energy.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BOLTZMANN = physical_constants["kelvin-hartree relationship"][0]  # Eh / K
 AMU = physical_constants["unified atomic mass unit"][0] / physical_constants["electron mass"][0]
 PASCAL = physical_constants["atomic unit of length"][0] ** 3 / physical_constants["atomic unit of energy"][0]  # Eh / a0^3
-TEMPERATURE = 298.15  # K, and the pressure: those of QM9
+TEMPERATURE = 298.15  # K; temperature and pressure as in QM9
 PRESSURE = 101325 * PASCAL
 MASSES = {1: 1.00782503, 6: 12.0, 7: 14.0030740, 8: 15.9949146, 9: 18.9984032}  # of the most common isotope, u
 MULTIPLICITIES = {1: 2, 6: 3, 7: 4, 8: 3, 9: 2}  # of the free atoms in their ground states
@@ -29,7 +29,7 @@ LINEAR = 1e-3  # ratio of the least to the largest moment of inertia
 
 
 class Thermochemistry(NamedTuple):
-    """What motion adds to the energy of the clamped nuclei."""
+    """Contributions of motion to the energy of the clamped nuclei."""
 
     zero_point: float  # Eh
     energy: float  # U - E, Eh, the zero-point energy included
@@ -40,19 +40,19 @@ class Thermochemistry(NamedTuple):
 
 
 def masses_of(numbers: Sequence[int]) -> Array:
-    """Masses in electron masses, by atomic number. Shape (n,)."""
+    """Return masses in electron masses, by atomic number. Shape (n,)."""
     masses: Array = AMU * np.array([MASSES[number] for number in numbers])
     return masses
 
 
 def centred(positions: Array, masses: Array) -> Array:
-    """Positions about the centre of mass. Shape (n, 3)."""
+    """Return positions about the centre of mass. Shape (n, 3)."""
     about_centre: Array = positions - masses @ positions / masses.sum()
     return about_centre
 
 
 def moments_of_inertia(positions: Array, masses: Array) -> Array:
-    """Principal moments, ascending. Shape (3,)."""
+    """Return the principal moments of inertia, ascending. Shape (3,)."""
     r = centred(positions, masses)
     squares = (r**2).sum(1)
     inertia = (masses * squares).sum() * np.eye(3) - np.einsum("a,ai,aj->ij", masses, r, r)
@@ -61,13 +61,13 @@ def moments_of_inertia(positions: Array, masses: Array) -> Array:
 
 
 def is_linear(positions: Array, masses: Array) -> bool:
-    """Whether the molecule has only two rotations."""
+    """Return whether a molecule has only two rotations."""
     moments = moments_of_inertia(positions, masses)
     return bool(moments[0] < LINEAR * moments[2])
 
 
 def frequencies(hessian: Array, positions: Array, masses: Array) -> Array:
-    r"""Angular frequencies of the vibrations, with translations and rotations projected out.
+    r"""Compute the angular frequencies of the vibrations, with translations and rotations projected out.
 
     Args:
         hessian: Second derivatives of the energy, Eh / a0^2. Shape (3n, 3n).
@@ -75,7 +75,7 @@ def frequencies(hessian: Array, positions: Array, masses: Array) -> Array:
         masses: Shape (n,).
 
     Returns:
-        Ascending, in Eh; an imaginary one is given as minus its size. Shape (3n - 6,), or (3n - 5,) if linear.
+        Ascending, in Eh; an imaginary frequency is negative. Shape (3n - 6,), or (3n - 5,) if linear.
     """
     roots = np.sqrt(masses)
     r = centred(positions, masses)
@@ -91,7 +91,7 @@ def frequencies(hessian: Array, positions: Array, masses: Array) -> Array:
 
 
 def thermochemistry(modes: Array, positions: Array, masses: Array, temperature: float = TEMPERATURE) -> Thermochemistry:
-    """Of a molecule in its electronic ground state, a singlet.
+    """Compute the thermochemistry of a molecule in its electronic ground state, a singlet.
 
     Args:
         modes: Real angular frequencies, Eh. Shape (3n - 6,) or (3n - 5,).
@@ -99,8 +99,11 @@ def thermochemistry(modes: Array, positions: Array, masses: Array, temperature: 
         masses: Shape (n,).
         temperature: K.
 
+    Returns:
+        Contributions to the energy.
+
     Source:
-        Textbook statistical mechanics. Differs from QM9's: the symmetry number is always 1, so that the entropy of a
+        Textbook statistical mechanics. Differs from QM9: the symmetry number is always 1, so that the entropy of a
         symmetric molecule is too large (water by R ln 2).
     """
     kT = BOLTZMANN * temperature
@@ -128,7 +131,7 @@ def thermochemistry(modes: Array, positions: Array, masses: Array, temperature: 
 
 
 def free_atom(number: int, temperature: float = TEMPERATURE) -> Thermochemistry:
-    """Of an atom in its ground state; its spin adds to the entropy, as in QM9's atomic references."""
+    """Compute the thermochemistry of an atom in its ground state; spin adds to the entropy, as in QM9's references."""
     kT = BOLTZMANN * temperature
     mass = AMU * MASSES[number]
     entropy = BOLTZMANN * (translational_entropy(mass, kT) + np.log(MULTIPLICITIES[number]))
@@ -136,5 +139,5 @@ def free_atom(number: int, temperature: float = TEMPERATURE) -> Thermochemistry:
 
 
 def translational_entropy(mass: float, kT: float) -> float:
-    """Of an ideal gas (Sackur and Tetrode), in units of Boltzmann's constant."""
+    """Return the entropy of an ideal gas (Sackur and Tetrode), in units of Boltzmann's constant."""
     return float(1.5 * np.log(mass * kT / (2 * np.pi)) + np.log(kT / PRESSURE) + 2.5)

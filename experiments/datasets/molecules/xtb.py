@@ -30,14 +30,14 @@ DEBYE = 2.541746473  # in e a0
 CALORIES = physical_constants["Avogadro constant"][0] * physical_constants["Hartree energy"][0] / 4.184  # Eh to cal/mol
 FREE_ATOMS = {1: -0.39348276, 6: -1.79329637, 7: -2.60582416, 8: -3.76760695, 9: -4.61933996}  # GFN2-xTB, Eh
 ACCURACY = 0.01  # of the self-consistency, against tblite's 1: a numerical Hessian needs quiet gradients
-GRADIENT = 1e-4  # Eh / a0: what a structure may have left
+GRADIENT = 1e-4  # Eh / a0: largest entry at a minimum
 FIELD = 1e-3  # Eh / (e a0)
 STEP = 0.01  # a0
 BONDED = 0.5  # least bond order
 
 
 class Outcome(NamedTuple):
-    """What became of a molecule: its reason is empty if it is a minimum with the bonds of its SMILES."""
+    """The result for a molecule: its reason is empty if it is a minimum with the bonds of its SMILES."""
 
     smiles: str
     reason: str
@@ -48,7 +48,7 @@ class Outcome(NamedTuple):
 
 
 def compute(smiles: str) -> Outcome:
-    """A molecule from its SMILES to its 11 properties."""
+    """Compute the structure and the 11 properties of a molecule from its SMILES."""
     molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
     Chem.Kekulize(molecule, clearAromaticFlags=True)
     numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
@@ -62,16 +62,22 @@ def compute(smiles: str) -> Outcome:
         if modes[0] <= 0:
             return Outcome(smiles, "imaginary mode")
         targets = properties(numbers, positions, modes)
-    except RuntimeError as error:  # also what tblite raises
+    except RuntimeError as error:  # tblite raises it as well
         return Outcome(smiles, f"failed: {error}")
     return Outcome(smiles, "", numbers, bonds, (BOHR * centred(positions, masses)).tolist(), targets.tolist())
 
 
 def embed(molecule: Chem.Mol) -> Array:
-    """A first structure, by ETKDG and then the force field MMFF. Shape (n, 3), a0.
+    """Compute a first structure, by ETKDG and then the force field MMFF.
+
+    Args:
+        molecule: With hydrogens.
+
+    Returns:
+        Shape (n, 3), a0.
 
     Raises:
-        RuntimeError: If there is none.
+        RuntimeError: If the embedding fails.
     """
     if AllChem.EmbedMolecule(molecule, randomSeed=0) != 0 and (
         AllChem.EmbedMolecule(molecule, randomSeed=0, useRandomCoords=True) != 0
@@ -83,7 +89,7 @@ def embed(molecule: Chem.Mol) -> Array:
 
 
 def calculator(numbers: Sequence[int], positions: Array, field: Sequence[float] | None = None) -> Any:
-    """GFN2-xTB for one molecule, in a uniform electric field if one is given, Eh / (e a0)."""
+    """Return GFN2-xTB for one molecule, in a uniform electric field if one is given, Eh / (e a0)."""
     silent = Calculator("GFN2-xTB", np.array(numbers), positions)
     silent.set("verbosity", 0)
     silent.set("accuracy", ACCURACY)
@@ -93,7 +99,14 @@ def calculator(numbers: Sequence[int], positions: Array, field: Sequence[float] 
 
 
 def optimise(numbers: Sequence[int], positions: Array) -> Array:
-    """The nearest minimum of the energy. Shape (n, 3), a0.
+    """Compute the nearest minimum of the energy.
+
+    Args:
+        numbers: Atomic numbers.
+        positions: First structure, a0. Shape (n, 3).
+
+    Returns:
+        Shape (n, 3), a0.
 
     Raises:
         RuntimeError: If it is not reached.
@@ -107,23 +120,23 @@ def optimise(numbers: Sequence[int], positions: Array) -> Array:
         return float(result.get("energy")), result.get("gradient").ravel()
 
     options = {"gtol": GRADIENT / 10, "ftol": 1e-15, "maxiter": 1000}
-    found = minimize(energy_and_gradient, positions.ravel(), jac=True, method="L-BFGS-B", options=options)
-    left = np.abs(found.jac).max()
+    optimum = minimize(energy_and_gradient, positions.ravel(), jac=True, method="L-BFGS-B", options=options)
+    left = np.abs(optimum.jac).max()
     if left > GRADIENT:
-        raise RuntimeError(f"after {found.nit} steps the gradient is still {left:.1e} Eh / a0.")
-    minimum: Array = found.x.reshape(-1, 3)
+        raise RuntimeError(f"after {optimum.nit} steps the gradient is still {left:.1e} Eh / a0.")
+    minimum: Array = optimum.x.reshape(-1, 3)
     return minimum
 
 
 def bonds_of(numbers: Sequence[int], positions: Array) -> set[frozenset[int]]:
-    """Pairs of atoms with a bond order of at least a half (Wiberg, from GFN2-xTB)."""
+    """Return the pairs of atoms with a bond order of at least a half (Wiberg, from GFN2-xTB)."""
     orders = calculator(numbers, positions).singlepoint().get("bond-orders").reshape(len(numbers), len(numbers))
     first, second = np.nonzero(np.triu(orders, 1) >= BONDED)
     return {frozenset(pair) for pair in zip(first.tolist(), second.tolist(), strict=True)}
 
 
 def hessian(numbers: Sequence[int], positions: Array) -> Array:
-    """Second derivatives, by central differences of the gradient. Shape (3n, 3n), Eh / a0^2."""
+    """Compute second derivatives by central differences of the gradient. Shape (3n, 3n), Eh / a0^2."""
     potential = calculator(numbers, positions)
     result = potential.singlepoint()
     rows = []
@@ -140,7 +153,7 @@ def hessian(numbers: Sequence[int], positions: Array) -> Array:
 
 
 def polarizability(numbers: Sequence[int], positions: Array) -> float:
-    """A third of the trace of the change of the dipole moment with the field, by central differences, a0^3."""
+    """Compute a third of the trace of the dipole moment's derivative by the field, by central differences, a0^3."""
     trace = 0.0
     for axis in range(3):
         dipoles = []
@@ -153,7 +166,7 @@ def polarizability(numbers: Sequence[int], positions: Array) -> float:
 
 
 def properties(numbers: Sequence[int], positions: Array, modes: Array) -> Array:
-    """The 11 targets, in the order and the units of the benchmark on QM9.
+    """Compute the 11 targets, in the order and the units of the benchmark on QM9.
 
     Args:
         numbers: Atomic numbers.
@@ -165,7 +178,7 @@ def properties(numbers: Sequence[int], positions: Array, modes: Array) -> Array:
         atomisation energies at 0 K and 298.15 K, atomisation enthalpy and free energy at 298.15 K (eV), heat capacity
         (cal / mol K). Shape (11,).
 
-    Differs from QM9's: GFN2-xTB instead of B3LYP/6-31G(2df,p), and the spatial extent counts the electrons of each atom
+    Differs from QM9: GFN2-xTB instead of B3LYP/6-31G(2df,p), and the spatial extent counts the electrons of each atom
     at its nucleus, about the centre of mass.
     """
     result = calculator(numbers, positions).singlepoint()

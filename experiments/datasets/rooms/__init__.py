@@ -1,8 +1,8 @@
 """Procedural indoor scenes with labels, depth and surface normals, in the layouts of NYUv2 and CityScapes.
 
-Furnished rooms, ray-cast with NumPy alone; every scene is a function of its seed. They let the experiments on images run at
-once, through the loaders of the real data sets, where those cannot be downloaded. Numbers on them say nothing about NYUv2 or
-CityScapes and are never to be printed next to published ones.
+Furnished rooms, ray-cast with NumPy; every scene is a function of its seed. With them the problems on images run through the
+loaders of the real data sets where these cannot be downloaded. Numbers on them say nothing about NYUv2 or CityScapes. Never
+print them next to published ones.
 
     python -m experiments.datasets.rooms --output FOLDER [--layout cityscapes]
 """

@@ -10,20 +10,20 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from experiments.datasets.rooms.storage import LAYOUTS, write
+from experiments.datasets.rooms.storage import CONVERTERS, write
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: 0 when the folder is complete, 2 for a mistake in the command."""
+    """Run the command: 0 when the folder is complete, 2 for a mistake in the command."""
     sentence, _, example = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m experiments.datasets.rooms", description=sentence, epilog=f"example: {example}", allow_abbrev=False
     )
-    parser.add_argument("--output", metavar="FOLDER", required=True, help="where; what is missing there is added")
-    parser.add_argument("--layout", choices=sorted(LAYOUTS), default="nyuv2", help="default: nyuv2")
+    parser.add_argument("--output", metavar="FOLDER", required=True, help="folder, to which missing scenes are added")
+    parser.add_argument("--layout", choices=sorted(CONVERTERS), default="nyuv2", help="default: nyuv2")
     for split, count, seeds in (("train", 240, "0"), ("val", 60, "10000"), ("test", 60, "20000")):
         help_ = f"number of scenes, seeds {seeds} and up (default: {count})"
         parser.add_argument(f"--{split}", metavar="N", type=int, default=count, help=help_)

@@ -1,4 +1,4 @@
-"""Where the rays of a pinhole camera first meet a scene."""
+"""First hits of the rays of a pinhole camera with a scene."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ class Hits(NamedTuple):
 
 
 def view(height: int, width: int) -> Array:
-    """Rays through the pixels, row by row. Shape (P, 3).
+    """Return rays through the pixels, row by row, in the frame of the camera: x to the right, y up, z towards the viewer.
 
-    In the frame of the camera, which is x to the right, y up, z towards the viewer; of length 1 along its axis, so that a
-    multiple of a ray is a depth.
+    Args:
+        height: Pixels.
+        width: Pixels; they cover `FIELD_OF_VIEW`.
+
+    Returns:
+        Rays of length 1 along the axis of the camera, so that their factor is a depth. Shape (P, 3).
     """
     focal = width / 2 / np.tan(FIELD_OF_VIEW / 2)  # in pixels
     y, x = np.mgrid[:height, :width] + 0.5
@@ -33,13 +37,13 @@ def view(height: int, width: int) -> Array:
 
 
 def around_y(angle: float) -> Array:
-    """Rotation about the vertical axis, x towards -z. Shape (3, 3), for columns."""
+    """Return the rotation about the vertical axis, x towards -z. Shape (3, 3), for columns."""
     cos, sin = np.cos(angle), np.sin(angle)
     return np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
 
 
 def orientation(camera: Camera) -> Array:
-    """Rotation from the frame of the camera to the world's. Shape (3, 3), for columns."""
+    """Return the rotation from the frame of the camera to the frame of the world. Shape (3, 3), for columns."""
     cos, sin = np.cos(camera.pitch), np.sin(camera.pitch)
     around_x = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
     turn: Array = around_y(camera.yaw) @ around_x
@@ -47,9 +51,9 @@ def orientation(camera: Camera) -> Array:
 
 
 def trace(scene: Scene, rays: Array) -> Hits:
-    """First hits of rays (P, 3), in the world frame, from the camera. Its position must be outside of every object."""
+    """Return the first hits of rays (P, 3), in the world frame, from the camera, which must be outside of every object."""
     origin = scene.camera.position
-    rays = np.where(rays == 0, 1e-12, rays)  # parallel to a face: it is met far away
+    rays = np.where(rays == 0, 1e-12, rays)  # a ray that is parallel to a face meets it far away
     hits = leave_room(scene.size, origin, rays)
     for surface, box in enumerate(scene.boxes, start=3):
         enter_box(box, surface, origin, rays, hits)
@@ -59,7 +63,7 @@ def trace(scene: Scene, rays: Array) -> Hits:
 
 
 def leave_room(size: Array, origin: Array, rays: Array) -> Hits:
-    """Hits of the six faces of the room from inside."""
+    """Return the hits with the six faces of the room from inside."""
     leave = (np.where(rays > 0, size, 0) - origin) / rays
     axis = leave.argmin(1)
     every = np.arange(len(rays))
@@ -70,7 +74,7 @@ def leave_room(size: Array, origin: Array, rays: Array) -> Hits:
 
 
 def enter_box(box: Box, surface: int, origin: Array, rays: Array, hits: Hits) -> None:
-    """Update the hits where a box is nearer: slab method in the frame of the box."""
+    """Update the hits where a box is nearer, by the slab method in the frame of the box."""
     turn = around_y(box.yaw)
     inverse = 1 / (rays @ turn)
     middle = (box.centre - origin) @ turn * inverse

@@ -1,4 +1,4 @@
-"""A scene -> image, labels, depth and normals, with invalid pixels as in NYUv2."""
+"""Image, labels, depth and normals of a scene, with invalid pixels as in NYUv2."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 AMBIENT = 0.35
 NOISE = 0.02  # standard deviation, on the image
-BORDER = 2  # pixels without any answer
+BORDER = 2  # pixels without label, depth and normal
 GRAZING = 0.08  # cosine between ray and normal below which depth and normal are missing
 UNLABELLED = 0.01  # share of the other pixels
 
 
 class Sample(NamedTuple):
-    """Arrays as NYUv2 has them on disk, all float32."""
+    """Arrays in the format of NYUv2 on disk, all float32."""
 
     image: NDArray[np.float32]  # (H, W, 3), RGB in 0..1
     label: NDArray[np.float32]  # (H, W), index in CLASSES, -1 = unknown
@@ -37,7 +37,7 @@ def render(scene: int | Scene, height: int = 72, width: int = 96, *, seed: int |
         scene: The seed of a scene, or a scene.
         height: Pixels.
         width: Pixels; they are 60 degrees.
-        seed: Of the noise and of the missing labels; by default, that of the scene, or 0.
+        seed: Seed of the noise and of the missing labels; by default the seed of the scene, or 0.
 
     Returns:
         Arrays in which the frame of the camera is x to the right, y up, z towards the viewer.
@@ -65,7 +65,7 @@ def render(scene: int | Scene, height: int = 72, width: int = 96, *, seed: int |
 
 
 def shade(scene: Scene, hits: Hits, rays: Array) -> Array:
-    """Colour of each ray, without noise: texture times ambient light and one Lambertian lamp, without shadows. Shape (P, 3)."""
+    """Return the colour of each ray: texture times ambient light and one Lambertian lamp, without shadows. Shape (P, 3)."""
     points = scene.camera.position + hits.depth[:, None] * rays
     base, amplitude, wave, phase = (part[hits.surface] for part in scene.materials)
     texture = amplitude * np.sin((wave * points).sum(1) + phase)

@@ -1,8 +1,8 @@
-"""What is in a scene: a room, a camera in it, furniture on the floor, paintings and windows on the walls, one lamp.
+"""Random scenes: a room, a camera in it, furniture on the floor, paintings and windows on the walls, one lamp.
 
 Lengths in metres, angles in radians. World frame: x to the right, y up, z towards the viewer, with a corner of the room at the
-origin. The camera stands near the wall at the greatest z and looks, at yaw 0, along -z. All classes have colours and textures
-of the same distribution, so that only size, shape and place tell them apart.
+origin. The camera is near the wall at the greatest z and looks, at yaw 0, along -z. All classes have colours and textures of
+one distribution, so that only size, shape and place distinguish them.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ HANGINGS = {"painting": (0.8, 0.6), "window": (1.2, 1.1)}  # width, height, befo
 ON_TABLES = frozenset({"books", "objects", "tv"})  # half of them, in a room with a table
 
 ROOM_HEIGHT = 2.6
-CLEARANCE = 0.8  # between the camera and what stands on the floor, along z
-HALF_THICKNESS = 0.03  # by how far a painting or a window stands out from its wall
-CANDIDATES = 8  # places that are tried for an object; the one farthest from the others is taken
+CLEARANCE = 0.8  # between the camera and furniture, along z
+HALF_THICKNESS = 0.03  # distance from the front of a painting or a window to its wall
+CANDIDATES = 8  # places that are tried for an object, of which the farthest from other objects is taken
 
 
 class Camera(NamedTuple):
@@ -74,7 +74,7 @@ class Materials(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """All that is rendered."""
+    """A room with its objects, camera and lamp."""
 
     size: Array  # (3,), width, height and depth of the room
     camera: Camera
@@ -86,13 +86,13 @@ class Scene:
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """Class of each surface, in the order of the materials. Shape (S,)."""
+        """Return the class of each surface, in the order of the materials. Shape (S,)."""
         room = [LABELS[name] for name in ("floor", "ceiling", "wall")]
         return np.array(room + [box.label for box in self.boxes] + [ball.label for ball in self.spheres], np.int64)
 
 
 def draw(seed: int) -> Scene:
-    """The scene with this seed, at least 0."""
+    """Return the scene with this seed, at least 0."""
     rng = np.random.default_rng([seed, 0])
     width, depth = rng.uniform(4, 7, 2)
     size = np.array([width, ROOM_HEIGHT, depth])
@@ -106,12 +106,12 @@ def draw(seed: int) -> Scene:
 
 
 def furnish(rng: np.random.Generator, size: Array, camera: Camera) -> tuple[tuple[Box, ...], tuple[Sphere, ...]]:
-    """Five to nine things on the floor or on a table, between the camera and the wall that it faces."""
+    """Draw five to nine objects on the floor or on a table, between the camera and the wall in front of it."""
     names = [str(name) for name in rng.choice([*FURNITURE, "objects"], rng.integers(5, 10))]
     boxes: list[Box] = []
     spheres: list[Sphere] = []
-    taken: list[tuple[float, float, float]] = []  # x, z and radius of what stands on the floor
-    for name in sorted(names, key=ON_TABLES.__contains__):  # tables stand before something is put on them
+    taken: list[tuple[float, float, float]] = []  # x, z and radius of the objects on the floor
+    for name in sorted(names, key=ON_TABLES.__contains__):  # tables come first, so that objects can be put on them
         ball = name == "objects"
         half = np.full(3, rng.uniform(0.12, 0.35)) if ball else rng.uniform(0.8, 1.2, 3) * FURNITURE[name] / 2
         yaw = rng.uniform(-np.pi, np.pi)
@@ -137,9 +137,9 @@ def furnish(rng: np.random.Generator, size: Array, camera: Camera) -> tuple[tupl
 def place(
     rng: np.random.Generator, size: Array, camera: Camera, radius: float, taken: list[tuple[float, float, float]]
 ) -> tuple[float, float]:
-    """Where something of this radius stands, x and z: in the room, `CLEARANCE` in front of the camera, far from the others."""
+    """Draw the place of an object, x and z: in the room, `CLEARANCE` in front of the camera, far from other objects."""
     nearest = camera.position[2] - CLEARANCE - radius
-    farthest = min(0.7 * radius, nearest)  # a corner of something large may reach into the wall
+    farthest = min(0.7 * radius, nearest)  # a corner of a large object may reach into the wall
     x = rng.uniform(0.7 * radius, size[0] - 0.7 * radius, CANDIDATES)
     z = rng.uniform(farthest, nearest, CANDIDATES)
     gaps = [np.hypot(x - other_x, z - other_z) - other_radius for other_x, other_z, other_radius in taken]
@@ -148,7 +148,7 @@ def place(
 
 
 def hang(rng: np.random.Generator, size: Array) -> list[Box]:
-    """One or two paintings and one or two windows, in four places that do not overlap: two in front, one on each side."""
+    """Draw one or two paintings and one or two windows, in four places that do not overlap: two in front, one on each side."""
     names = ["painting"] * rng.integers(1, 3) + ["window"] * rng.integers(1, 3)
     boxes = []
     for name, slot in zip(names, rng.permutation(4), strict=False):
@@ -165,7 +165,7 @@ def hang(rng: np.random.Generator, size: Array) -> list[Box]:
 
 
 def draw_materials(rng: np.random.Generator, count: int) -> Materials:
-    """Random colours and textures for ``count`` surfaces."""
+    """Draw colours and textures for ``count`` surfaces."""
     return Materials(
         base=rng.uniform(0.2, 0.9, (count, 3)),
         amplitude=rng.uniform(0.02, 0.15, count),

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from experiments.datasets import image_cache
-from experiments.datasets.faces import layout, synthetic
+from experiments.datasets.faces import storage
+from experiments.datasets.layouts import celeba
 from experiments.problems.base import Splits, check_source
 
 if TYPE_CHECKING:
@@ -89,10 +90,10 @@ def load(config: DataConfig) -> Splits:
     if config.workers is not None and config.workers < 1:
         raise ValueError(f"data.workers must be at least 1, but got {config.workers}.")
     folder = _default_cache() if config.cache is None else Path(config.cache).expanduser()
-    listing = layout.read(_root(config, folder))
-    file = image_cache.decoded(listing.folder, listing.names, (layout.WIDTH, layout.HEIGHT), folder, config.workers)
+    listing = celeba.read(_root(config, folder))
+    file = image_cache.decoded(listing.folder, listing.names, (celeba.WIDTH, celeba.HEIGHT), folder, config.workers)
     count = len(listing.names)
-    rows = [np.flatnonzero(listing.parts == part) for part in range(len(layout.PARTS))]
+    rows = [np.flatnonzero(listing.parts == part) for part in range(len(celeba.PARTS))]
     return Splits(*(Faces(file, count, part, listing.labels[part]) for part in rows))
 
 
@@ -103,7 +104,7 @@ def _root(config: DataConfig, folder: Path) -> Path:
     check_source(config.source, config.path, ON_DISK, "Anno, Eval and Img in it")
     if config.path is not None:
         return Path(config.path).expanduser()
-    return synthetic.written(folder, (config.train_images, config.validation_images, config.test_images), config.seed)
+    return storage.cached(folder, (config.train_images, config.validation_images, config.test_images), config.seed)
 
 
 def _default_cache() -> Path:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.classification import BinaryF1Score
 
-from experiments.datasets.faces.layout import ATTRIBUTES
+from experiments.datasets.layouts.celeba import ATTRIBUTES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

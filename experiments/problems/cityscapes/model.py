@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from experiments.problems.cityscapes.tasks import NUM_CLASSES
+from experiments.datasets.layouts.dense import CITYSCAPES
 from experiments.problems.dense.model import ModelConfig, build
 
 if TYPE_CHECKING:
@@ -12,13 +12,17 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelConfig", "build_model"]
 
-OUTPUTS = {"segmentation": NUM_CLASSES, "depth": 1}
+OUTPUTS = {"segmentation": CITYSCAPES.num_classes, "depth": 1}
 
 
 def build_model(config: ModelConfig) -> Network:
-    """A freshly initialised network for images (B, 3, H, W).
+    """Return a freshly initialised network for images (B, 3, H, W).
 
-    Parameters: 265 080 (``small``), 25 017 672 (``segnet``), 41 206 984 (``mtan``).
+    Args:
+        config: Name of the network: ``small`` (265 080 parameters), ``segnet`` (25 017 672) or ``mtan`` (41 206 984).
+
+    Returns:
+        The network.
 
     Raises:
         ValueError: If there is no network of that name.

@@ -1,10 +1,4 @@
-"""The layouts of NYUv2 and CityScapes on disk, as data sets whose items are batches.
-
-    FOLDER/{train,val[,test]}/{image,label,depth,normal}/{i}.npy    nyuv2
-    FOLDER/{train,val[,test]}/{image,label_7,depth}/{i}.npy         cityscapes
-
-i = 0..n-1. Images and normals have shape (H, W, 3), labels (H, W), depths (H, W, 1).
-"""
+"""NYUv2 and CityScapes on disk, as data sets whose items are batches; see `experiments.datasets.layouts.dense`."""
 
 from __future__ import annotations
 
@@ -26,34 +20,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-
-class Layout(NamedTuple):
-    """Folders of a data set and what is in their files."""
-
-    name: str
-    channels: dict[str, int | None]  # by folder, in the order of the batch; None where there is no axis for them
-    labels: str  # folder of the labels
-    num_classes: int
-    inverse_depth: bool
-
-
-NYUV2 = Layout("nyuv2", {"image": 3, "label": None, "depth": 1, "normal": 3}, "label", 13, inverse_depth=False)
-CITYSCAPES = Layout("cityscapes", {"image": 3, "label_7": None, "depth": 1}, "label_7", 7, inverse_depth=True)
+    from experiments.datasets.layouts.dense import Layout
 
 START = 512  # bytes, more than the header of such an array has
 
 
 class Files(Dataset[Batch]):
-    """Samples of one split. All headers and all labels are checked at once, the arrays are read when they are asked for.
+    """Samples of one split. All headers and labels are checked at once; the arrays are read when they are used.
 
     An item, for a list of indices, is ``(image, label, depth[, normal])``: float32 (B, 3, H, W); int64 (B, H, W), -1 = unknown;
     float32 (B, 1, H, W), 0 = unknown; float32 (B, 3, H, W), 0 = unknown. Nothing is scaled or normalised.
 
     Args:
-        folder: Of the split.
-        layout: Which folders it has.
+        folder: Folder of the split.
+        layout: Layout of the data set.
         numbers: Names of the samples to use; all by default.
-        size: (H, W) that the files must have; by default, what the first image has.
+        size: (H, W) of the arrays; by default the size of the first image.
 
     Raises:
         ValueError: If a file is missing, cannot be read, or has the wrong shape or a label that is no class.
@@ -68,8 +50,8 @@ class Files(Dataset[Batch]):
         self.size, self.given = size or image_size(folder, self.numbers[0]), size is not None
         for part in layout.channels:
             for number in self.numbers:
-                self.checked(part, number, read_bytes(self.file(part, number), START))
-        for number in self.numbers:  # a wrong label should not end a run that has come as far as its test
+                self.checked_header(part, number, read_bytes(self.file(part, number), START))
+        for number in self.numbers:  # a wrong label should not end a run that has reached its test
             self.check_labels(number)
 
     def __len__(self) -> int:
@@ -80,25 +62,25 @@ class Files(Dataset[Batch]):
         return tuple(self.batch(part, numbers) for part in self.layout.channels)
 
     def file(self, part: str, number: int) -> Path:
-        """Where an array is."""
+        """Return the file of an array."""
         return self.folder / part / f"{number}.npy"
 
-    def checked(self, part: str, number: int, content: bytes) -> Header:
-        """The header of a file of which these bytes are the start."""
+    def checked_header(self, part: str, number: int, content: bytes) -> Header:
+        """Return the header of a file that begins with these bytes, after checking it."""
         channels = self.layout.channels[part]
         shape = self.size if channels is None else (*self.size, channels)
-        why = "" if self.given else f" The size is that of {self.file('image', self.numbers[0])}."
-        return checked(self.file(part, number), content, shape, why, integers=part == self.layout.labels)
+        reason = "" if self.given else f" The size is taken from {self.file('image', self.numbers[0])}."
+        return checked_header(self.file(part, number), content, shape, reason, integers=part == self.layout.labels)
 
     def array(self, part: str, number: int) -> NDArray[Any]:
-        """One file. Plain reading: for arrays as small as these it is faster than a memory map."""
+        """Read one file. For arrays as small as these plain reading is faster than a memory map."""
         content = read_bytes(self.file(part, number))
-        header = self.checked(part, number, content)
+        header = self.checked_header(part, number, content)
         flat = np.frombuffer(content, header.dtype, offset=header.offset)
         return flat.reshape(header.shape, order="F" if header.fortran_order else "C")
 
     def batch(self, part: str, numbers: Sequence[int]) -> Tensor:
-        """Files of one folder, one after the other, with the channels in front."""
+        """Read files of one folder and stack them, with the channels in front."""
         channels = self.layout.channels[part]
         stacked = np.empty((len(numbers), *self.size, channels or 1), np.float32)
         for row, number in zip(stacked, numbers, strict=True):
@@ -107,43 +89,58 @@ class Files(Dataset[Batch]):
         return tensor[:, 0].long() if part == self.layout.labels else tensor
 
     def check_labels(self, number: int) -> None:
-        """Labels that are no classes are an error."""
+        """Check that all labels of a sample are classes.
+
+        Raises:
+            ValueError: If a label is not.
+        """
         last = self.layout.num_classes - 1
         stored = self.array(self.layout.labels, number)
         wrong = stored[~((stored >= -1) & (stored <= last) & (stored == np.floor(stored)))]  # NaN as well
         if wrong.size:
             file = self.file(self.layout.labels, number)
-            raise ValueError(f"{file}: labels must be 0..{last}, or -1 = unknown, but {float(wrong[0])} is there.")
+            raise ValueError(f"{file}: labels must be 0..{last}, or -1 = unknown, but got {float(wrong[0])}.")
 
 
 def count(folder: Path, layout: Layout) -> int:
-    """Number of samples of a split.
+    """Return the number of samples of a split.
+
+    Args:
+        folder: Folder of the split.
+        layout: Layout of the data set.
+
+    Returns:
+        Number of files in each folder.
 
     Raises:
         ValueError: If the files are not named 0.npy, 1.npy, ... in every folder.
     """
     numbers = {part: numbers_in(folder / part) for part in layout.channels}
-    largest = max(max(found, default=-1) for found in numbers.values())
-    for part, found in numbers.items():
-        missing = sorted(set(range(largest + 1)) - found)
+    largest = max(max(present, default=-1) for present in numbers.values())
+    for part, present in numbers.items():
+        missing = sorted(set(range(largest + 1)) - present)
         if missing:
-            others = ", ".join(f"{len(found)} in {part}" for part, found in numbers.items())
-            raise ValueError(
-                f"{folder / part / f'{missing[0]}.npy'} is missing. The folders must match, but there are {others}."
-            )
+            counts = ", ".join(f"{len(present)} in {part}" for part, present in numbers.items())
+            raise ValueError(f"{folder / part / f'{missing[0]}.npy'} is missing. The folders must match, but have {counts}.")
     if largest < 0:
-        raise ValueError(f"{folder / 'image'} has no files 0.npy, 1.npy, ... in it.")
+        raise ValueError(f"{folder / 'image'} must have files 0.npy, 1.npy, ..., but has none.")
     return largest + 1
 
 
 def numbers_in(folder: Path) -> set[int]:
-    """Numbers of the .npy files in a folder.
+    """Return the numbers of the .npy files in a folder.
+
+    Args:
+        folder: Folder of one kind of arrays.
+
+    Returns:
+        The numbers.
 
     Raises:
-        ValueError: If there is no such folder, or a file is not named after a number.
+        ValueError: If the folder does not exist, or a file is not named after a number.
     """
     if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}. data.path must be the folder that has train and val in it.")
+        raise ValueError(f"The folder {folder} does not exist. data.path must be the folder with train and val in it.")
     files = [file for file in folder.glob("*.npy") if not file.name.startswith(".")]
     for file in files:
         if not file.stem.isdecimal() or file.stem != str(int(file.stem)):
@@ -152,16 +149,16 @@ def numbers_in(folder: Path) -> set[int]:
 
 
 def image_size(folder: Path, number: int) -> tuple[int, int]:
-    """Height and width of an image."""
+    """Return height and width of an image."""
     file = folder / "image" / f"{number}.npy"
-    shape = checked(file, read_bytes(file, START)).shape
+    shape = checked_header(file, read_bytes(file, START)).shape
     if len(shape) != 3:
         raise ValueError(f"{file} must have shape (H, W, 3), but has {shape}.")
     return shape[0], shape[1]
 
 
 class Header(NamedTuple):
-    """How an array is stored in a file."""
+    """The description of an array at the beginning of its file."""
 
     shape: tuple[int, ...]
     fortran_order: bool
@@ -171,7 +168,7 @@ class Header(NamedTuple):
 
 @lru_cache(maxsize=256)
 def parse(start: bytes) -> Header:
-    """The header of a file in NumPy's format. Equal headers, of which a data set has few, are parsed once."""
+    """Parse the header of a file in NumPy's format. A data set has few different headers, and each is parsed once."""
     stream = io.BytesIO(start)
     version = np.lib.format.read_magic(stream)
     if version != (1, 0):
@@ -180,10 +177,17 @@ def parse(start: bytes) -> Header:
 
 
 def read_bytes(file: Path, most: int = -1) -> bytes:
-    """The first bytes of a file, or all.
+    """Read the first bytes of a file.
+
+    Args:
+        file: The file.
+        most: Number of bytes; -1 for all.
+
+    Returns:
+        The bytes.
 
     Raises:
-        ValueError: If it cannot be read.
+        ValueError: If the file cannot be read.
     """
     try:
         with file.open("rb") as stream:
@@ -194,27 +198,30 @@ def read_bytes(file: Path, most: int = -1) -> bytes:
         raise ValueError(f"{file} cannot be read: {error.strerror}.") from None
 
 
-def checked(
-    file: Path, content: bytes, shape: tuple[int, ...] | None = None, why: str = "", *, integers: bool = False
+def checked_header(
+    file: Path, content: bytes, shape: tuple[int, ...] | None = None, reason: str = "", *, integers: bool = False
 ) -> Header:
-    """The header of a file, if it is that of an array as it must be.
+    """Return the header of a file, after checking it.
 
     Args:
-        file: In NumPy's format.
+        file: File in NumPy's format.
         content: The start of the file, at least.
-        shape: That the array must have; None for any.
-        why: A sentence for the error: where the shape is from.
-        integers: Whether it may have an integer type.
+        shape: Required shape of the array; None for any.
+        reason: A sentence for the message about a wrong shape.
+        integers: Allow integer types.
+
+    Returns:
+        The header.
 
     Raises:
-        ValueError: If it is no complete array, or has another shape or type.
+        ValueError: If the file has no complete array, or the array has another shape or type.
     """
     try:
         header = parse(content[: int.from_bytes(content[8:10], "little") + 10])
     except ValueError as error:
         raise ValueError(f"{file} is not in NumPy's format ({error}). Was it cut off? Copy it again.") from None
     if shape is not None and header.shape != shape:
-        raise ValueError(f"{file} must have shape {shape}, but has {header.shape}.{why}")
+        raise ValueError(f"{file} must have shape {shape}, but has {header.shape}.{reason}")
     if header.dtype.kind not in ("fiu" if integers else "f"):
         remedy = "" if integers else " Colours must be scaled to 0..1."
         raise ValueError(f"{file} must have a {'real' if integers else 'floating'} type, but has {header.dtype}.{remedy}")

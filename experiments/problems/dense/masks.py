@@ -1,40 +1,40 @@
-"""Which pixels count, in the codes of the papers and here."""
+"""The pixels that count, in the codes of the papers and here."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 from balance.messages import unknown
+from experiments.problems.base import ProtocolName
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Rules = Literal["sound", "paper"]
 IGNORED = -1
 
 
-def check_rules(protocol: Rules) -> None:
-    """Refuse a misspelt protocol.
+def check_protocol(protocol: ProtocolName) -> None:
+    """Check the name of a protocol.
 
     Raises:
         ValueError: If it is neither ``sound`` nor ``paper``.
     """
-    if protocol not in get_args(Rules):
-        raise ValueError(unknown("protocol", protocol, get_args(Rules)))
+    if protocol not in get_args(ProtocolName):
+        raise ValueError(unknown("protocol", protocol, get_args(ProtocolName)))
 
 
 def valid_labels(labels: Tensor) -> Tensor:
-    """Pixels with a class. Shape (B, H, W) -> (B, H, W)."""
+    """Return a mask of the pixels with a class. Shape (B, H, W) -> (B, H, W)."""
     return labels != IGNORED
 
 
 def valid_depth(depth: Tensor) -> Tensor:
-    """Pixels where the sensor saw something: the depth, or inverse depth, is not zero. Shape (B, 1, H, W) -> the same."""
+    """Return a mask of the pixels with a measured depth, or inverse depth: not zero. Shape (B, 1, H, W) -> (B, 1, H, W)."""
     return depth != 0
 
 
-def valid_normals(normals: Tensor, protocol: Rules = "sound") -> Tensor:
-    """Pixels with a normal.
+def valid_normals(normals: Tensor, protocol: ProtocolName = "sound") -> Tensor:
+    """Return a mask of the pixels with a normal.
 
     Args:
         normals: All three components are zero where there is none. Shape (B, 3, H, W).

@@ -1,19 +1,20 @@
 """The metrics of dense prediction, over a whole data set or as the papers average them.
 
-`sound` (the default): every pixel that counts has the same weight, over the whole data set, however it is cut into batches.
+`sound` (the default): every pixel that counts has the same weight, over the whole data set, for all sizes of batches.
 
-`paper`: what the published codes compute. Errors and angles are averaged over the pixels of a batch, and then over batches,
-the smaller last one included; the median is a mean of the batches' medians; a normal whose components sum to zero does not
-count. The numbers depend on the batch size of the evaluation: the papers' is 2 for NYUv2 and 8 for CityScapes. Differs: a batch
+`paper`: as in the published codes. Errors and angles are averaged over the pixels of a batch, and then over batches, including
+the smaller last batch. The median is a mean of the batches' medians. A normal whose components sum to zero does not count. The
+numbers depend on the batch size of the evaluation, which is 2 for NYUv2 and 8 for CityScapes in the papers. Differs: a batch
 without a pixel that counts is skipped, where the codes divide by zero.
 
-Both take mean intersection over union and pixel accuracy from the counts of the whole data set, as the codes do. Differs: a
-class that is neither in the labels nor predicted is left out of the mean, where the codes get NaN; a run says so, and how many.
+In both protocols mean intersection over union and pixel accuracy come from the counts of the whole data set, as in the codes.
+Differs: a class that is neither in the labels nor predicted is left out of the mean, where the codes get NaN. A run then prints
+the number of such classes.
 
-Angles are arc cosines of a dot product clamped to [-1, 1], since two vectors of length one in float32 can have a larger one,
-and its arc cosine would be NaN. Near one a float32 has steps of 6e-8, so angles below 0.02 degrees are not resolved.
+Angles are arc cosines of a dot product clamped to [-1, 1]: in float32 it can exceed one for two vectors of length one, and its
+arc cosine would be NaN. Near one a float32 has steps of 6e-8, so angles below 0.02 degrees are not resolved.
 
-Without a single pixel that counts an error or angle is NaN; so it is where the network answers with NaN.
+Without a single pixel that counts an error or angle is NaN; it is also NaN where an output of the network is NaN.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ import torch
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from experiments.problems.dense.masks import IGNORED, check_rules, valid_depth, valid_normals
+from experiments.problems.dense.masks import IGNORED, check_protocol, valid_depth, valid_normals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from experiments.problems.dense.masks import Rules
+    from experiments.problems.base import ProtocolName
 
-    Measure = Callable[[Tensor, Tensor], Tensor]  # answers and targets to one value for each of the N pixels that count
+    Measure = Callable[[Tensor, Tensor], Tensor]  # outputs and targets to one value for each of the N pixels that count
 
 THRESHOLDS = (11.25, 22.5, 30.0)  # degrees
 STRAIGHT = 180.0
@@ -45,7 +46,7 @@ HIGHER_IS_BETTER = frozenset(
 
 
 def segmentation_metrics(num_classes: int) -> dict[str, Metric]:
-    """Fresh metrics of (B, C, H, W) scores and (B, H, W) labels, in 0..1; the same in both protocols."""
+    """Return fresh metrics of (B, C, H, W) scores and (B, H, W) labels, in 0..1; both protocols use them."""
     return {
         "segmentation/miou": MeanIoU(num_classes, ignore_index=IGNORED),
         "segmentation/pixel_accuracy": MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORED),
@@ -53,23 +54,23 @@ def segmentation_metrics(num_classes: int) -> dict[str, Metric]:
 
 
 class MeanIoU(MulticlassJaccardIndex):
-    """Mean intersection over union of the classes that are in the labels, or predicted."""
+    """Mean intersection over union of the classes that are in the labels or predicted."""
 
     def remark(self) -> str:
-        """How many these are; nothing if they are all."""
+        """Return a note on the number of these classes; nothing if they are all."""
         counts = self.confmat.sum(0) + self.confmat.sum(1)
         occurring = int((counts > 0).sum())
         return "" if occurring == len(counts) else f"a mean over {occurring} of {len(counts)} classes; the others do not occur"
 
 
-def depth_metrics(protocol: Rules = "sound") -> dict[str, Metric]:
-    """Fresh metrics of two (B, 1, H, W): errors in the unit of the depth, and as a ratio to the depth (not in percent)."""
+def depth_metrics(protocol: ProtocolName = "sound") -> dict[str, Metric]:
+    """Return fresh metrics of two (B, 1, H, W): errors in the unit of the depth, and as a ratio to the depth."""
     mean = averaged(protocol)
     return {"depth/abs_error": mean(absolute_errors), "depth/rel_error": mean(relative_errors)}
 
 
-def normal_metrics(protocol: Rules = "sound") -> dict[str, Metric]:
-    """Fresh metrics of two (B, 3, H, W): angles in degrees, and the shares of pixels, in 0..1, with less than an angle."""
+def normal_metrics(protocol: ProtocolName = "sound") -> dict[str, Metric]:
+    """Return fresh metrics of two (B, 3, H, W): angles in degrees, and shares of pixels below an angle, in 0..1."""
     mean = averaged(protocol)
     measure = partial(angles, protocol=protocol)
     median = BatchMean(measure, middle) if protocol == "paper" else PixelMedian(measure, STRAIGHT)
@@ -77,32 +78,32 @@ def normal_metrics(protocol: Rules = "sound") -> dict[str, Metric]:
     return {"normals/mean_angle": mean(measure), "normals/median_angle": median, **within}
 
 
-def averaged(protocol: Rules) -> Callable[[Measure], Metric]:
-    """How a protocol averages over pixels."""
-    check_rules(protocol)
+def averaged(protocol: ProtocolName) -> Callable[[Measure], Metric]:
+    """Return the mean over pixels that a protocol uses."""
+    check_protocol(protocol)
     return PixelMean if protocol == "sound" else BatchMean
 
 
 def absolute_errors(depth: Tensor, target: Tensor) -> Tensor:
-    """Of the pixels with a depth. Shape (B, 1, H, W) twice -> (N,)."""
+    """Return errors of the pixels with a depth. Shape (B, 1, H, W) twice -> (N,)."""
     valid = valid_depth(target)
     return (depth[valid] - target[valid]).abs()
 
 
 def relative_errors(depth: Tensor, target: Tensor) -> Tensor:
-    """Divided by the depth; large where an inverse depth is near zero. Shape (B, 1, H, W) twice -> (N,)."""
+    """Return errors divided by the depth; large where an inverse depth is near zero. Shape (B, 1, H, W) twice -> (N,)."""
     return absolute_errors(depth, target) / target[valid_depth(target)]
 
 
-def angles(normals: Tensor, target: Tensor, *, protocol: Rules = "sound") -> Tensor:
-    """Angles in degrees, 0 to 180, of the pixels with a normal. Shape (B, 3, H, W) twice -> (N,)."""
+def angles(normals: Tensor, target: Tensor, *, protocol: ProtocolName = "sound") -> Tensor:
+    """Return angles in degrees, 0 to 180, of the pixels with a normal. Shape (B, 3, H, W) twice -> (N,)."""
     cosines = (normals * target).sum(dim=1)[valid_normals(target, protocol)]
     return cosines.clamp(-1, 1).acos().rad2deg()
 
 
-def below(measure: Measure, limit: float, answers: Tensor, targets: Tensor) -> Tensor:
-    """One where the measure is less than the limit, else zero. Shape (N,)."""
-    return (measure(answers, targets) < limit).float()
+def below(measure: Measure, limit: float, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return one where the measure is less than the limit, else zero. Shape (N,)."""
+    return (measure(outputs, targets) < limit).float()
 
 
 class PixelMean(MeanMetric):
@@ -112,28 +113,28 @@ class PixelMean(MeanMetric):
         super().__init__(nan_strategy="disable")
         self.measure = measure
 
-    def update(self, answers: Tensor, targets: Tensor) -> None:  # type: ignore[override]
+    def update(self, outputs: Tensor, targets: Tensor) -> None:  # type: ignore[override]
         """Add the pixels of a batch."""
-        super().update(self.measure(answers, targets))
+        super().update(self.measure(outputs, targets))
 
 
 class BatchMean(MeanMetric):
-    """Mean over batches of what a statistic makes of the pixels of each."""
+    """Mean over batches of a statistic of the pixels of each batch."""
 
     def __init__(self, measure: Measure, statistic: Callable[[Tensor], Tensor] = torch.mean) -> None:
         super().__init__(nan_strategy="disable")
         self.measure = measure
         self.statistic = statistic
 
-    def update(self, answers: Tensor, targets: Tensor) -> None:  # type: ignore[override]
-        """Add a batch; one without a pixel that counts is skipped."""
-        values = self.measure(answers, targets)
+    def update(self, outputs: Tensor, targets: Tensor) -> None:  # type: ignore[override]
+        """Add a batch; skip a batch without a pixel that counts."""
+        values = self.measure(outputs, targets)
         if values.numel():
             super().update(self.statistic(values))
 
 
 def middle(values: Tensor) -> Tensor:
-    """Median as NumPy has it: of an even number of values, the mean of the two in the middle. Shape (N,) -> ()."""
+    """Return the median as in NumPy: of an even number of values, the mean of the two in the middle. Shape (N,) -> ()."""
     ordered = values.sort().values  # NaN comes last
     median = (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
     return torch.where(ordered[-1].isnan(), torch.nan, median)
@@ -142,12 +143,12 @@ def middle(values: Tensor) -> Tensor:
 class PixelMedian(Metric):
     """Median of a measure over all pixels that count, from a histogram.
 
-    The 654 test images of NYUv2 have 72 million pixels: the histogram takes 512 KiB however many they are, and is summed over
-    ranks, where the values would take 276 MiB and could only be gathered. The result is off by at most half the width of a bin,
-    0.0014 degrees for angles, beside a rounding error of the bin's index in float32; tables show 0.01 degrees.
+    The histogram takes 512 KiB for any number of pixels, and is summed over ranks. The values of the 654 test images of NYUv2,
+    72 million pixels, would take 276 MiB and could only be gathered. The error is at most half the width of a bin, 0.0014
+    degrees for angles, plus a rounding error of the bin's index in float32; tables show 0.01 degrees.
 
     Args:
-        measure: Values in 0..top.
+        measure: Measure with values in 0..top.
         top: End of the last bin.
     """
 
@@ -160,16 +161,16 @@ class PixelMedian(Metric):
         self.width = top / BINS
         self.add_state("counts", torch.zeros(BINS + 1, dtype=torch.int64), dist_reduce_fx="sum")  # the last one for NaN
 
-    def update(self, answers: Tensor, targets: Tensor) -> None:
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Add the pixels of a batch."""
-        values = self.measure(answers, targets)
+        values = self.measure(outputs, targets)
         bins = (values.nan_to_num(0.0) / self.width).long().clamp_(max=BINS - 1)
         self.counts += torch.bincount(bins.masked_fill_(values.isnan(), BINS), minlength=BINS + 1)
 
     def compute(self) -> Tensor:
-        """Mean of the centres of the bins of the two middle values, which are one if the number of values is odd."""
+        """Return the mean of the centres of the bins of the two middle values, which coincide if their number is odd."""
         up_to = self.counts[:-1].cumsum(0)
         count = up_to[-1]
         middles = torch.stack([count - 1, count]).clamp_min(0) // 2
-        found = (torch.searchsorted(up_to, middles, right=True) + 0.5).mean() * self.width
-        return torch.where((count > 0) & (self.counts[-1] == 0), found, torch.nan)
+        median = (torch.searchsorted(up_to, middles, right=True) + 0.5).mean() * self.width
+        return torch.where((count > 0) & (self.counts[-1] == 0), median, torch.nan)

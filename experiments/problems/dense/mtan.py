@@ -1,4 +1,4 @@
-"""MTAN: a SegNet, and for each task an attention that picks from its maps."""
+"""MTAN: a SegNet, and for each task an attention over its maps."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 class MTAN(nn.Module):
     """Images to one map of features per task.
 
-    At each stage a task's mask, of values in 0..1, is computed from the stage's first map and what the task attended to at the
-    stage before, and multiplies the stage's last map. Masks are each task's own; the convolutions between them
-    (``encoder_steps``, ``decoder_steps``) and the SegNet are the same for all tasks.
+    At each stage a task's mask, of values in 0..1, multiplies the stage's last map. It is computed from the stage's first map
+    and the attended map of the stage before. Every task has separate masks; all tasks share the convolutions between them
+    (``encoder_steps``, ``decoder_steps``) and the SegNet.
 
-    All of it belongs to the trunk, the masks too, as in the published codes, which count every parameter outside the
-    prediction layers as shared. A mask has a gradient from its own task alone, so in the Jacobian its columns have one row
-    that is not zero: they never conflict, and they add to the lengths of the task gradients.
+    All of it belongs to the trunk, including the masks, as in the published codes, where every parameter outside the
+    prediction layers is shared. A mask has a gradient from one task only, so its columns of the Jacobian have one row that is
+    not zero: they never conflict, and they add to the lengths of the task gradients.
 
     Args:
         num_tasks: K.
@@ -39,7 +39,7 @@ class MTAN(nn.Module):
 
     Source:
         Liu et al., "End-to-End Multi-Task Learning with Attention", CVPR 2019. Differs: up-sampling goes to the size of the
-        shared map beside it, which is the double wherever H and W are multiples of 2 ** stages.
+        shared map of the stage, which is the double wherever H and W are multiples of 2 ** stages.
     """
 
     def __init__(self, num_tasks: int, widths: Sequence[int] = WIDTHS, depths: Sequence[int] = DEPTHS) -> None:
@@ -57,7 +57,7 @@ class MTAN(nn.Module):
         initialise(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Features of each task, (B, widths[0], H, W)."""
+        """Return features of each task, (B, widths[0], H, W)."""
         maps = self.shared.maps(images)
         return tuple(
             self.decode(decoder_masks, maps, self.encode(encoder_masks, maps))
@@ -65,7 +65,7 @@ class MTAN(nn.Module):
         )
 
     def encode(self, masks: nn.Module, maps: Maps) -> Tensor:
-        """What one task attends to on the way down."""
+        """Return the attended map of one task after the encoder."""
         attended: list[Tensor] = []
         for mask, step, first, last in zip(masks.children(), self.encoder_steps, maps.first, maps.last, strict=True):
             selected = mask(torch.cat([first, *attended], dim=1)) * last
@@ -73,7 +73,7 @@ class MTAN(nn.Module):
         return attended[0]
 
     def decode(self, masks: nn.Module, maps: Maps, attended: Tensor) -> Tensor:
-        """What it attends to on the way up, from what it brought down."""
+        """Return the attended map of one task after the decoder, from the attended map after the encoder."""
         for mask, step, unpooled, decoded in zip(
             masks.children(), self.decoder_steps, maps.unpooled, maps.decoded, strict=True
         ):
@@ -83,7 +83,7 @@ class MTAN(nn.Module):
 
 
 def masks(sizes: Iterable[tuple[int, int]]) -> nn.ModuleList:
-    """One mask per stage."""
+    """Return one mask per stage."""
     return nn.ModuleList(
         nn.Sequential(
             nn.Conv2d(inputs, outputs, 1),

@@ -1,4 +1,4 @@
-"""SegNet: an encoder, and a decoder that puts values back where the encoder's pooling took them from."""
+"""SegNet: an encoder, and a decoder that puts values back to the places that the encoder's pooling took them from."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Maps(NamedTuple):
 
     first: list[Tensor]  # after the first convolution of an encoder stage
     last: list[Tensor]  # after its last one, before pooling
-    pooled: Tensor  # what the decoder begins with
-    unpooled: list[Tensor]  # what a decoder stage begins with
-    decoded: list[Tensor]  # what it ends with
+    pooled: Tensor  # input of the decoder
+    unpooled: list[Tensor]  # inputs of the decoder stages
+    decoded: list[Tensor]  # outputs of the decoder stages
 
 
 class SegNet(nn.Module):
     """The trunk of hard parameter sharing: images to one map of features for all tasks.
 
-    Pooling halves each side and rounds down. Images whose sides are no multiples of 2 ** stages are no error, since un-pooling
-    is told the size to come back to.
+    Pooling halves each side and rounds down. The sides of images need not be multiples of 2 ** stages, since un-pooling
+    restores the size before.
 
     Args:
         widths: Channels of each stage, from shallow to deep.
@@ -53,7 +53,13 @@ class SegNet(nn.Module):
         initialise(self)
 
     def maps(self, images: Tensor) -> Maps:
-        """Every map that a task's attention looks at.
+        """Return the maps that a task's attention uses.
+
+        Args:
+            images: Shape (B, 3, H, W).
+
+        Returns:
+            Maps of all stages.
 
         Raises:
             ValueError: If the images are too small to be pooled at every stage.
@@ -79,22 +85,22 @@ class SegNet(nn.Module):
         return Maps(first, last, pooled, unpooled, decoded)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, widths[0], H, W)."""
+        """Return features (B, widths[0], H, W)."""
         return self.maps(images).decoded[-1]
 
 
 def stage(inputs: int, outputs: int, depth: int) -> nn.Sequential:
-    """Convolutions at one resolution, of which the first changes the number of channels."""
+    """Return the convolutions at one resolution; the first changes the number of channels."""
     return nn.Sequential(convolution(inputs, outputs), *(convolution(outputs, outputs) for _ in range(depth - 1)))
 
 
 def convolution(inputs: int, outputs: int) -> nn.Sequential:
-    """3 x 3 convolution, with a bias although normalisation follows: the published parameter counts include it."""
+    """Return a 3 x 3 convolution, with a bias although normalisation follows: the published parameter counts include it."""
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
 def initialise(network: nn.Module) -> None:
-    """Xavier-normal convolutions without bias; normalisation stays at scale one and shift zero."""
+    """Initialise convolutions Xavier-normal with bias zero; normalisation stays at scale one and shift zero."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.xavier_normal_(module.weight)

@@ -16,7 +16,7 @@ from experiments.problems.dense.augmentation import Augmented
 from experiments.problems.dense.files import Files, count
 
 if TYPE_CHECKING:
-    from experiments.problems.dense.files import Layout
+    from experiments.datasets.layouts.dense import Layout
 
 ON_DISK = "files"
 VALIDATION_SHARE = 0.1  # of the training files, where the data set has no validation files

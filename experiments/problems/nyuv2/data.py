@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from experiments.problems.dense.files import NYUV2
+from experiments.datasets.layouts.dense import NYUV2
 from experiments.problems.dense.splits import ON_DISK, DenseDataConfig, Scenes, load_dense
 
 if TYPE_CHECKING:
@@ -22,9 +22,13 @@ class DataConfig(DenseDataConfig):
 
 
 def load(config: DenseDataConfig) -> Splits:
-    """Train, validation and test data; an item, for a list of indices, is ``(image, label, depth, normal)``.
+    """Return train, validation and test data; an item, for a list of indices, is ``(image, label, depth, normal)``.
 
-    Image (B, 3, H, W) in 0..1; label (B, H, W), -1 = unknown; depth (B, 1, H, W) in metres, 0 = unknown; unit normal
-    (B, 3, H, W), x to the right, y up, z towards the viewer, 0 = unknown.
+    Args:
+        config: Source and size of the data.
+
+    Returns:
+        Image (B, 3, H, W) in 0..1; label (B, H, W), -1 = unknown; depth (B, 1, H, W) in metres, 0 = unknown; unit normal
+        (B, 3, H, W), x to the right, y up, z towards the viewer, 0 = unknown.
     """
     return load_dense(config, NYUV2, SCENES)

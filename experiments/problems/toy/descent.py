@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Options = Mapping[str, Mapping[str, Any]]  # of methods, by name
 
 # The published trajectories have 50 000 steps of 0.001 and beta2 = 0.999. With these they end on the same side of the front
-STEPS, LR, BETA2 = 2000, 0.02, 0.99
+STEPS, LR, BETA2 = 5000, 0.01, 0.99
 EPOCH = 1000  # steps after which rules that update once per epoch are called
 METHODS = ("ls", "mgda", "pcgrad", "cagrad", "nashmtl", "famo", "go4align")
 OPTIONS: Options = yaml.safe_load(Path(__file__).with_name("config.yaml").read_text(encoding="utf-8"))["methods"]

@@ -1,7 +1,7 @@
-"""Draws faces of which all 40 attributes can be seen, by conventions of a cartoon that say nothing about people.
+"""Cartoon faces that show all 40 attributes by conventions, which say nothing about people.
 
 Faces are drawn at half the size of CelebA's images, 109 rows of 89 pixels. All lengths are pixels of that size, measured from
-the middle of the face, right and down; both halves of a face are drawn at once by the distance from its axis. Coverages are
+the middle of the face, right and down. Both halves of a face are drawn at once by the distance from its axis. Coverages are
 in 0..1, with edges a pixel wide; arrays of one number per face have shape (N, 1, 1).
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.ndimage import uniform_filter
 
-from experiments.datasets.faces.layout import ATTRIBUTES
+from experiments.datasets.layouts.celeba import ATTRIBUTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,10 +23,10 @@ ROWS, COLUMNS = 109, 89
 MIDDLE = (50, 44)  # row and column of the middle of the face, up to SHIFT
 SHIFT = 2.0
 MARGIN = 3  # of windows, for SHIFT and soft edges
-BLUR = 9  # side of the square that is averaged where a face is blurry
+BLUR = 9  # side of the square over which a blurry face is averaged
 NOISE = 0.03  # largest, of pixels in 0..1
-SKINS = ((0.42, 0.27, 0.20), (0.90, 0.70, 0.58))  # darkest and lightest, between which a face's is drawn
-NEUTRAL_HAIR = (0.72, 0.30, 0.10)  # where no colour is named
+SKINS = ((0.42, 0.27, 0.20), (0.90, 0.70, 0.58))  # darkest and lightest
+NEUTRAL_HAIR = (0.72, 0.30, 0.10)  # of a face without an attribute that names a colour
 HAIRS = {
     "Black_Hair": (0.06, 0.05, 0.06),
     "Blond_Hair": (0.90, 0.78, 0.42),
@@ -36,11 +36,11 @@ HAIRS = {
 
 
 def draw(labels: NDArray[np.bool_], generator: np.random.Generator) -> NDArray[np.uint8]:
-    """Faces with given attributes. What is no attribute (place, skin, background, ...) is random, and independent of these.
+    """Draw faces with given attributes; place, skin, background and other properties are random, and independent of these.
 
     Args:
         labels: Shape (N, 40).
-        generator: Draws the same amount whatever the labels are.
+        generator: Random generator. The number of draws does not depend on the labels.
 
     Returns:
         Shape (N, 109, 89, 3).
@@ -84,13 +84,13 @@ class Canvas:
         return self.labels[:, ATTRIBUTES.index(attribute), None, None]
 
     def window(self, top: float, bottom: float, reach: float) -> Window:
-        """The part of the images between two heights, up to a distance from the axis."""
+        """Return the part of the images between two heights, up to a distance from the axis."""
         rows = slice(max(0, int(MIDDLE[0] + top) - MARGIN), min(ROWS, int(MIDDLE[0] + bottom) + MARGIN + 1))
         columns = slice(max(0, int(MIDDLE[1] - reach) - MARGIN), min(COLUMNS, int(MIDDLE[1] + reach) + MARGIN + 1))
         return Window(self, rows, columns)
 
     def _colour_of_hair(self) -> Array:
-        """The mean of the colours that are named."""
+        """Return the mean of the colours that attributes name."""
         named = self.labels[:, [ATTRIBUTES.index(name) for name in HAIRS]]
         count = named.sum(1, keepdims=True)
         mean = named @ np.array(list(HAIRS.values()), dtype=np.float32) / np.maximum(count, 1)
@@ -113,29 +113,29 @@ class Window:
         self.side = np.abs(self.x)
 
     def paint(self, coverage: Array, colour: Array | tuple[float, float, float]) -> None:
-        """Cover with a colour, of shape (3,) or (N, 3)."""
+        """Cover the window with a colour of shape (3,) or (N, 3)."""
         tint = np.atleast_2d(np.asarray(colour, dtype=np.float32))[:, :, None, None]
         change = tint - self.pixels
         change *= coverage[:, None]
         self.pixels += change
 
     def ellipse(self, y: Array | float, side: Array | float, tall: Array | float, wide: Array | float) -> Array:
-        """Coverage of an ellipse on each side, by its middle and half its height and width."""
+        """Return the coverage of an ellipse on each side, from its middle and half its height and width."""
         radius = np.sqrt(((self.y - y) / tall) ** 2 + ((self.side - side) / wide) ** 2)
         return _soft((1 - radius) * np.minimum(tall, wide, dtype=np.float32))
 
     def curve(self, y: Array | float, thick: Array | float, side: float, reach: Array | float) -> Array:
-        """Coverage of a line at the heights ``y``, by half its thickness and half its length."""
+        """Return the coverage of a line at the heights ``y``, from half its thickness and half its length."""
         return _soft(thick - np.abs(self.y - y)) * _soft(reach - np.abs(self.side - side))
 
     def box(self, y: float, side: float, tall: float, wide: Array | float) -> Array:
-        """Coverage of a rectangle on each side, by its middle and half its height and width."""
+        """Return the coverage of a rectangle on each side, from its middle and half its height and width."""
         return self.curve(y, tall, side, wide)
 
 
-def _soft(inside: Array) -> Array:
-    """Coverage of pixels whose middle lies so deep inside."""
-    coverage: Array = (inside + np.float32(0.5)).clip(0, 1)
+def _soft(depth: Array) -> Array:
+    """Return the coverage of pixels, given the depth of their middle inside a shape."""
+    coverage: Array = (depth + np.float32(0.5)).clip(0, 1)
     return coverage
 
 

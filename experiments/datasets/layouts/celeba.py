@@ -1,11 +1,11 @@
-"""The files of CelebA as they are distributed: two lists of text and a folder of images.
+"""The layout of CelebA: two lists of text and a folder of images.
 
 Anno/list_attr_celeba.txt     line 1: number of images; line 2: the 40 names; then ``000001.jpg -1  1 ...``
-Eval/list_eval_partition.txt  ``000001.jpg 0``: 0 train, 1 validation, 2 test; the same images in the same order
+Eval/list_eval_partition.txt  ``000001.jpg 0``: 0 train, 1 validation, 2 test; the images in the order of the other list
 Img/img_align_celeba/*.jpg    178 x 218 pixels
 
-The folders Anno, Eval and Img may be left out. Unlike the loader of the FAMO repository this one does not need a line break
-after the last line, which without one was lost there.
+The folders Anno, Eval and Img may be left out. The last line needs no line break; the loader of the FAMO repository loses that
+line without one.
 
 Source:
     Liu et al., "Deep Learning Face Attributes in the Wild", ICCV 2015.
@@ -39,7 +39,7 @@ IMAGES = ("Img", "img_align_celeba")
 
 
 class Listing(NamedTuple):
-    """What the two lists say of N images."""
+    """The content of the two lists for N images."""
 
     folder: Path  # of the images
     names: tuple[str, ...]
@@ -48,14 +48,17 @@ class Listing(NamedTuple):
 
 
 def read(root: Path) -> Listing:
-    """The lists of a data set. The images themselves are not looked at.
+    """Read the lists of a data set; the images themselves are not opened.
 
     Args:
-        root: Folder with Anno, Eval and Img, or with what these hold.
+        root: Folder with Anno, Eval and Img, or with their content.
+
+    Returns:
+        Names, labels and parts of the images.
 
     Raises:
-        FileNotFoundError: If a file or the folder of the images is missing.
-        ValueError: If a list is damaged, or the two do not agree.
+        FileNotFoundError: If a list or the folder of the images is missing.
+        ValueError: If a list is damaged, or the lists do not agree.
     """
     attributes, partition, images = (_find(root, *place) for place in (ATTRIBUTE_LIST, PARTITION_LIST, IMAGES))
     names, labels = _read_attributes(attributes)
@@ -72,7 +75,7 @@ def write(root: Path, labels: NDArray[np.bool_], parts: NDArray[np.uint8]) -> tu
         parts: Index into ``PARTS``. Shape (N,).
 
     Returns:
-        Where the N images belong.
+        Files for the N images.
     """
     names = [f"{number:06d}.jpg" for number in range(1, len(labels) + 1)]
     rows = ([name, *("1" if label else "-1" for label in row)] for name, row in zip(names, labels, strict=True))
@@ -95,7 +98,7 @@ def _find(root: Path, folder: str, name: str) -> Path:
             return place
     raise FileNotFoundError(
         f"data.path must be a folder with CelebA's {folder}/{name}, but {root} has none. "
-        "Unpack there what the authors of CelebA distribute: Anno, Eval and Img/img_align_celeba."
+        "Unpack there the files of CelebA's authors: Anno, Eval and Img/img_align_celeba."
     )
 
 
@@ -115,7 +118,7 @@ def _read_attributes(file: Path) -> tuple[tuple[str, ...], NDArray[np.bool_]]:
     rows = [line for line in lines[2:] if line.strip()]
     if lines[0].strip() != str(len(rows)):
         raise ValueError(
-            f"{file} must list '{lines[0].strip()}' images, as its first line says, but lists {len(rows)}. Fetch it again."
+            f"{file} must list '{lines[0].strip()}' images, as its first line states, but lists {len(rows)}. Fetch it again."
         )
     names = []
     labels = np.empty((len(rows), len(ATTRIBUTES)), dtype=np.bool_)
@@ -123,7 +126,7 @@ def _read_attributes(file: Path) -> tuple[tuple[str, ...], NDArray[np.bool_]]:
         name, *values = row.split()
         if len(values) != len(ATTRIBUTES) or not {"1", "-1"}.issuperset(values):
             raise ValueError(
-                f"{file}: after '{name}' there must be 40 times 1 or -1, but there is {' '.join(values)!r}. Fetch it again."
+                f"{file}: '{name}' must be followed by 40 times 1 or -1, but got {' '.join(values)!r}. Fetch it again."
             )
         names.append(name)
         labels[i] = [value == "1" for value in values]

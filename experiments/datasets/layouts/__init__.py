@@ -1,0 +1,1 @@
+"""Layouts of official data sets on disk, which generators write and problems read."""
