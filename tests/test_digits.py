@@ -71,7 +71,7 @@ def test_training_images_get_noise_of_the_given_size_anew_each_time(splits):
 
 
 def test_an_empty_split_is_refused():
-    with pytest.raises(ValueError, match="at least one pair"):
+    with pytest.raises(ValueError, match=r"data\.train_pairs must be at least 1"):
         load(DataConfig(train_pairs=0))
 
 

@@ -140,10 +140,10 @@ def test_protocols_of_mnist(mnist):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"protocol": "papers"}, "data.protocol must be one of sound, paper, but got 'papers'"),
-        ({"protocol": "paper"}, "protocol=paper is of MNIST"),
+        ({"protocol": "papers"}, "data.protocol must be one of sound, paper, but got papers"),
+        ({"protocol": "paper"}, "protocol must be sound for scikit-learn's digits"),
         ({"imbalance": 0.0}, "data.imbalance must be positive"),
-        ({"label_smoothing": 1.0}, "data.label_smoothing must be in 0..1"),
+        ({"label_smoothing": 1.0}, "data.label_smoothing must be at least 0 and below 1"),
     ],
 )
 def test_bad_data(config, message):
@@ -274,8 +274,8 @@ def test_seed_of_the_splitter():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "smal"}, "Unknown model.name 'smal'. Did you mean 'small'"),
-        ({"shared": "all"}, "Unknown model.shared 'all'"),
+        ({"name": "smal"}, "model.name must be one of small, demo, but got smal"),
+        ({"shared": "all"}, "model.shared must be one of trunk, everything, but got all"),
         ({"width": 0}, "model.width must be at least 1"),
         ({"splitter": "normalised"}, "Unknown model.splitter 'normalised'. Did you mean 'normalized'"),
     ],
@@ -385,7 +385,7 @@ def test_which_epoch_is_tested(mnist):
         (["--configurations", "summed"], "Did you mean 'summed-loss'"),
         (["--epochs", "0"], "must be at least 1, but got 1, 0 and 64"),
         (["--data_path", "/nowhere"], "train-images-idx3-ubyte"),
-        (["--protocol", "paper"], "protocol=paper is of MNIST"),
+        (["--protocol", "paper"], "protocol must be sound for scikit-learn's digits"),
     ],
 )
 def test_mistakes_in_the_command(tmp_path, capsys, arguments, message):

@@ -99,12 +99,15 @@ def test_batches_go_through_the_data_loader(splits):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (DataConfig(source="qm8"), r"data\.source must be one of molecules, qm9, but got 'qm8'"),
+        (DataConfig(source="qm8"), r"data\.source must be one of molecules, qm9, but got qm8"),
         (DataConfig(source="qm9"), r"the folder with raw/gdb9\.sdf in it, but got None\. Set data\.path=FOLDER"),
         (DataConfig(path="somewhere"), r"data\.source must be qm9 where data\.path is given, but got molecules"),
-        (DataConfig(protocol="fair"), r"data\.protocol must be sound or paper, but got 'fair'"),
-        (DataConfig(test_molecules=0), "1326 molecules make 1126 for training, 200 for validation, 0 for testing"),
-        (DataConfig(validation_molecules=1125), "1 for training, 1125 for validation, 200 for testing"),
+        (DataConfig(protocol="fair"), r"data\.protocol must be one of sound, paper, but got fair"),
+        (DataConfig(test_molecules=0), r"data\.test_molecules must be at least 1"),
+        (
+            DataConfig(validation_molecules=1125),
+            "of 1326 molecules 1 are left for training after 1125 for validation and 200",
+        ),
     ],
 )
 def test_mistakes_in_the_configuration_are_said(config, message):

@@ -14,7 +14,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 from torch import Tensor, nn
 
@@ -33,6 +33,7 @@ FOLDER = Path(__file__).resolve().parent
 Batch: TypeAlias = tuple[Any, ...]
 ByTask: TypeAlias = dict[str, Tensor]
 ProtocolName: TypeAlias = Literal["sound", "paper"]  # sound evaluation, or evaluation as in the published codes
+PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
 
 
 class Splits(NamedTuple):
@@ -90,7 +91,7 @@ class ScalarHead(nn.Linear):
         super().__init__(width, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return one number for each sample. Shape (B, width) -> (B,)."""
+        """Return one number for each sample. Shape (B, F) -> (B,)."""
         return super().forward(features).squeeze(1)
 
 
@@ -145,6 +146,12 @@ def summaries() -> dict[str, str]:
 
 def find(name: str) -> Problem:
     """Import a problem.
+
+    Args:
+        name: Name of its folder.
+
+    Returns:
+        The problem.
 
     Raises:
         ValueError: If there is no such problem, or its folder does not export a name that a problem must have.

@@ -1,8 +1,8 @@
 """The layout of CelebA: two lists of text and a folder of images.
 
-Anno/list_attr_celeba.txt     line 1: number of images; line 2: the 40 names; then ``000001.jpg -1  1 ...``
-Eval/list_eval_partition.txt  ``000001.jpg 0``: 0 train, 1 validation, 2 test; the images in the order of the other list
-Img/img_align_celeba/*.jpg    178 x 218 pixels
+    Anno/list_attr_celeba.txt     line 1: number of images; line 2: the 40 names; then ``000001.jpg -1  1 ...``
+    Eval/list_eval_partition.txt  ``000001.jpg 0``: 0 train, 1 validation, 2 test; the images in the order of the other list
+    Img/img_align_celeba/*.jpg    178 x 218 pixels
 
 The folders Anno, Eval and Img may be left out. The last line needs no line break; the loader of the FAMO repository loses that
 line without one.

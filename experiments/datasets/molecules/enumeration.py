@@ -30,8 +30,8 @@ def enumerate_smiles(least: int = 2, most: int = 5) -> list[str]:
     """Return SMILES of all neutral, valence-correct, connected molecules with ``least`` to ``most`` heavy atoms.
 
     An atom is added to every smaller molecule in every way. That yields each graph, since each has an atom whose removal
-    leaves it connected. Left out are single bonds between N, O and F, multiple bonds in rings of three and four atoms, triple
-    bonds in rings, and molecules with more than one ring.
+    leaves it connected. Left out are single bonds between N, O and F, triple bonds in rings, and multiple bonds in rings of
+    three and four atoms. So are molecules with more than one ring.
 
     Args:
         least: Heavy atoms of the smallest molecules.

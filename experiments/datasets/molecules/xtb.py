@@ -174,8 +174,8 @@ def properties(numbers: Sequence[int], positions: Array, modes: Array) -> Array:
         modes: Its angular frequencies, Eh.
 
     Returns:
-        Dipole moment (D), polarizability (a0^3), HOMO, LUMO (eV), electronic spatial extent (a0^2), zero-point energy,
-        atomisation energies at 0 K and 298.15 K, atomisation enthalpy and free energy at 298.15 K (eV), heat capacity
+        Dipole moment (D), polarizability (a0^3), HOMO and LUMO (eV), electronic spatial extent (a0^2). Then zero-point energy,
+        atomisation energies at 0 K and 298.15 K, atomisation enthalpy and free energy at 298.15 K (eV). Last, heat capacity
         (cal / mol K). Shape (11,).
 
     Differs from QM9: GFN2-xTB instead of B3LYP/6-31G(2df,p), and the spatial extent counts the electrons of each atom

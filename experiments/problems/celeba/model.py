@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
+from balance.config import check_settings, setting
 from experiments.problems.base import Heads, Network, ScalarHead
 from experiments.problems.celeba.tasks import TASKS
 
 
 @dataclass
 class ModelConfig:
-    """``official``: 5 197 160 parameters; ``small``: 126 072, for drawn images on a CPU."""
+    """The network: ``official`` has 5 197 160 parameters, ``small`` 126 072, for drawn images on a CPU."""
 
-    name: Literal["small", "official"] = "small"
+    name: str = setting("small", choices=("small", "official"), help="network")
 
 
 class Shape(NamedTuple):
@@ -42,17 +43,13 @@ def build_model(config: ModelConfig | None = None) -> Network:
     Returns:
         The network.
 
-    Raises:
-        ValueError: If there is no network of that name.
-
     Source:
         The 9 layers of the FAMO repository (Liu et al., NeurIPS 2023), seven of them convolutions. Differs: heads return
         logits, and the loss takes their sigmoid.
     """
-    name = (config or ModelConfig()).name
-    if name not in SHAPES:
-        raise ValueError(f"model.name must be one of {', '.join(SHAPES)}, but got '{name}'.")
-    shape = SHAPES[name]
+    config = config or ModelConfig()
+    check_settings(config, "model")
+    shape = SHAPES[config.name]
     return Network(_trunk(shape), Heads({task: ScalarHead(shape.hidden[-1]) for task in TASKS}))
 
 

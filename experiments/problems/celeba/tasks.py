@@ -22,17 +22,17 @@ HIGHER_IS_BETTER = frozenset(f"{task}/f1" for task in TASKS)
 
 
 class F1OfLogits(BinaryF1Score):
-    """F1 of the answers whose probability is above 0.5, from true and false positives over all samples.
+    """F1 of predictions whose probability is above 0.5, from true and false positives over all samples.
 
-    `BinaryF1Score` takes logits for probabilities whenever all of a batch lie in 0..1. Without any positive, in labels and
-    answers, F1 is 0.
+    `BinaryF1Score` treats logits as probabilities whenever all of a batch lie in 0..1. Without any positive, in labels and
+    predictions, F1 is 0.
 
     Source:
-        As in the FAMO repository, without the 1e-8 that it adds to each denominator.
+        The FAMO repository. Differs: no 1e-8 is added to each denominator.
     """
 
     def __init__(self) -> None:
-        super().__init__(validate_args=False)  # checks that would take as long as the metric itself; labels are 0 or 1
+        super().__init__(validate_args=False)  # checks would take as long as the metric itself
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Count a batch. Shapes (B,) and (B,)."""
@@ -40,18 +40,24 @@ class F1OfLogits(BinaryF1Score):
 
 
 def targets(batch: Batch) -> dict[str, Tensor]:
-    """Labels by task, 0 or 1. Shape (B,)."""
+    """Return labels by task, 0 or 1. Shape (B,)."""
     return dict(zip(TASKS, batch[1].long().unbind(1), strict=True))
 
 
 def losses(outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-    """Mean binary cross-entropies over the batch.
+    """Return mean binary cross-entropies over the batch.
 
-    One call for each task, not one for all: of a loss that came out of a common tensor every gradient would run through all
-    40 heads.
+    Every task has a separate call: if all losses came from one tensor, every gradient would pass through all 40 heads.
+
+    Args:
+        outputs: Logits by task. Shape (B,).
+        batch: Images and labels (B, 40).
+
+    Returns:
+        Scalars by task.
 
     Source:
-        As in the FAMO repository. Differs: of logits, where that takes logarithms of probabilities and cuts these at -100.
+        The FAMO repository. Differs: computed from logits, where the repository cuts logarithms of probabilities at -100.
     """
     return {
         task: binary_cross_entropy_with_logits(outputs[task], labels)
@@ -59,11 +65,11 @@ def losses(outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
     }
 
 
-def score(found: Mapping[str, float]) -> float:
-    """Minus the mean F1: the epoch in which it is largest on validation is the one that the papers report."""
-    return -sum(found.values()) / len(found)
+def score(metrics: Mapping[str, float]) -> float:
+    """Return minus the mean F1: the papers report the epoch with the highest mean F1 on validation."""
+    return -sum(metrics.values()) / len(metrics)
 
 
 def metrics() -> dict[str, Metric]:
-    """A fresh F1 score (0..1) for each attribute."""
+    """Return a fresh F1 score (0..1) for each attribute."""
     return {f"{task}/f1": F1OfLogits() for task in TASKS}

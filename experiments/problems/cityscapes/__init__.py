@@ -1,4 +1,4 @@
-"""Street scenes, two dense tasks: what is it, how near is it.
+"""Street scenes, two dense tasks: classes and inverse depth.
 
     segmentation   7 classes: cross-entropy; mean intersection over union, pixel accuracy
     depth          inverse depth, about 0 to 0.49: absolute error; absolute and relative error

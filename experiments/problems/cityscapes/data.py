@@ -32,6 +32,7 @@ def load(config: DenseDataConfig) -> Splits:
         config: Source and size of the data.
 
     Returns:
-        Image (B, 3, H, W) in 0..1; label (B, H, W), -1 = unknown; inverse depth (B, 1, H, W), 0 to about 0.49, 0 = unknown.
+        The three splits: image (B, 3, H, W) in 0..1, label (B, H, W), -1 = unknown, and inverse depth (B, 1, H, W), 0 to about
+        0.49, 0 = unknown.
     """
     return load_dense(config, CITYSCAPES, SCENES)

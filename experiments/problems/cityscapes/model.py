@@ -23,8 +23,5 @@ def build_model(config: ModelConfig) -> Network:
 
     Returns:
         The network.
-
-    Raises:
-        ValueError: If there is no network of that name.
     """
     return build(config, OUTPUTS)

@@ -72,9 +72,9 @@ def draw(rng: np.random.Generator, height: int, width: int) -> Draw:
 def augment(sample: tuple[Tensor, ...], choices: Draw, *, multiply: bool = False) -> tuple[Tensor, ...]:
     """Zoom, then mirror.
 
-    A window of int(H / scale) x int(W / scale) pixels is enlarged to H x W: image and normals bilinearly, corner to corner,
-    label and depth by the nearest pixel. Objects that look larger are nearer: the depth is divided by the scale. Normals keep
-    their direction, except that mirroring negates their x. Blended normals are not scaled back to length 1.
+    A window of int(H / scale) x int(W / scale) pixels becomes H x W: image and normals bilinearly, label and depth from
+    the nearest pixel. Objects that look larger are nearer: the depth is divided by the scale. Normals keep their direction,
+    except that mirroring negates their x. Blended normals are not scaled back to length 1.
 
     Args:
         sample: Image (3, H, W), label (H, W), depth (1, H, W) and, perhaps, normal (3, H, W).

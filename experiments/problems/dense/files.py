@@ -28,8 +28,12 @@ START = 512  # bytes, more than the header of such an array has
 class Files(Dataset[Batch]):
     """Samples of one split. All headers and labels are checked at once; the arrays are read when they are used.
 
-    An item, for a list of indices, is ``(image, label, depth[, normal])``: float32 (B, 3, H, W); int64 (B, H, W), -1 = unknown;
-    float32 (B, 1, H, W), 0 = unknown; float32 (B, 3, H, W), 0 = unknown. Nothing is scaled or normalised.
+    An item, for a list of indices, is ``(image, label, depth[, normal])``. Nothing is scaled or normalised.
+
+    - Image: float32 (B, 3, H, W).
+    - Label: int64 (B, H, W), -1 = unknown.
+    - Depth: float32 (B, 1, H, W), 0 = unknown.
+    - Normal: float32 (B, 3, H, W), 0 = unknown.
 
     Args:
         folder: Folder of the split.

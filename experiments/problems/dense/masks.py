@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from balance.messages import unknown
-from experiments.problems.base import ProtocolName
+from experiments.problems.base import PROTOCOLS
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from experiments.problems.base import ProtocolName
 
 IGNORED = -1
 
@@ -19,8 +21,8 @@ def check_protocol(protocol: ProtocolName) -> None:
     Raises:
         ValueError: If it is neither ``sound`` nor ``paper``.
     """
-    if protocol not in get_args(ProtocolName):
-        raise ValueError(unknown("protocol", protocol, get_args(ProtocolName)))
+    if protocol not in PROTOCOLS:
+        raise ValueError(unknown("protocol", protocol, PROTOCOLS))
 
 
 def valid_labels(labels: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ In both protocols mean intersection over union and pixel accuracy come from the 
 Differs: a class that is neither in the labels nor predicted is left out of the mean, where the codes get NaN. A run then prints
 the number of such classes.
 
-Angles are arc cosines of a dot product clamped to [-1, 1]: in float32 it can exceed one for two vectors of length one, and its
-arc cosine would be NaN. Near one a float32 has steps of 6e-8, so angles below 0.02 degrees are not resolved.
+Angles are arc cosines of a dot product clamped to [-1, 1]. In float32 the product of two vectors of length one can exceed one,
+and its arc cosine would be NaN. Near one a float32 has steps of 6e-8, so angles below 0.02 degrees are not resolved.
 
 Without a single pixel that counts an error or angle is NaN; it is also NaN where an output of the network is NaN.
 """
@@ -85,18 +85,18 @@ def averaged(protocol: ProtocolName) -> Callable[[Measure], Metric]:
 
 
 def absolute_errors(depth: Tensor, target: Tensor) -> Tensor:
-    """Return errors of the pixels with a depth. Shape (B, 1, H, W) twice -> (N,)."""
+    """Return errors of the pixels with a depth. Shapes (B, 1, H, W) to (N,)."""
     valid = valid_depth(target)
     return (depth[valid] - target[valid]).abs()
 
 
 def relative_errors(depth: Tensor, target: Tensor) -> Tensor:
-    """Return errors divided by the depth; large where an inverse depth is near zero. Shape (B, 1, H, W) twice -> (N,)."""
+    """Return errors divided by the depth; large where an inverse depth is near zero. Shapes (B, 1, H, W) to (N,)."""
     return absolute_errors(depth, target) / target[valid_depth(target)]
 
 
 def angles(normals: Tensor, target: Tensor, *, protocol: ProtocolName = "sound") -> Tensor:
-    """Return angles in degrees, 0 to 180, of the pixels with a normal. Shape (B, 3, H, W) twice -> (N,)."""
+    """Return angles in degrees, 0 to 180, of the pixels with a normal. Shapes (B, 3, H, W) to (N,)."""
     cosines = (normals * target).sum(dim=1)[valid_normals(target, protocol)]
     return cosines.clamp(-1, 1).acos().rad2deg()
 
@@ -145,7 +145,7 @@ class PixelMedian(Metric):
 
     The histogram takes 512 KiB for any number of pixels, and is summed over ranks. The values of the 654 test images of NYUv2,
     72 million pixels, would take 276 MiB and could only be gathered. The error is at most half the width of a bin, 0.0014
-    degrees for angles, plus a rounding error of the bin's index in float32; tables show 0.01 degrees.
+    degrees for angles, plus a rounding error of the bin's index. Tables show 0.01 degrees.
 
     Args:
         measure: Measure with values in 0..top.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from balance.messages import unknown
+from balance.config import check_settings, setting
 from experiments.problems.base import Heads, Network
 from experiments.problems.dense.mtan import MTAN
 from experiments.problems.dense.segnet import WIDTHS, SegNet, initialise
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 SMALL_WIDTHS = (16, 32, 64, 64)
 SMALL_DEPTHS = (2, 2, 2, 2)
-NAMES = ("small", "segnet", "mtan")
 SHORTEST = 1e-6
 
 
@@ -28,7 +27,7 @@ SHORTEST = 1e-6
 class ModelConfig:
     """The network: ``small`` (a SegNet of four narrow stages, for a CPU), ``segnet`` or ``mtan`` (as published)."""
 
-    name: str = "small"
+    name: str = setting("small", choices=("small", "segnet", "mtan"), help="network")
 
 
 def build(config: ModelConfig, outputs: Mapping[str, int]) -> Network:
@@ -40,17 +39,12 @@ def build(config: ModelConfig, outputs: Mapping[str, int]) -> Network:
 
     Returns:
         The network.
-
-    Raises:
-        ValueError: If there is no network of that name.
     """
+    check_settings(config, "model")
     if config.name == "small":
         return Network(SegNet(SMALL_WIDTHS, SMALL_DEPTHS), build_heads(SMALL_WIDTHS[0], outputs))
-    if config.name == "segnet":
-        return Network(SegNet(), build_heads(WIDTHS[0], outputs))
-    if config.name == "mtan":
-        return Network(MTAN(len(outputs)), build_heads(WIDTHS[0], outputs))
-    raise ValueError(unknown("model.name", config.name, NAMES))
+    trunk = SegNet() if config.name == "segnet" else MTAN(len(outputs))
+    return Network(trunk, build_heads(WIDTHS[0], outputs))
 
 
 def build_heads(width: int, outputs: Mapping[str, int]) -> Heads:

@@ -26,8 +26,8 @@ class MTAN(nn.Module):
     (``encoder_steps``, ``decoder_steps``) and the SegNet.
 
     All of it belongs to the trunk, including the masks, as in the published codes, where every parameter outside the
-    prediction layers is shared. A mask has a gradient from one task only, so its columns of the Jacobian have one row that is
-    not zero: they never conflict, and they add to the lengths of the task gradients.
+    prediction layers is shared. A mask has a gradient from one task only, so its columns of the Jacobian have one nonzero row.
+    They never conflict, and they add to the lengths of the task gradients.
 
     Args:
         num_tasks: K.

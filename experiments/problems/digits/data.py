@@ -10,6 +10,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from balance.config import check_settings, setting
 from experiments.problems.base import Splits
 
 CANVAS = 12
@@ -18,31 +19,30 @@ SIDE = 8
 
 @dataclass
 class DataConfig:
-    """Size of the splits, in pairs; the seed of the split and of the pairs; noise on the training images.
+    """Random pairs of source images.
 
-    The noise is Gaussian, drawn anew whenever a pair is shown, with this standard deviation (pixels in 0..1). Without it the
-    network soon knows the 1077 source images of the training split by heart; a loss of exactly zero ends every method that
-    takes its logarithm or divides by it.
+    Without noise the network soon fits the 1077 source images of the training split exactly. A loss of exactly zero ends every
+    method that takes its logarithm or divides by it.
     """
 
-    seed: int = 0
-    noise: float = 0.25
-    train_pairs: int = 6000
-    validation_pairs: int = 1000
-    test_pairs: int = 1000
+    seed: int = setting(0, minimum=0, help="seed of the split, of the pairs and of the noise")
+    noise: float = setting(0.25, minimum=0, help="deviation of Gaussian noise on training images, with pixels in 0..1")
+    train_pairs: int = setting(6000, minimum=1, help="number of training pairs")
+    validation_pairs: int = setting(1000, minimum=1, help="number of validation pairs")
+    test_pairs: int = setting(1000, minimum=1, help="number of test pairs")
 
 
 def load(config: DataConfig) -> Splits:
-    """Train, validation and test pairs. The 1797 source images are split 60 : 20 : 20, by class, before they are paired.
+    """Return train, validation and test pairs. The 1797 source images are split 60 : 20 : 20, by class, before pairing.
 
-    Raises:
-        ValueError: If a split would be empty.
+    Args:
+        config: Size and seed of the data.
+
+    Returns:
+        Data sets of canvas, left label, right label and clean left digit, see `pair`.
     """
+    check_settings(config, "data")
     sizes = (config.train_pairs, config.validation_pairs, config.test_pairs)
-    if min(sizes) < 1:
-        raise ValueError(f"data: every split must have at least one pair, but got {sizes}.")
-    if config.noise < 0:
-        raise ValueError(f"data.noise must not be negative, but got {config.noise}.")
     source = load_digits()
     images = torch.tensor(source.images, dtype=torch.float32) / 16
     labels = torch.tensor(source.target)
@@ -52,7 +52,7 @@ def load(config: DataConfig) -> Splits:
 
 
 class Noisy(Dataset[tuple[Tensor, ...]]):
-    """Pairs whose canvas gets Gaussian noise, drawn anew whenever a batch is taken."""
+    """Pairs whose canvas gets Gaussian noise, drawn again for every batch."""
 
     def __init__(self, pairs: TensorDataset, deviation: float, generator: torch.Generator) -> None:
         self.pairs = pairs
@@ -68,7 +68,7 @@ class Noisy(Dataset[tuple[Tensor, ...]]):
 
 
 def parts(labels: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of the source images of the three splits, disjoint, with the same share of every class."""
+    """Return the indices of the source images of the three splits, disjoint, with equal shares of every class."""
     everything = torch.arange(len(labels)).numpy()
     train, rest = train_test_split(everything, test_size=0.4, random_state=seed, stratify=labels.numpy())
     validation, test = train_test_split(rest, test_size=0.5, random_state=seed, stratify=labels[rest].numpy())
@@ -76,13 +76,13 @@ def parts(labels: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pair(images: Tensor, labels: Tensor, count: int, generator: torch.Generator) -> TensorDataset:
-    """Random pairs of different images.
+    """Draw random pairs of different images.
 
     Args:
         images: Source digits, pixels in 0..1. Shape (N, 8, 8).
         labels: Shape (N,).
         count: Number of pairs.
-        generator: Draws the pairs.
+        generator: Random generator of the pairs.
 
     Returns:
         Canvas (1, 12, 12), left label, right label, clean left digit (64,) of each pair.

@@ -19,24 +19,24 @@ HIGHER_IS_BETTER = frozenset({"left/accuracy", "right/accuracy"})
 
 
 def targets(batch: Batch) -> dict[str, Tensor]:
-    """What each task should answer: labels (B,), labels (B,), sums (B, 1), pixels (B, 64)."""
+    """Return by task: labels (B,), labels (B,), sums (B, 1), pixels (B, 64)."""
     _, left, right, clean = batch
     return {"left": left, "right": right, "sum": (left + right).float().unsqueeze(1), "reconstruction": clean}
 
 
 def losses(outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-    """Mean losses over the batch, on their raw scales."""
-    answers = targets(batch)
+    """Return mean losses over the batch, on their raw scales."""
+    expected = targets(batch)
     return {
-        "left": cross_entropy(outputs["left"], answers["left"]),
-        "right": cross_entropy(outputs["right"], answers["right"]),
-        "sum": mse_loss(outputs["sum"], answers["sum"]),
-        "reconstruction": mse_loss(outputs["reconstruction"], answers["reconstruction"]),
+        "left": cross_entropy(outputs["left"], expected["left"]),
+        "right": cross_entropy(outputs["right"], expected["right"]),
+        "sum": mse_loss(outputs["sum"], expected["sum"]),
+        "reconstruction": mse_loss(outputs["reconstruction"], expected["reconstruction"]),
     }
 
 
 def metrics() -> dict[str, Metric]:
-    """Fresh metrics over samples (accuracies in 0..1, errors in the unit of the task)."""
+    """Return fresh metrics over samples: accuracies in 0..1, errors in the unit of the task."""
     return {
         "left/accuracy": MulticlassAccuracy(10, average="micro"),
         "right/accuracy": MulticlassAccuracy(10, average="micro"),

@@ -1,13 +1,13 @@
-"""Two overlapping digits, and which they are: the left and the right one, whose loss can be made a thousand times larger.
+"""Two overlapping digits, left and right; the loss of the right one can be multiplied by a thousand.
 
-Made of MNIST where ``data.path`` names the folder with its files, else of the digits that ship with scikit-learn.
+The digits are taken from MNIST if ``data.path`` is the folder with its files, else from scikit-learn.
 
     left, right   cross-entropy over 10 classes, with smoothed labels; accuracy
 
-What the comparison of this problem's origin varied is configuration here:
+The variants of the published comparison are entries of the configuration:
 
     single-task       loss_method=stl loss.main_task=0
-    summed loss       nothing
+    summed loss       the defaults
     splitters         model.splitter=normalized, normalized-project1 .. 3, project1 .. 3, or any gradient balancer
     whole network     gradient_method=pcgrad model.shared=everything
     imbalance         data.imbalance=1000

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from experiments.problems.base import PROTOCOLS
 from experiments.problems.multimnist.comparison import CONFIGURATIONS, DRAWN, IMBALANCE, Result, Settings, compare, summary
-from experiments.problems.multimnist.data import PROTOCOLS, DataConfig
+from experiments.problems.multimnist.data import DataConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from balance import gradient_balancers
+from balance.config import check_settings, setting
 from balance.messages import unknown
 from balance.splitter.splitter import Splitter
 from experiments.problems.base import Heads, Network
@@ -20,32 +21,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAMES = ("small", "demo")
-SHARED = ("trunk", "everything")
+PROJECTIONS = {"project1": "after_norm", "project2": "shortest", "project3": "before_norm"}  # by their published names
 SPLITTERS: Mapping[str, Mapping[str, Any]] = {
     "normalized": {"gradient": "normalized"},
-    **{f"normalized-project{k}": {"gradient": "normalized", "variant": k} for k in (1, 2, 3)},
-    **{f"project{k}": {"gradient": None, "variant": k} for k in (1, 2, 3)},
+    **{f"normalized-{name}": {"gradient": "normalized", "projection": value} for name, value in PROJECTIONS.items()},
+    **{name: {"gradient": None, "projection": value} for name, value in PROJECTIONS.items()},
 }
 
 
 @dataclass
 class ModelConfig:
-    """The network.
+    """The network: ``small`` for digits on 10 x 12 pixels, or ``demo``, the published one for MNIST on 28 x 28.
 
-    Attributes:
-        name: ``"small"``, for digits on 10 x 12 pixels, or ``"demo"``, the published one for MNIST on 28 x 28.
-        width: Channels of the small network's first convolution. 8 are so few that the tasks compete for them.
-        splitter: Balancer of the gradients of the features, if any: a name of `SPLITTERS` or a gradient balancer.
-        shared: The parameters that a gradient balancer treats as shared: the ``"trunk"``, or ``"everything"``, which includes
-            the heads. Their gradients then count in the lengths of the tasks' gradients and get the tasks' weights.
-        splitter_seed: Seed of projections in random order.
+    With ``shared: everything`` a gradient balancer treats the heads as shared too. Their gradients then count in the lengths of
+    the tasks' gradients and get the tasks' weights.
     """
 
-    name: str = "small"
-    width: int = 8
-    splitter: str | None = None
-    shared: str = "trunk"
-    splitter_seed: int = 0
+    name: str = setting("small", choices=NAMES, help="network")
+    width: int = setting(8, minimum=1, help="channels of the small network's first convolution; tasks compete for 8")
+    splitter: str | None = setting(None, help="balancer of the features' gradients: one of `SPLITTERS`, or a gradient balancer")
+    shared: str = setting("trunk", choices=("trunk", "everything"), help="parameters that a gradient balancer shares")
+    splitter_seed: int = setting(0, minimum=0, help="seed of projections in random order")
 
 
 class Canvases(nn.Module):
@@ -84,16 +80,9 @@ def build_model(config: ModelConfig | None = None) -> Network:
 
     Returns:
         The network.
-
-    Raises:
-        ValueError: If a name is unknown or the width is not positive.
     """
     config = config or ModelConfig()
-    for key, known in (("name", NAMES), ("shared", SHARED)):
-        if getattr(config, key) not in known:
-            raise ValueError(unknown(f"model.{key}", getattr(config, key), known))
-    if config.width < 1:
-        raise ValueError(f"model.width must be at least 1, but got {config.width}.")
+    check_settings(config, "model")
     splitter = None if config.splitter is None else build_splitter(config.splitter, config.splitter_seed)
     trunk = small_trunk(config.width) if config.name == "small" else demo_trunk()
     heads = SplitHeads({task: nn.Linear(64, CLASSES) if config.name == "small" else demo_head() for task in TASKS}, splitter)

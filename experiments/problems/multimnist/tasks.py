@@ -18,12 +18,12 @@ HIGHER_IS_BETTER = frozenset({"left/accuracy", "right/accuracy"})
 
 
 def targets(batch: Batch) -> dict[str, Tensor]:
-    """Labels, which smoothing leaves the likeliest. Shape (B,)."""
+    """Return labels, which have the highest probability after smoothing too. Shape (B,)."""
     return {"left": batch[1].argmax(dim=1), "right": batch[2].argmax(dim=1)}
 
 
 def losses(outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-    """Mean cross-entropies with smoothed labels; the right one times the imbalance."""
+    """Return mean cross-entropies with smoothed labels; the right one is multiplied by the imbalance."""
     _, left, right, imbalance = batch
     return {
         "left": cross_entropy(outputs["left"], left),
@@ -32,5 +32,5 @@ def losses(outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
 
 
 def metrics() -> dict[str, Metric]:
-    """Fresh accuracies over samples, in 0..1."""
+    """Return fresh accuracies over samples, in 0..1."""
     return {f"{task}/accuracy": MulticlassAccuracy(10, average="micro") for task in TASKS}

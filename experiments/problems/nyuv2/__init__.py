@@ -1,4 +1,4 @@
-"""Indoor scenes, three dense tasks: what is it, how far is it, which way does it face.
+"""Indoor scenes, three dense tasks: classes, depth and surface normals.
 
     segmentation   13 classes: cross-entropy; mean intersection over union, pixel accuracy
     depth          metres: absolute error; absolute and relative error

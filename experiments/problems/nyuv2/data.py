@@ -28,7 +28,7 @@ def load(config: DenseDataConfig) -> Splits:
         config: Source and size of the data.
 
     Returns:
-        Image (B, 3, H, W) in 0..1; label (B, H, W), -1 = unknown; depth (B, 1, H, W) in metres, 0 = unknown; unit normal
-        (B, 3, H, W), x to the right, y up, z towards the viewer, 0 = unknown.
+        The three splits: image (B, 3, H, W) in 0..1, label (B, H, W), -1 = unknown, and depth (B, 1, H, W) in metres, 0 =
+        unknown. The unit normal (B, 3, H, W) is x to the right, y up, z towards the viewer, 0 = unknown.
     """
     return load_dense(config, NYUV2, SCENES)

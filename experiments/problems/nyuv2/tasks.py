@@ -20,7 +20,7 @@ TASKS = ("segmentation", "depth", "normals")
 
 
 def targets(batch: Batch) -> dict[str, Tensor]:
-    """Return classes (B, H, W), -1 = none; depth in metres (B, 1, H, W), 0 = none; unit normals (B, 3, H, W), 0 = none."""
+    """Return by task: classes (B, H, W), -1 = none, depth in metres (B, 1, H, W), unit normals (B, 3, H, W), 0 = none."""
     _, label, depth, normal = batch
     return {"segmentation": label, "depth": depth, "normals": normal}
 

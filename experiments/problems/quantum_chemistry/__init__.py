@@ -1,7 +1,7 @@
 """Eleven properties of small organic molecules, from their structures: the benchmark on QM9.
 
-By default on molecules that ship with the project, whose properties come from a cheaper theory: their results are not to be
-compared with those on QM9, which `data.path=FOLDER` reads.
+By default the molecules ship with the project, and their properties come from a cheaper theory. Never compare such results with
+results on QM9, which `data.path=FOLDER` reads.
 
     mu, alpha, homo, lumo, r2, zpve, u0, u, h, g, cv
         squared error of the standardised target; mean absolute error in D, a0^3, meV, meV, a0^2, 5 x meV, cal / mol K

@@ -1,4 +1,4 @@
-"""Complete molecular graphs as flat tensors, from which a batch is cut without touching its molecules one by one."""
+"""Complete molecular graphs as flat tensors, from which a batch is taken without a loop over its molecules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch_geometric.data import Batch
 
 ELEMENTS = (1, 6, 7, 8, 9)
 BOND_TYPES = 4  # single, double, triple, aromatic
-BOND_FEATURES = torch.eye(1 + BOND_TYPES).roll(-1, 1)  # of no bond and of each type: one-hot type, and room for the distance
+BOND_FEATURES = torch.eye(1 + BOND_TYPES).roll(-1, 1)  # row 0: no bond; one-hot type, then a column for the distance
 BOND_FEATURES[0] = 0
 CHUNK = 10_000  # molecules at a time: the 41 million edges of QM9 would take gigabytes at once
 
@@ -37,6 +37,9 @@ def complete(sizes: Tensor, nodes: Tensor, positions: Tensor, bonds: Tensor, bon
         bonds: Both directions of each bond, atoms counted over all molecules. Shape (2, number of directed bonds).
         bond_types: 0 to 3. Shape (number of directed bonds,).
         targets: Shape (M, 11).
+
+    Returns:
+        The graphs.
     """
     first = exclusive_sum(sizes)
     starts = exclusive_sum(sizes * (sizes - 1))
@@ -50,14 +53,14 @@ def complete(sizes: Tensor, nodes: Tensor, positions: Tensor, bonds: Tensor, bon
 
 
 def distances_within(positions: Tensor, first: Tensor, sizes: Tensor) -> Tensor:
-    """Length of each edge of the complete graphs on atoms ``first`` to ``first + sizes`` of each molecule. Shape (E,)."""
+    """Return the length of each edge of the complete graphs on atoms ``first`` to ``first + sizes``. Shape (E,)."""
     owner, source, target = edges_of(sizes)
     lengths: Tensor = torch.linalg.vector_norm(positions[first[owner] + source] - positions[first[owner] + target], dim=1)
     return lengths
 
 
 def node_features(sizes: Tensor, numbers: Tensor, bonds: Tensor) -> Tensor:
-    """The features that ``torch_geometric.datasets.QM9`` gives to unsanitised molecules.
+    """Compute the features that ``torch_geometric.datasets.QM9`` gives to unsanitised molecules.
 
     One-hot element (5), atomic number, aromatic, sp, sp2, sp3 (all zero), number of hydrogens bonded to it.
 
@@ -77,14 +80,14 @@ def node_features(sizes: Tensor, numbers: Tensor, bonds: Tensor) -> Tensor:
 class Standardised(Dataset[tuple[Batch, Tensor]]):
     """Some of the molecules; an item is a batch: the graphs, and their standardised targets (B, 11).
 
-    The graphs carry ``deviations`` (11,): what one standard deviation is, in the unit in which a task is reported.
+    The graphs have an attribute ``deviations`` (11,): the standard deviation of each target in its reported unit.
 
     Args:
         graphs: All molecules.
-        members: Which of them belong to it. Shape (M',).
-        mean: Of the targets. Shape (11,).
-        deviations: Of the targets. Shape (11,).
-        units: How many of its reported unit are one unit of a target. Shape (11,).
+        members: Indices of the molecules in this data set. Shape (M',).
+        mean: Mean of the targets. Shape (11,).
+        deviations: Standard deviation of the targets. Shape (11,).
+        units: One unit of a target in its reported unit. Shape (11,).
     """
 
     def __init__(self, graphs: Graphs, members: Tensor, mean: Tensor, deviations: Tensor, units: Tensor) -> None:
@@ -99,7 +102,7 @@ class Standardised(Dataset[tuple[Batch, Tensor]]):
         return len(self.members)
 
     def __getitem__(self, indices: list[int]) -> tuple[Batch, Tensor]:
-        """A batch of the molecules at these positions."""
+        """Return a batch of the molecules at these positions."""
         molecules = self.members[indices]
         sizes = self.graphs.sizes[molecules]
         owner, source, target = edges_of(sizes)
@@ -120,17 +123,17 @@ class Standardised(Dataset[tuple[Batch, Tensor]]):
 
 
 def exclusive_sum(counts: Tensor) -> Tensor:
-    """Where each run starts if runs of these lengths follow each other. Shape (M,) -> (M,)."""
+    """Return the start of each run if runs of these lengths follow each other. Shape (M,) -> (M,)."""
     return counts.cumsum(0) - counts
 
 
 def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """``starts[0], starts[0] + 1, ...`` for the first length, then the same for the second, and so on."""
+    """Return ``starts[0], starts[0] + 1, ...`` for the first length, then from ``starts[1]`` for the second, and so on."""
     return torch.arange(int(lengths.sum())) + (starts - exclusive_sum(lengths)).repeat_interleave(lengths)
 
 
 def edges_of(sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Molecule, source and target (counted within the molecule) of every edge of complete graphs of these sizes."""
+    """Return molecule, source and target (counted within the molecule) of every edge of complete graphs of these sizes."""
     counts = sizes * (sizes - 1)
     owner = torch.arange(len(sizes)).repeat_interleave(counts)
     others = sizes[owner] - 1

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch_geometric.nn.aggr import Set2Set
 
+from balance.config import check_settings, setting
 from experiments.problems.base import Heads, Network, ScalarHead
 from experiments.problems.quantum_chemistry.tasks import TASKS
 
@@ -24,25 +25,27 @@ READOUT_STEPS = 3
 
 @dataclass
 class ModelConfig:
-    """Width of the network: 64 has the 617 675 parameters of the benchmark, 32 has 89 707 and suits a CPU."""
+    """The network: 617 675 parameters as in the benchmark, or 89 707 with a width of 32, which suits a CPU."""
 
-    dim: int = 64
+    dim: int = setting(64, minimum=1, help="width of the network")
 
 
 def build_model(config: ModelConfig | None = None) -> Network:
-    """A freshly initialised network for a `torch_geometric` batch of complete graphs.
+    """Return a freshly initialised network: a `torch_geometric` batch of complete graphs to numbers (B,) by task.
 
-    Raises:
-        ValueError: If the width is not positive.
+    Args:
+        config: Width of the network.
+
+    Returns:
+        The network.
     """
-    dim = (config or ModelConfig()).dim
-    if dim < 1:
-        raise ValueError(f"model.dim must be at least 1, but got {dim}.")
-    return Network(MessagePassing(dim), Heads({task: ScalarHead(dim) for task in TASKS}))
+    config = config or ModelConfig()
+    check_settings(config, "model")
+    return Network(MessagePassing(config.dim), Heads({task: ScalarHead(config.dim) for task in TASKS}))
 
 
 class MessagePassing(nn.Module):
-    """Atoms exchange messages with all others in three rounds; a readout makes one vector of them.
+    """Message passing between all atoms in three rounds, and a readout of one vector per molecule.
 
     Source:
         Gilmer et al., "Neural Message Passing for Quantum Chemistry", ICML 2017, with the sizes of the multi-task benchmark
@@ -58,7 +61,7 @@ class MessagePassing(nn.Module):
         self.output = nn.Linear(2 * dim, dim)
 
     def forward(self, graphs: Batch) -> Tensor:
-        """Representations of the molecules. Shape (B, dim)."""
+        """Return representations of the molecules. Shape (B, dim)."""
         atoms = torch.relu(self.embedding(graphs.x))  # (N, dim)
         messages = self.convolution.prepare(graphs)
         for _ in range(ROUNDS):
@@ -68,25 +71,27 @@ class MessagePassing(nn.Module):
 
 
 class Messages(NamedTuple):
-    """What does not change from round to round, with room for the same number S of atoms in every molecule of a batch."""
+    """The part of the convolution that all rounds share, with S places for atoms in every molecule of a batch."""
 
     places: Tensor  # of each atom among the B * S. Shape (N,)
-    edges: Tensor  # h(e) and a 1, over the target's degree; zero where no edge is. Shape (B, S, S * (H + 1)): target, source
-    matrix: Tensor  # the edge network's last layer. Shape (dim, (H + 1) * dim)
+    edges: Tensor  # h(e) and a 1, over the target's degree; zero without an edge. Shape (B, S, S * (H + 1)): target, source
+    matrix: Tensor  # last layer of the edge network. Shape (dim, (H + 1) * dim)
 
 
 class EdgeConditionedConvolution(nn.Module):
-    r"""Each edge turns the features of its source with a matrix of its own, made by a small network; the target takes the mean.
+    r"""A convolution: each edge multiplies the features of its source by a matrix, and the target takes the mean.
+
+    A small network computes the matrix of an edge from its features:
 
     .. math:: y_i = W x_i + b + \tfrac1{|N(i)|} \sum_{j \in N(i)} \Theta(e_{ij})^\top x_j,
         \quad \Theta(e) = \operatorname{reshape}(C\, h(e) + c), \quad h(e) = \operatorname{relu}(A e + a)
 
-    The same function of the same parameters as ``torch_geometric.nn.NNConv`` with a two-layer edge network. Differs: as the
-    matrices are linear in h, C is applied to the atoms, not to the edges. An edge then costs O(dim^2) instead of O(dim^3) and
-    needs no matrix in memory, and h is computed once for all rounds. On a CPU that is 4 to 8 times as fast.
+    It computes the function of ``torch_geometric.nn.NNConv`` with a two-layer edge network, from equal parameters. Differs: as
+    the matrices are linear in h, C is applied to the atoms, not to the edges. An edge then costs O(dim^2) instead of O(dim^3)
+    and needs no matrix in memory, and h is computed once for all rounds. On a CPU that is 4 to 8 times as fast.
 
     Args:
-        dim: Size of the features of an atom, before and after. The edge network has H = 2 dim hidden units.
+        dim: Number of features of an atom, in the input and in the output. The edge network has H = 2 dim hidden units.
 
     Source:
         Gilmer et al., "Neural Message Passing for Quantum Chemistry", ICML 2017, section 5.1; Simonovsky and Komodakis,
@@ -102,7 +107,7 @@ class EdgeConditionedConvolution(nn.Module):
         nn.init.zeros_(self.root.bias)
 
     def prepare(self, graphs: Batch) -> Messages:
-        """What all rounds share. There must not be two edges from one atom to another."""
+        """Compute the part that all rounds share. Two edges from one atom to another are not allowed."""
         ptr, owner = graphs.ptr, graphs.batch
         source, target = graphs.edge_index
         room = int((ptr[1:] - ptr[:-1]).max())
@@ -117,7 +122,7 @@ class EdgeConditionedConvolution(nn.Module):
         return Messages(places, edges.view(graphs.num_graphs, room, -1), matrix.mT.reshape(self.dim, -1))
 
     def forward(self, atoms: Tensor, messages: Messages) -> Tensor:
-        """New features of the atoms. Shape (N, dim) -> (N, dim)."""
+        """Return new features of the atoms. Shape (N, dim) -> (N, dim)."""
         places, edges, matrix = messages
         room = edges.shape[1]
         dense = atoms.new_zeros(len(edges) * room, self.dim).index_copy(0, places, atoms)

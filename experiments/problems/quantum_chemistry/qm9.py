@@ -1,4 +1,4 @@
-"""QM9 from files that are already on disk, in the format in which it is published; nothing is downloaded."""
+"""QM9 from files on disk, in the format of its publication; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -20,28 +20,34 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RAW = ("gdb9.sdf", "gdb9.sdf.csv", "uncharacterized.txt")
-PREPROCESSED = "qm9_v3.pt"  # what torch_geometric takes where RDKit is not installed
-PROCESSED = "data_v3.pt"  # what torch_geometric makes of either
+PREPROCESSED = "qm9_v3.pt"  # torch_geometric reads it where RDKit is not installed
+PROCESSED = "data_v3.pt"  # torch_geometric writes it
 MOLECULES = 133_885
-UNCHARACTERIZED = 3_054  # of these, left out by everybody
-HEADER_LINES, FOOTER_LINES = 9, 1  # of the list of them
+UNCHARACTERIZED = 3_054  # of these, which every benchmark leaves out
+HEADER_LINES, FOOTER_LINES = 9, 1  # of the list of uncharacterized molecules
 CSV_COLUMNS = 20  # name, three rotational constants, sixteen properties
 COLUMNS = [0, 1, 2, 3, 5, 6, 12, 13, 14, 15, 11]  # of torch_geometric's 19 targets: the 11 tasks, energies of atomisation
 
 
 def read(path: Path) -> Graphs:
-    """The molecules below a folder as complete graphs; 130 831 if it is all of QM9.
+    """Read molecules as complete graphs; 130 831 if they are all of QM9.
 
-    The first of these that is there is read:
+    The first of these that exists is read:
 
-    1. ``processed/data_v3.pt``, which torch_geometric has made before.
-    2. ``raw/gdb9.sdf``, ``raw/gdb9.sdf.csv`` and ``raw/uncharacterized.txt``, of which torch_geometric makes it; needs RDKit.
-    3. ``raw/qm9_v3.pt``, which torch_geometric offers to those who have no RDKit.
+    1. ``processed/data_v3.pt``, which torch_geometric has written before.
+    2. ``raw/gdb9.sdf``, ``raw/gdb9.sdf.csv`` and ``raw/uncharacterized.txt``; torch_geometric converts them with RDKit.
+    3. ``raw/qm9_v3.pt``, which torch_geometric provides for users without RDKit.
+
+    Args:
+        path: Folder of QM9.
+
+    Returns:
+        The molecules.
 
     Raises:
-        FileNotFoundError: If none is.
-        ValueError: If a file is truncated, or not what its name says.
-        ModuleNotFoundError: If RDKit is needed.
+        FileNotFoundError: If none of them exists.
+        ValueError: If a file is truncated, or has other content than its name states.
+        ModuleNotFoundError: If RDKit is needed but not installed.
     """
     raw, processed = path / "raw", path / "processed" / PROCESSED
     if not processed.is_file() and (raw / PREPROCESSED).is_file() and not all((raw / name).is_file() for name in RAW):
@@ -54,22 +60,29 @@ def read(path: Path) -> Graphs:
     return saved(processed, lambda content: graphs_of(*content[:2]))
 
 
-def saved(file: Path, made: Callable[[Any], Graphs]) -> Graphs:
-    """What is made of the content of a file that torch_geometric has saved.
+def saved(file: Path, convert: Callable[[Any], Graphs]) -> Graphs:
+    """Convert the content of a file that torch_geometric has saved.
+
+    Args:
+        file: The file.
+        convert: Function from its content to graphs.
+
+    Returns:
+        The graphs.
 
     Raises:
-        ValueError: If the file is truncated, or has something else in it.
+        ValueError: If the file is truncated, or has other content.
     """
     try:
-        return made(fs.torch_load(str(file)))
-    except Exception as error:  # noqa: BLE001 - whatever stops here, the reason is what is in the file
-        remedy = "Copy it again." if file.name == PREPROCESSED else "Remove it; it is made anew from the files in raw."
+        return convert(fs.torch_load(str(file)))
+    except Exception as error:  # noqa: BLE001 - any exception is caused by the content of the file
+        remedy = "Copy it again." if file.name == PREPROCESSED else "Remove it; it is made again from the files in raw."
         reason = str(error) if isinstance(error, ValueError) else repr(error).partition("(")[0]
         raise ValueError(f"{file} is truncated, damaged or of something else ({reason}). {remedy}") from None
 
 
 def collated(molecules: Any) -> Graphs:
-    """Of dicts, one for each molecule."""
+    """Convert dicts, one for each molecule."""
     data, slices = InMemoryDataset.collate([Data(**molecule) for molecule in molecules])
     return graphs_of(data.to_dict(), slices)
 
@@ -78,13 +91,13 @@ def check(raw: Path) -> None:
     """Refuse raw files that torch_geometric would try to download, or would misread.
 
     Raises:
-        FileNotFoundError: If one is missing.
-        ValueError: If one is truncated.
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is truncated.
     """
     missing = [name for name in RAW if not (raw / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{raw} must have {', '.join(RAW)} (or {PREPROCESSED} alone), but has no {', '.join(missing)}. "
+            f"{raw} must have {', '.join(RAW)}, or only {PREPROCESSED}, but has no {', '.join(missing)}. "
             "Put them there; nothing is downloaded."
         )
     sdf, table, excluded = (raw / name for name in RAW)
@@ -111,7 +124,7 @@ def check_excluded(file: Path, count: int) -> None:
     """Refuse a list of excluded molecules that torch_geometric would misread.
 
     Raises:
-        ValueError: If it is truncated, or has a molecule that is not among the ``count``.
+        ValueError: If it is truncated, or a number in it exceeds ``count``.
     """
     lines = file.read_text(encoding="utf-8").split("\n")
     if len(lines) < HEADER_LINES + FOOTER_LINES + 1 or lines[-1]:
@@ -126,10 +139,17 @@ def check_excluded(file: Path, count: int) -> None:
 
 
 def graphs_of(data: dict[str, Tensor], slices: dict[str, Tensor]) -> Graphs:
-    """Complete graphs of molecules as torch_geometric keeps them: one after the other, atoms counted within each.
+    """Convert molecules in the form of torch_geometric: one after the other, atoms counted within each molecule.
+
+    Args:
+        data: Tensors of all molecules.
+        slices: Start of each molecule in each tensor.
+
+    Returns:
+        Complete graphs.
 
     Raises:
-        ValueError: If the numbers of atoms, bonds, molecules or features do not go together, or a number is not finite.
+        ValueError: If the numbers of atoms, bonds, molecules or features do not match, or a number is not finite.
     """
     sizes = slices["x"].diff()
     atoms, bonds, molecules = int(sizes.sum()), int(slices["edge_index"].diff().sum()), len(sizes)

@@ -20,34 +20,31 @@ HIGHER_IS_BETTER: frozenset[str] = frozenset()
 
 
 class ReportedMeanAbsoluteError(MeanAbsoluteError):
-    """Of predictions of standardised targets, in the units in which they are reported."""
+    """Mean absolute error of predictions of standardised targets, in the reported units."""
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch.
 
         Args:
-            preds: Standardised. Shape (B,).
-            target: The standardised target, and how much one of its standard deviations is. Shape (B, 2).
+            preds: Standardised predictions. Shape (B,).
+            target: The standardised target, and its standard deviation in the reported unit. Shape (B, 2).
         """
         standardised, deviations = target.unbind(1)
         super().update(preds * deviations, standardised * deviations)
 
 
 def targets(batch: Batch) -> dict[str, Tensor]:
-    """Standardised targets, each beside the size of a standard deviation in the unit of its metric. Shape (B, 2)."""
+    """Return by task: standardised target, and its standard deviation in the reported unit. Shape (B, 2)."""
     graphs, standardised = batch
     pairs = torch.stack([standardised, graphs.deviations.expand_as(standardised)], dim=2)
     return dict(zip(TASKS, pairs.unbind(1), strict=True))
 
 
 def losses(outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-    """Mean squared errors over the batch, of standardised targets."""
+    """Return mean squared errors over the batch, of standardised targets."""
     return {task: mse_loss(outputs[task], target) for task, target in zip(TASKS, batch[1].unbind(1), strict=True)}
 
 
 def metrics() -> dict[str, Metric]:
-    """Fresh metrics: mean absolute errors over molecules.
-
-    In D (mu), a0^3 (alpha), a0^2 (r2), cal / mol K (cv), and meV (all others).
-    """
+    """Return fresh mean absolute errors over molecules: in D (mu), a0^3 (alpha), a0^2 (r2), cal / mol K (cv), meV (others)."""
     return {f"{task}/mae": ReportedMeanAbsoluteError() for task in TASKS}

@@ -1,14 +1,15 @@
 """A hundred linear regressions on noise: a smoke test of many tasks, in less than a second.
 
-1000 points of 20 standard normal inputs; 100 standard normal targets, which do not depend on them; one linear layer; the whole
-data set in every batch. There is nothing to generalise, so the validation and test points are the training points.
+1000 points have 20 standard normal inputs, and 100 standard normal targets that do not depend on them. The network is one
+linear layer, and every batch is the whole data set. Nothing generalises, so the validation and test points are the training
+points.
 
     y00 .. y99   squared error; mean squared error
 
-As published: ``loss_method=famo loss.gamma=0.01 loss.lr=0.025``, 100 steps of Adam at 1e-3. The weights stay near 1/100 and the
-mean loss falls.
+Published run: ``loss_method=famo loss.gamma=0.01 loss.lr=0.025``, 100 steps of Adam at 1e-3. The weights stay near 1/100, and
+the mean loss falls.
 
-Source: the demonstration in the stand-alone famo.py of the repository Cranial-XIX/FAMO. Differs: seeded.
+Source: the demonstration in the single file famo.py of the repository Cranial-XIX/FAMO. Differs: seeded.
 """
 
 from experiments.problems.regression100.data import DataConfig, load

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import TensorDataset
 
+from balance.config import check_settings, setting
 from experiments.problems.base import Splits
 
 POINTS, INPUTS, OUTPUTS = 1000, 20, 100
@@ -14,13 +15,14 @@ POINTS, INPUTS, OUTPUTS = 1000, 20, 100
 
 @dataclass
 class DataConfig:
-    """The seed of the numbers."""
+    """Random inputs and targets."""
 
-    seed: int = 0
+    seed: int = setting(0, minimum=0, help="seed of inputs and targets")
 
 
 def load(config: DataConfig) -> Splits:
-    """Inputs (20,) and targets (100,) of 1000 points, three times the same."""
+    """Return inputs (20,) and targets (100,) of 1000 points; the three splits are one data set."""
+    check_settings(config, "data")
     generator = torch.Generator().manual_seed(config.seed)
     points = TensorDataset(torch.randn(POINTS, INPUTS, generator=generator), torch.randn(POINTS, OUTPUTS, generator=generator))
     return Splits(points, points, points)

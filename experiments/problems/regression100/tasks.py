@@ -20,15 +20,15 @@ HIGHER_IS_BETTER: frozenset[str] = frozenset()
 
 
 def targets(batch: Batch) -> dict[str, Tensor]:
-    """What each task should answer. Shape (B,)."""
+    """Return by task the targets of the batch. Shape (B,)."""
     return dict(zip(TASKS, batch[1].unbind(dim=1), strict=True))
 
 
 def losses(outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-    """Mean squared errors over the batch."""
-    return {task: mse_loss(outputs[task], answer) for task, answer in targets(batch).items()}
+    """Return mean squared errors over the batch."""
+    return {task: mse_loss(outputs[task], target) for task, target in targets(batch).items()}
 
 
 def metrics() -> dict[str, Metric]:
-    """Fresh mean squared errors over samples."""
+    """Return fresh mean squared errors over samples."""
     return {f"{task}/mse": MeanSquaredError() for task in TASKS}

@@ -63,13 +63,13 @@ def above_bounds(raw: Mapping[str, Tensor], scale: float | Tensor) -> dict[str, 
 
 
 def values(points: Array, scale: float = SCALE) -> Array:
-    """Return the two losses. Shape (..., 2) -> (..., 2)."""
+    """Return the two losses. Both have shape (..., 2)."""
     raw = losses(torch.from_numpy(np.ascontiguousarray(points)))
     return np.stack([scale * raw["f1"].numpy(), raw["f2"].numpy()], axis=-1)
 
 
 def gradients(points: Array) -> Array:
-    """Return the gradients of the two losses, the first without its scale. Shape (..., 2) -> (2, ..., 2)."""
+    """Return the gradients of the two losses, the first without its scale. Shapes (..., 2) to (2, ..., 2)."""
     inputs = torch.from_numpy(np.ascontiguousarray(points)).requires_grad_()
     totals = [loss.sum() for loss in losses(inputs).values()]  # every loss depends only on one point
     return np.stack([torch.autograd.grad(total, inputs, retain_graph=True)[0].numpy() for total in totals])

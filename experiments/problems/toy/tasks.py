@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from torchmetrics import MeanAbsoluteError
 
+from balance.config import check_settings, setting
 from experiments.problems.base import Network, Splits
 from experiments.problems.toy import landscape
 from experiments.problems.toy.landscape import LOWER_BOUND, SCALE, STARTS, TASKS, above_bounds
@@ -25,18 +26,18 @@ HIGHER_IS_BETTER: frozenset[str] = frozenset()
 
 @dataclass
 class DataConfig:
-    """Steps of an epoch, in batches of one; the scale of the first loss. The landscape is the only thing to learn from."""
+    """Constant samples; the landscape is the only thing to learn from."""
 
-    steps: int = 1000
-    scale: float = SCALE
+    steps: int = setting(1000, minimum=1, help="steps of an epoch, in batches of one")
+    scale: float = setting(SCALE, above=0, help="scale of the first loss")
 
 
 @dataclass
 class ModelConfig:
     """First point."""
 
-    a: float = STARTS[0][0]
-    b: float = STARTS[0][1]
+    a: float = setting(STARTS[0][0], help="first coordinate")
+    b: float = setting(STARTS[0][1], help="second coordinate")
 
 
 class Point(nn.Module):
@@ -67,14 +68,8 @@ def load(config: DataConfig) -> Splits:
 
     Returns:
         Splits whose samples are all equal.
-
-    Raises:
-        ValueError: If there is no step, or the scale is not positive.
     """
-    if config.steps < 1:
-        raise ValueError(f"data.steps must be at least 1, but got {config.steps}.")
-    if not config.scale > 0:
-        raise ValueError(f"data.scale must be positive, but got {config.scale}.")
+    check_settings(config, "data")
     sets = [TensorDataset(torch.ones(n, 1), torch.full((n,), float(config.scale))) for n in (config.steps, 1, 1)]
     return Splits(*sets)
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from balance import gradient_balancers
 from experiments.problems.toy.__main__ import main, trajectories
 from experiments.problems.toy.descent import BETA2, LR, METHODS, OPTIONS, STEPS, build_balancer, descend, pairing
 from experiments.problems.toy.figure import reached_front
@@ -49,7 +50,7 @@ def test_closed_form_weights_of_special_gramians(method):
     )
     G = np.einsum("skp,slp->skl", gradients, gradients)
     closed = toy_closed_forms.CLOSED_FORMS[method]()(np.ones((2, len(G))), (G[:, 0, 0], G[:, 0, 1], G[:, 1, 1]))
-    rule = build_balancer(method).gradient
+    rule = gradient_balancers.build(method)
     expected = [rule(torch.from_numpy(gramian)).numpy() for gramian in G]
     directions = [np.einsum("ks,skp->sp", np.array(w), gradients) for w in (closed, np.array(expected).T)]
     np.testing.assert_allclose(*directions, atol=1e-12)
