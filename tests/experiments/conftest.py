@@ -4,11 +4,11 @@ import sys
 
 import pytest
 
-from experiments.datasets.rooms import write
 from tests.experiments.short_runs import DIGITS, ON_DISK, ROOT, TINY
-from tests.qm9_files import write_qm9
-from tests.test_celeba import write_celeba
-from tests.test_multimnist import write_mnist
+from tests.writers.celeba import write_celeba
+from tests.writers.dense import write_cityscapes, write_nyuv2
+from tests.writers.mnist import write_mnist
+from tests.writers.qm9 import write_qm9
 
 
 @pytest.fixture(scope="session")
@@ -39,8 +39,8 @@ def tiny(cache, tmp_path):
 def folders(tmp_path_factory):
     """Folders as the data sets are distributed, by experiment; not to be changed."""
     root = tmp_path_factory.mktemp("official")
-    write(root / "nyuv2", {"train": 5, "val": 2}, height=32, width=48)
-    write(root / "cityscapes", {"train": 5, "val": 2}, layout="cityscapes", height=32, width=48)
+    write_nyuv2(root / "nyuv2", {"train": 5, "val": 2})
+    write_cityscapes(root / "cityscapes", {"train": 5, "val": 2})
     write_celeba(root / "celeba")
     write_mnist(root / "multimnist")
     write_qm9(root / "quantum_chemistry", count=8)

@@ -10,7 +10,7 @@ pytest.importorskip("torch_geometric")
 
 from experiments.problems.quantum_chemistry import DataConfig, load, qm9
 from experiments.problems.quantum_chemistry.data import UNITS
-from tests.qm9_files import CSV_HEADER, pieces, write_qm9
+from tests.writers.qm9 import CSV_HEADER, pieces, write_qm9
 
 HARTREE, KCAL = 27.211386246, 0.04336414  # in eV, as torch_geometric has them
 SMALL = {"validation_molecules": 1, "test_molecules": 1}

@@ -1,4 +1,4 @@
-"""A few molecules in the format in which QM9 is published."""
+"""QM9 with a few molecules, in the format of its publication."""
 
 import numpy as np
 
@@ -9,21 +9,21 @@ SYMBOLS = {1: "H", 6: "C", 7: "N", 8: "O", 9: "F"}
 
 
 def pieces(count):
-    """Atomic numbers, positions and bonds of the first molecules that ship with the project."""
-    found = molecules.read()
-    atoms, bonds = np.cumsum(found.atom_counts.astype(int)), np.cumsum(found.bond_counts.astype(int))
+    """Return atomic numbers, positions and bonds of the first molecules that ship with the project."""
+    source = molecules.read()
+    atoms, bonds = np.cumsum(source.atom_counts.astype(int)), np.cumsum(source.bond_counts.astype(int))
     return [
         (
-            found.numbers[atoms[k] - found.atom_counts[k] : atoms[k]],
-            found.positions[atoms[k] - found.atom_counts[k] : atoms[k]],
-            found.bonds[bonds[k] - found.bond_counts[k] : bonds[k]].astype(int),
+            source.numbers[atoms[k] - source.atom_counts[k] : atoms[k]],
+            source.positions[atoms[k] - source.atom_counts[k] : atoms[k]],
+            source.bonds[bonds[k] - source.bond_counts[k] : bonds[k]].astype(int),
         )
         for k in range(count)
     ]
 
 
 def write_qm9(folder, count=6, excluded=(3,)):
-    """The three files in the format in which QM9 is published. Returns the table's values."""
+    """Write the three files, and return the values of the table."""
     raw = folder / "raw"
     raw.mkdir(parents=True)
     records = []

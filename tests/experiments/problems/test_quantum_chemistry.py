@@ -17,7 +17,7 @@ from balance import Balancer
 from experiments.datasets import molecules
 from experiments.problems.quantum_chemistry import TASKS, DataConfig, ModelConfig, build_model, load, losses, metrics, targets
 from experiments.problems.quantum_chemistry.data import UNITS
-from tests.qm9_files import pieces
+from tests.writers.qm9 import pieces
 
 
 @pytest.fixture(scope="module")

@@ -12,32 +12,9 @@ from torchmetrics.classification import BinaryF1Score
 
 from balance import Balancer
 from experiments.datasets import image_cache
-from experiments.datasets.layouts.celeba import ATTRIBUTES
 from experiments.problems import celeba
 from experiments.problems.celeba import HIGHER_IS_BETTER, TASKS, DataConfig, ModelConfig, build_model, load
-
-COUNT = 36
-PARTITION = [0, 0, 1, 0, 2, 0] * 6  # not in blocks, so that an index is not a row
-NAMES = [f"{number:06d}.jpg" for number in range(1, COUNT + 1)]
-
-
-def write_celeba(root, seed=0):
-    """CelebA's files as its authors distribute them: aligned columns, spaces at the end of the line of names."""
-    generator = np.random.default_rng(seed)
-    labels = generator.random((COUNT, 40)) < 0.4
-    images = root / "Img" / "img_align_celeba"
-    for folder in (root / "Anno", root / "Eval", images):
-        folder.mkdir(parents=True)
-    for name in NAMES:
-        coarse = Image.fromarray(generator.integers(0, 256, (7, 6, 3), dtype=np.uint8))
-        coarse.resize((178, 218), Image.Resampling.BICUBIC).save(images / name)
-    rows = "".join(
-        f"{name} {' '.join(f'{2 * int(label) - 1:2d}' for label in row)}\n" for name, row in zip(NAMES, labels, strict=True)
-    )
-    (root / "Anno" / "list_attr_celeba.txt").write_text(f"{COUNT}\n{' '.join(ATTRIBUTES)} \n{rows}")
-    lines = "".join(f"{name} {part}\n" for name, part in zip(NAMES, PARTITION, strict=True))
-    (root / "Eval" / "list_eval_partition.txt").write_text(lines)
-    return labels
+from tests.writers.celeba import COUNT, PARTITION, write_celeba
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from experiments.problems.cityscapes import data as cityscapes
 from experiments.problems.dense import splits
 from experiments.problems.dense.augmentation import Augmented, Draw, augment, draw
 from experiments.problems.nyuv2 import data as nyuv2
+from tests.writers.dense import write_cityscapes, write_nyuv2
 
 SIZE = {"height": 32, "width": 48}
 
@@ -61,6 +62,15 @@ def test_batches_are_what_is_in_the_files(made):
         batch, tuple(part[[11, 0, 2, 10]] for part in of_split("train", 12))
     )  # 10.npy comes after 9.npy, not after 1.npy
     assert_same(everything(data.test), of_split("val", 3))
+
+
+@pytest.mark.parametrize(("problem", "write_files"), [(nyuv2, write_nyuv2), (cityscapes, write_cityscapes)])
+def test_files_are_read_as_an_independent_writer_writes_them(problem, write_files, tmp_path):
+    written = write_files(tmp_path, {"train": 3, "val": 2})
+    data = problem.load(problem.DataConfig(source="files", path=str(tmp_path), protocol="paper", augment=False))
+    for split, arrays_by_folder in ((data.train, written["train"]), (data.test, written["val"])):
+        for part, array in zip(everything(split), arrays_by_folder.values(), strict=True):
+            assert np.array_equal(part.movedim(1, -1) if array.ndim == 4 else part, array)
 
 
 def test_stored_types_and_the_order_of_axes_in_memory_may_differ(official):
