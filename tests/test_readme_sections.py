@@ -42,12 +42,29 @@ def test_table_leaves_out_rules_of_other_packages():
     assert len(readme_sections.methods_table(registry, heads=False).splitlines()) == 2
 
 
-def test_tree_lists_folders_before_files_with_the_first_sentence():
-    lines = readme_sections.tree().splitlines()
-    assert "      testing/           Properties of rules, for authors of new ones" in "\n".join(lines)
-    assert [line.split()[0] for line in lines if line.startswith("      ")].index("trainer.py") > 20
-    (loss,) = [line for line in lines if line.startswith("      loss/")]
-    assert loss.endswith(": fixed, groups, improvable_gap, rate, scale, uncertainty")
+def test_tree_lists_folders_before_files_with_the_first_sentence(tmp_path, monkeypatch):
+    files = {
+        "balance/loss/__init__.py": "Loss balancers. Importing registers them.",
+        "balance/loss/scale.py": "Scale.",
+        "balance/loss/_checks.py": "Checks.",
+        "balance/zoo/__init__.py": "Rooms of ``x.y``, on\nseveral lines\n\nMore.",
+        "balance/zoo/lion.py": "Lions.",
+        "balance/__init__.py": "All.",
+        "balance/apes.py": "Apes.",
+        "experiments/trainer.py": "Train.",
+    }
+    for name, docstring in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f'"""{docstring}"""\n', encoding="utf-8")
+    monkeypatch.setattr(readme_sections, "ROOT", tmp_path)
+    assert readme_sections.tree().splitlines()[1:7] == [
+        "    balance/",
+        "      loss/              Loss balancers: scale",
+        "      zoo/               Rooms of `x.y`, on several lines",
+        "      apes.py            Apes",
+        "    experiments/",
+        "      trainer.py         Train",
+    ]
 
 
 def test_missing_markers_are_named():
