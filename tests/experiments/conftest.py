@@ -64,7 +64,7 @@ def on_disk(folders, cache, tmp_path):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """One small run of the main job, as a user starts it, from a directory that has nothing to do with the project."""
+    """One small run of the main job, as a user starts it, from a directory outside the project."""
     folder = tmp_path_factory.mktemp("elsewhere")
     command = [sys.executable, str(ROOT / "experiments/trainer.py"), "--loss_method=go4align", "--gradient_method=pcgrad"]
     before = source_files()

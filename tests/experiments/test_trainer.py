@@ -1,5 +1,6 @@
 """Every experiment and every pairing of methods through the one trainer, as a user starts it."""
 
+import functools
 import json
 import os
 import signal
@@ -90,7 +91,7 @@ MEASURES = [["balancer.source=parameters"], ["balancer.source=features"], ["bala
 @pytest.mark.parametrize("gradient", GRAMIAN_RULES)
 @pytest.mark.parametrize("measure", MEASURES, ids=lambda words: words[0])
 def test_every_gramian_rule_trains_with_every_source(gradient, measure, tmp_path):
-    """After a few epochs the test metrics are far from those of chance."""
+    """After a few epochs the test metrics are far better than chance."""
     methods = ["--loss_method=scaleinvls", f"--gradient_method={gradient}"]  # by equal weights, the sum would hide the others
     words = [*methods, *measure, "train.epochs=6", "balancer.scale=norm", "track=false"]
     final = train(*words, f"output_dir={tmp_path}")
@@ -112,6 +113,26 @@ def test_every_gramian_rule_trains_with_every_source(gradient, measure, tmp_path
 )
 def test_compositions_on_the_command_line(arguments, tmp_path):
     assert train(*arguments, *DIGITS, "track=false", f"output_dir={tmp_path}")
+
+
+@pytest.fixture(scope="module")
+def delta_m(tmp_path_factory):
+    """Function from methods to delta_m of a whole run on digits, trained once for each method."""
+    folder = tmp_path_factory.mktemp("digits")
+
+    @functools.cache
+    def after(methods):
+        loss, _, gradient = methods.partition("+")
+        words = [f"--loss_method={loss}", *([f"--gradient_method={gradient}"] if gradient else [])]
+        return train(*words, "track=false", f"output_dir={folder}")["delta_m"]
+
+    return after
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("methods", ["uw", "famo", "go4align", "go4align+pcgrad", "scaleinvls+mgda"])
+def test_balancers_beat_equal_weights_on_digits(methods, delta_m):
+    assert delta_m(methods) < delta_m("ls") - 2
 
 
 def test_help_lists_every_name(capsys):

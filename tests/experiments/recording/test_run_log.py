@@ -56,8 +56,8 @@ def test_the_run_in_mlflow(demo):
     assert names <= set(run.data.metrics)
     assert len(client.get_metric_history(run.info.run_id, "val/sum/mae")) == 2
     assert [artifact.path for artifact in client.list_artifacts(run.info.run_id)] == ["checkpoints", "config.yaml"]
-    kept = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "checkpoints")]
-    assert kept == ["checkpoints/best.pt", "checkpoints/last.pt"]
+    checkpoints = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "checkpoints")]
+    assert checkpoints == ["checkpoints/best.pt", "checkpoints/last.pt"]
     assert run.data.tags["kind"] == "run"
     assert run.data.metrics["cost/step_ms"] > 0
     assert run.data.metrics["cost/run_s"] > 0

@@ -13,7 +13,7 @@ from tests.experiments.short_runs import BOTH, prepare, run_in, runs_in
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:mlflow")
-def test_a_network_on_graphs_is_given_back_by_mlflow(tiny, tmp_path, capfd):
+def test_mlflow_loads_a_network_on_graphs(tiny, tmp_path, capfd):
     run = prepare(*tiny("quantum_chemistry", *BOTH, "track=true"), console=Console(width=200))
     loop.train(run)
     assert "MLflow serves arrays, not graphs" in capfd.readouterr().out
@@ -33,7 +33,7 @@ def test_a_network_on_graphs_is_given_back_by_mlflow(tiny, tmp_path, capfd):
             assert torch.equal(answer, run.model(graphs)[task])
 
 
-def test_the_model_in_mlflow_is_given_back(demo, monkeypatch):
+def test_mlflow_loads_and_serves_the_tested_network(demo, monkeypatch):
     """`mlflow.pytorch.load_model` from a run, with the weights of the best epoch and without the project on the path."""
     import mlflow
 
@@ -47,7 +47,7 @@ def test_the_model_in_mlflow_is_given_back(demo, monkeypatch):
         patched.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
         mlflow.set_tracking_uri(None)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # MLflow's, of its own type hints
+            warnings.simplefilter("ignore", UserWarning)  # about MLflow's type hints
             import mlflow.pytorch
 
             network = mlflow.pytorch.load_model(f"runs:/{run.info.run_id}/model")

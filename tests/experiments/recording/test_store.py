@@ -12,7 +12,7 @@ def test_fingerprints_tell_runs_apart_by_what_decides_their_result():
 
 
 def test_the_engine_is_not_a_setting_of_the_result(tmp_path):
-    """Runs that differ only in how gradients are had are one row of a table."""
+    """Runs that differ only in the computation of gradients are one row of a table."""
     words = ["--gradient_method=mgda", *DIGITS]
     configs = [
         configure(*words, *more)

@@ -9,20 +9,20 @@ from experiments.training.data import JoinedBatchSampler, TimedBatches
 from tests.experiments.short_runs import prepare
 
 
-def test_training_data_are_told_the_epoch(tiny, monkeypatch):
-    told = []
-    monkeypatch.setattr(Augmented, "set_epoch", lambda self, epoch: told.append(epoch))
+def test_training_data_get_the_number_of_the_epoch(tiny, monkeypatch):
+    epochs = []
+    monkeypatch.setattr(Augmented, "set_epoch", lambda self, epoch: epochs.append(epoch))
     loop.train(prepare(*tiny("nyuv2", "train.epochs=3")))
-    assert told == [1, 2, 3]
+    assert epochs == [1, 2, 3]
 
 
 def test_a_single_last_sample_joins_the_batch_before():
     def lists(count, size):
         batches = JoinedBatchSampler(SequentialSampler(range(count)), size, drop_last=False)
-        found = list(batches)
-        assert len(batches) == len(found)
-        assert [i for indices in found for i in indices] == list(range(count))
-        return [len(indices) for indices in found]
+        batch_indices = list(batches)
+        assert len(batches) == len(batch_indices)
+        assert [i for indices in batch_indices for i in indices] == list(range(count))
+        return [len(indices) for indices in batch_indices]
 
     assert lists(7, 3) == [3, 4]
     assert lists(8, 3) == [3, 3, 2]

@@ -7,7 +7,7 @@ from experiments.training import loop
 from tests.experiments.short_runs import prepare
 
 
-def test_classes_that_do_not_occur_are_told(tiny):
+def test_classes_that_do_not_occur_are_printed(tiny):
     run = prepare(*tiny("nyuv2"))
     run = run._replace(console=Console(width=200, record=True, file=io.StringIO()))
     loop.train(run)

@@ -33,19 +33,19 @@ def test_a_network_that_is_shared_as_a_whole(tiny):
 @pytest.mark.parametrize("name", ["nyuv2", "multimnist"])
 def test_the_paper_reports_the_mean_of_the_last_epochs(name, on_disk, monkeypatch):
     """The test set is the validation set, is evaluated once in every epoch, and selects nothing."""
-    found = []
+    evaluations = []
     evaluate = loop.evaluate
 
-    def kept(run, data):
-        found.append(evaluate(run, data))
-        return found[-1]
+    def recorded(run, data):
+        evaluations.append(evaluate(run, data))
+        return evaluations[-1]
 
-    monkeypatch.setattr(loop, "evaluate", kept)
+    monkeypatch.setattr(loop, "evaluate", recorded)
     words = ["protocol=paper", "train.epochs=3", "train.report_last=2", *(["model.name=small"] if name == "nyuv2" else [])]
     run = prepare(*on_disk(name, *words))
     final = loop.train(run)
-    assert len(found) == 3
+    assert len(evaluations) == 3
     for metric in run.experiment.metrics():
-        assert final[metric] == pytest.approx((found[1][metric] + found[2][metric]) / 2)
+        assert final[metric] == pytest.approx((evaluations[1][metric] + evaluations[2][metric]) / 2)
     assert torch.load(run.folder / "best.pt")["epoch"] == 3
     assert ("delta_m" in final) == (name == "nyuv2")  # against the published numbers

@@ -41,7 +41,7 @@ def test_features_of_each_task(tiny):
     run = prepare(*tiny("cityscapes", *BOTH, "model.name=mtan", "balancer.source=features"))
     report = train_step(run, build_optimizer(run), next(iter(run.batches)))
     assert report.gramian.shape == (2, 2)
-    assert report.cosines[0, 1] == 0  # each task has a map of its own
+    assert report.cosines[0, 1] == 0  # each task has its features
 
 
 def test_weight_decay(tiny):

@@ -1,6 +1,4 @@
-"""The stage, whole: optimization reaches the Pareto set, and the claims of the README about the experiment."""
-
-import functools
+"""Optimization with the whole stage reaches the Pareto set."""
 
 import pytest
 import torch
@@ -35,25 +33,3 @@ def test_quadratics_reach_the_pareto_set(loss, gradient):
     G = (J @ J.T).numpy()
     w = min_norm_weights(G)
     assert w @ G @ w < 1e-2
-
-
-@pytest.fixture(scope="module")
-def drop(tmp_path_factory):
-    """delta_m of a whole run of the default experiment, trained once for each method."""
-    from tests.experiments.short_runs import train
-
-    folder = tmp_path_factory.mktemp("digits")
-
-    @functools.cache
-    def of(methods):
-        loss, _, gradient = methods.partition("+")
-        words = [f"--loss_method={loss}", *([f"--gradient_method={gradient}"] if gradient else [])]
-        return train(*words, "track=false", f"output_dir={folder}")["delta_m"]
-
-    return of
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("methods", ["uw", "famo", "go4align", "go4align+pcgrad", "scaleinvls+mgda"])
-def test_balancers_beat_equal_weights_on_digits(methods, drop):
-    assert drop(methods) < drop("ls") - 2
