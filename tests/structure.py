@@ -58,24 +58,18 @@ QUESTION = re.compile(r"(What|How|Where|Which|Whether|Who)\b")
 TO_DO: dict[str, set[str]] = {
     "direction": {
         "balance.config -> balance", "experiments.baselines -> experiments.sweep",
-        "experiments.config.schema -> experiments.cli", "experiments.diagnose -> experiments.trainer",
         "experiments.problems.multimnist.figure -> experiments.analysis.figures.drawing",
         "experiments.problems.toy.figure -> experiments.analysis.figures.drawing",
-        "experiments.recording.run_log -> experiments.trainer", "experiments.sweep -> experiments.trainer",
-        "experiments.sweeps.runtime -> experiments.trainer", "experiments.training.checkpoint -> experiments.trainer",
-        "experiments.training.console -> experiments.trainer", "experiments.training.evaluation -> experiments.trainer",
     },
-    "circles": {"experiments.recording.run_log -> experiments.trainer"},
     "function": {
         "balance/engine/engine.py", "experiments/analysis/figures/figures.py",
         "experiments/analysis/published.py", "experiments/compare.py", "experiments/problems/multimnist/comparison.py",
         "experiments/problems/multimnist/figure.py", "experiments/problems/toy/__main__.py",
-        "experiments/problems/toy/figure.py", "experiments/recording/model.py", "experiments/sweep.py",
-        "experiments/trainer.py",
+        "experiments/problems/toy/figure.py", "experiments/sweep.py",
     },
     "nesting": {
         "balance/engine/engine.py", "experiments/datasets/rooms/storage.py", "experiments/problems/multimnist/idx.py",
-        "experiments/recording/store.py", "experiments/sweeps/runtime.py", "experiments/trainer.py",
+        "experiments/recording/store.py", "experiments/sweeps/runtime.py",
     },
     "file": {
         "balance/diagnosis/diagnose.py", "experiments/sweep.py",
@@ -86,12 +80,11 @@ TO_DO: dict[str, set[str]] = {
     "docstring": {
         "balance/config.py", "balance/diagnosis/", "balance/engine/", "balance/gradient/", "balance/profiling.py",
         "balance/testing/", "balance/tracking.py", "experiments/analysis/",
-        "experiments/cli.py", "experiments/compare.py", "experiments/config/", "experiments/datasets/", "experiments/problems/",
+        "experiments/compare.py", "experiments/datasets/", "experiments/problems/",
         "experiments/problems/celeba/", "experiments/problems/cityscapes/", "experiments/problems/dense/",
         "experiments/problems/digits/", "experiments/problems/multimnist/", "experiments/problems/nyuv2/",
         "experiments/problems/quantum_chemistry/", "experiments/problems/regression100/", "experiments/problems/toy/",
-        "experiments/recording/", "experiments/sweep.py", "experiments/sweeps/", "experiments/trainer.py",
-        "experiments/training/",
+        "experiments/recording/", "experiments/sweep.py", "experiments/sweeps/",
     },
     "any": {"balance/config.py"},
 }
