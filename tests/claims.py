@@ -1,8 +1,8 @@
-"""What is true of which rule. One row per registered name, one entry per claim of `balance.testing`.
+"""Claims of `balance.testing` that each rule satisfies: one row per registered name, one entry per claim.
 
-An entry is True (the claim is proved by hypothesis, on degenerate input too), GENERIC (on linearly independent gradients), or
-an input on which the claim fails: a counter-example, which is checked to fail. So every rule meets every claim, and folklore
-that is false stays refuted.
+An entry is True if hypothesis proves the claim, on degenerate input too. It is GENERIC if the claim is true for linearly
+independent gradients. Otherwise it is a counter-example, an input on which the claim is checked to fail. So every rule meets
+every claim, and folklore that is false stays refuted.
 """
 
 from balance import gradient_balancers, loss_balancers

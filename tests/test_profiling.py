@@ -139,10 +139,10 @@ def test_exactly_one_call():
 
 
 def test_threads_count_their_own():
-    found = {}
+    peaks = {}
 
     def work(mib):
-        found[mib] = [peak_memory(lambda: block(mib)) for _ in range(5)]
+        peaks[mib] = [peak_memory(lambda: block(mib)) for _ in range(5)]
 
     threads = [Thread(target=work, args=(mib,)) for mib in (1, 2, 4)]
     for thread in threads:
@@ -150,7 +150,7 @@ def test_threads_count_their_own():
     for thread in threads:
         thread.join()
     for mib in (1, 2, 4):
-        assert found[mib] == pytest.approx([mib * MIB] * 5, abs=KIB)
+        assert peaks[mib] == pytest.approx([mib * MIB] * 5, abs=KIB)
 
 
 def test_threads_that_overlap_leave_nothing_switched_on():
@@ -232,9 +232,9 @@ def test_median_seconds_and_number_of_calls(limits, seconds, calls, monkeypatch)
 
 
 def test_measure_has_time_and_memory():
-    found = measure(one)
-    assert found.seconds > 0
-    assert found.bytes == pytest.approx(8 * MIB, abs=KIB)
+    cost = measure(one)
+    assert cost.seconds > 0
+    assert cost.bytes == pytest.approx(8 * MIB, abs=KIB)
 
 
 @pytest.mark.parametrize("limits", [{"repeats": 0}, {"budget": -1}, {"budget": float("nan")}])

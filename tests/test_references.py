@@ -23,7 +23,7 @@ def tensor(rows):
 
 # method, options, golden name, relative tolerance: 1e-9 where the file gives 12 digits, else what its digits allow
 GRADIENT = [
-    # reference solver; official projected gradient, LibMTL and TorchJD agree to their own accuracy
+    # reference solver; official projected gradient, LibMTL and TorchJD agree to the accuracy of their solvers
     ("mgda", {}, "mgda", 1e-9),
     # TorchJD with its random orders made ascending; the paper's loop
     ("pcgrad", {"order": "fixed"}, "pcgrad_ascending", 1e-9),
@@ -287,8 +287,8 @@ def test_igbv2_pieces(golden):
     for fill, updates in pieces["updates_per_trigger_vs_buffer_fill"].items():
         assert schedule(float(fill)) == (updates, pieces["batch_vs_buffer_fill"][fill])
     example = pieces["reward_example"]
-    found = reward(tensor(example["prev"]), tensor(example["cur"]), tensor(example["base"]))
-    assert found == pytest.approx(example["reward"], rel=1e-9)
+    value = reward(tensor(example["prev"]), tensor(example["cur"]), tensor(example["base"]))
+    assert value == pytest.approx(example["reward"], rel=1e-9)
 
 
 # loss balancer, gradient balancer, options, scale: K times mgda or cagrad as in the official code is scale="sum" or a factor
@@ -308,7 +308,7 @@ COMPOSITIONS = [
 @pytest.mark.filterwarnings("ignore:nashmtl ignores positive loss weights")
 @pytest.mark.parametrize(("key", "loss", "gradient", "options"), COMPOSITIONS, ids=[row[0] for row in COMPOSITIONS])
 def test_composition(golden, rows, key, loss, gradient, options):
-    """Losses row2 + J theta + head_i at theta = 0, head = 0: shared gradient, head factors and UW's own gradient."""
+    """Losses row2 + J theta + head_i at theta = 0, head = 0: shared gradient, head factors, gradient of UW's parameters."""
     expected = golden["compositions"]["results"][key]
     J = tensor(golden["jacobians"]["B_K3D3"])
     theta = torch.zeros(3, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The commands against a tracking server as teams have it: MLflow's own, with a PostgreSQL store and a folder for artifacts."""
+"""The commands with a tracking server as teams have it: MLflow's server, a PostgreSQL store and a folder for artifacts."""
 
 import os
 import shutil
@@ -45,7 +45,7 @@ def process(command, answers, **options):
 
 @pytest.fixture(scope="module")
 def postgresql():
-    """A database of this test alone. PostgreSQL refuses to run as root, so that it then runs as its own user."""
+    """A database for this test only. PostgreSQL refuses to run as root, so it then runs as a separate user."""
     if not PROGRAMS:
         pytest.skip("PostgreSQL's server is not installed (Debian: apt-get install postgresql)")
     pytest.importorskip("psycopg", reason="psycopg is not installed (pip install 'mtl-balance[server]')")

@@ -1,4 +1,4 @@
-"""Conversion between tensors and the solvers: a Gramian tensor in, float64 on the host, weights like the Gramian out."""
+"""Conversion between tensors and the solvers, which work in float64 on the host."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def solve(solver: Callable[[Array], Array], gramian: Gramian) -> Weights:
-    """Apply a float64 numpy solver to a Gramian of any float type, on any device: one copy of K² numbers to the host.
+    """Apply a float64 numpy solver to a Gramian of any float type, on any device; one copy of K² numbers to the host.
 
     Args:
-        solver: (K, K) array -> (K,) array.
+        solver: Function from an array (K, K) to an array (K,).
         gramian: Shape (K, K).
 
     Returns:
@@ -34,7 +34,7 @@ def solve(solver: Callable[[Array], Array], gramian: Gramian) -> Weights:
             "From a Jacobian J of shape (K, P) it is J @ J.T."
         )
     if not G.isfinite().all():
-        raise ValueError("gramian must be finite, but has NaN or infinite entries. Look at the tasks' losses and gradients.")
+        raise ValueError("gramian must be finite, but has NaN or infinite entries. Check the losses and their gradients.")
     return torch.from_numpy(solver(G.numpy())).to(gramian)
 
 
@@ -43,6 +43,9 @@ def certificate(error: Callable[[Array, Array], float]) -> Callable[[Gramian, We
 
     Args:
         error: Function of a Gramian (K, K) and weights (K,), as float64 arrays.
+
+    Returns:
+        Function of the tensors.
     """
 
     def error_of_tensors(gramian: Gramian, weights: Weights) -> float:
@@ -58,7 +61,7 @@ def rounding(gramian: Gramian) -> float:
 
 
 def without_zero_gradients(solver: Callable[[Array], Array], gramian: Array) -> Array:
-    """Apply a solver to the tasks whose gradient is not zero; the other tasks get weight 0. Shape (K, K) -> (K,)."""
+    """Apply a solver to the tasks whose gradient is not zero; every other task gets weight 0. Shape (K, K) -> (K,)."""
     if gramian.diagonal().min() > 0:
         return solver(gramian)
     nonzero = np.flatnonzero(gramian.diagonal())

@@ -1,4 +1,4 @@
-"""Fair bargains between the tasks."""
+"""Nash-MTL: a fair bargain between the tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The few rules that must see every coordinate of the gradients."""
+"""Rules that must see every coordinate of the gradients: GradDrop."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ if TYPE_CHECKING:
     invariances=("permutation_equivariant", "scales_with_the_gradients"),
 )
 class GradDrop(nn.Module):
-    r"""Gradient sign dropout: at every coordinate only the gradients of one sign are kept, drawn by their purity.
+    r"""Gradient sign dropout: at every coordinate only the gradients of one random sign count.
 
     .. math:: p = \tfrac12 \Bigl(1 + \frac{\sum_k g_k}{\sum_k |g_k|}\Bigr), \qquad
               d = \sum_k g_k \bigl(\ell + (1 - \ell) [\, g_k > 0,\ p > u \;\text{or}\; g_k < 0,\ p < u \,]\bigr)
 
-    with u uniform on (0, 1) for each coordinate, shared by the tasks. Where all gradients agree in sign the direction is their
-    sum. Coordinates where all are zero stay zero. One task, or G = 0: the sum. Not a function of the Gramian.
+    where u is uniform on (0, 1) for each coordinate and shared by the tasks. Where all gradients agree in sign, and for one
+    task, the direction is their sum. Coordinates at which all gradients are zero stay zero. The direction is not a function of
+    the Gramian.
 
     Args:
-        leak: ℓ in 0..1, the part of the dropped gradients that is kept; 1 gives the sum.
+        leak: ℓ in 0..1, the factor of the dropped gradients; 1 gives the sum.
         seed: Seed of the draws; the generator is saved in the state_dict.
 
     Raises:
@@ -54,7 +55,7 @@ class GradDrop(nn.Module):
         self.random = SeededGenerator(seed)
 
     def forward(self, jacobian: Jacobian) -> Direction:
-        """The direction of one step.
+        """Return the direction of one step.
 
         Args:
             jacobian: Rows are task gradients. Shape (K, P).
@@ -71,8 +72,8 @@ class GradDrop(nn.Module):
 
 
 def drop_signs(jacobian: Jacobian, u: Tensor, leak: float) -> Direction:
-    """GradDrop's direction for given draws. Shapes (K, P), (P,) -> (P,)."""
+    """Return GradDrop's direction for given draws u. Shapes (K, P), (P,) -> (P,)."""
     magnitude = jacobian.abs().sum(dim=0)
     purity = 0.5 * (1 + torch.where(magnitude > 0, jacobian.sum(dim=0) / magnitude, 0.0))
-    kept = torch.where(jacobian > 0, purity > u, purity < u)
-    return (jacobian * (leak + (1 - leak) * kept)).sum(dim=0)
+    chosen = torch.where(jacobian > 0, purity > u, purity < u)
+    return (jacobian * (leak + (1 - leak) * chosen)).sum(dim=0)

@@ -1,4 +1,4 @@
-"""The same projection on every task."""
+"""IMTL-G: a direction with equal projections onto all task gradients."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def imtl_g(gramian: Gramian, *, official: bool = False) -> Weights:
 
     .. math:: \langle J^\top w, g_k / \lVert g_k \rVert \rangle \text{ equal for all } k, \qquad |\textstyle\sum_k w_k| = 1
 
-    The common projection is positive, so the direction conflicts with no task, and the sum is 1 except where that would turn it
-    into ascent for every task; then it is -1. Where the weights cancel each other, to 1e-5 of their absolute values, the sum of
-    the absolute values is 1 instead. The direction does not change when a gradient is multiplied by a positive constant.
-    Weights can be negative. A task whose gradient is zero gets weight 0 and the other tasks are solved without it. At G = 0,
-    and where opposite gradients leave no common projection, all weights are 0. One task gets weight 1.
+    The common projection is positive, so the direction conflicts with no task. The sum of the weights is 1, or -1 if 1 would
+    mean ascent for every task. Where the weights cancel each other, to 1e-5 of their absolute values, the sum of the absolute
+    values is 1 instead. The direction does not change when a gradient is multiplied by a positive constant. Weights can be
+    negative. A task whose gradient is zero gets weight 0 and has no effect on the remaining tasks. At G = 0, and for opposite
+    gradients, which have no common projection, all weights are 0. One task gets weight 1.
 
-    Where the gradients are dependent, the projections are equal in the least-squares sense, and the direction can conflict.
-    Gradients count as dependent where the matrix of their cosines has an eigenvalue below 1e-10 of the largest, or below the
-    rounding of ``gramian`` if that is coarser. The order of the tasks does not matter.
+    If the gradients are dependent, the projections are equal in the least-squares sense, and the direction can conflict.
+    Gradients count as dependent if an eigenvalue of their cosines, relative to the largest, is below 1e-10 or the rounding of
+    ``gramian``. The order of the tasks does not matter.
 
     Args:
         gramian: Inner products of the task gradients. Shape (K, K), positive semi-definite.

@@ -1,4 +1,4 @@
-"""Short vectors in the convex hull of the task gradients."""
+"""MGDA and CAGrad: short vectors in the convex hull of the task gradients."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def mgda(gramian: Gramian, *, normalization: Normalization = "none", losses: Ten
     .. math:: \min_w \lVert J^\top w \rVert^2 \quad \text{subject to } w \ge 0,\ \textstyle\sum_k w_k = 1
 
     The direction d conflicts with no task: :math:`\langle g_k, d \rangle \ge \lVert d \rVert^2` for every k. It is zero exactly
-    at Pareto-stationary points. Small gradients get large weights: a task whose gradient is zero takes all weight and stops
-    the shared parameters, so do not pair it with ``stl``. One task gets weight 1. Tasks with the same gradient share
-    their weight equally. Unchanged by scaling all gradients together, not by scaling one.
+    at Pareto-stationary points. Small gradients get large weights. A task whose gradient is zero takes all weight and stops
+    the shared parameters, so do not pair the rule with ``stl``. One task gets weight 1. Tasks with the same gradient share
+    their weight equally. The weights do not change when all gradients are multiplied by one constant.
 
-    With a normalization the weights are those of the shortest vector between *normalised* gradients; they are then used for
-    the gradients as they are, and the guarantees above are gone.
+    With a normalization, the weights of the shortest vector between *normalised* gradients are applied to the gradients
+    themselves, and the guarantees above are lost.
 
     Args:
         gramian: Inner products of the task gradients. Shape (K, K), positive semi-definite.
-        normalization: What a gradient is divided by before the search: nothing; its length (``"l2"``); its loss; or both
-            (``"loss+"``).
-        losses: Values of the losses, for the last two; the stage gives them. Shape (K,), positive.
+        normalization: Divisor of a gradient before the search: 1 (``"none"``), its length (``"l2"``), its loss (``"loss"``)
+            or the product of both (``"loss+"``).
+        losses: Values of the losses, for ``"loss"`` and ``"loss+"``; the stage passes them. Shape (K,), positive.
 
     Returns:
         Non-negative weights that sum to one. Shape (K,), dtype and device of ``gramian``.
@@ -67,8 +67,8 @@ def mgda(gramian: Gramian, *, normalization: Normalization = "none", losses: Ten
         where their code iterates (projected gradient or Frank-Wolfe) and stops early.
     """
     if normalization in ("loss", "loss+") and (losses is None or not (losses > 0).all()):
-        found = "nothing" if losses is None else losses.tolist()
-        raise ValueError(f"normalization='{normalization}' of 'mgda' needs positive losses, but got {found}.")
+        value = None if losses is None else losses.tolist()
+        raise ValueError(f"losses must be positive for normalization='{normalization}' of 'mgda', but got {value}.")
 
     def weights(G: Array) -> Array:
         divisor = np.ones(len(G))
@@ -97,27 +97,28 @@ def _cagrad_error(gramian: Array, weights: Array) -> float:
     certificate=certificate(_cagrad_error),
 )
 def cagrad(gramian: Gramian, *, c: float = RADIUS, rescale: Rescale = "paper", solver: Solver = "exact") -> Weights:
-    r"""Return weights for CAGrad: the direction near the mean gradient with the greatest gain for the task that gains least.
+    r"""Return the weights of CAGrad's direction, near the mean gradient, whose smallest gain of a task is greatest.
 
     .. math:: \max_d \min_k \langle g_k, d \rangle \quad \text{subject to } \lVert d - g_0 \rVert \le c \lVert g_0 \rVert
 
     with the mean :math:`g_0`. The solution is :math:`d = g_0 + c \lVert g_0 \rVert \, g_w / \lVert g_w \rVert`, where w on the
-    simplex solves the dual problem. c = 0 gives the mean. Conflicts with no task if c ≥ 1, to rounding; for smaller c it can.
-    Before rescaling every weight is at least 1/K. Unchanged by scaling all gradients together. One task: (1 + c) g, rescaled.
+    simplex solves the dual problem. c = 0 gives the mean. For c ≥ 1 the direction conflicts with no task, to rounding; for
+    smaller c it can. Before rescaling every weight is at least 1/K. The weights do not change when all gradients are multiplied
+    by one constant. One task has the direction (1 + c) g, rescaled.
 
-    Where 0 lies in the convex hull of the gradients (opposite gradients, a zero gradient, many tasks and few parameters), no
-    direction helps every task. The problem still has one solution there, unless some direction within the radius conflicts
-    with no task, as is always so for c ≥ 1. Then all these directions are solutions, and the one nearest to the mean is
-    returned: the projection of the mean on the dual cone, which is the mean itself if the mean conflicts with no task.
-    0 counts as in the hull where the gradients cancel to 1e-6 of their lengths; then as small a conflict can remain. A mean of
-    zero gives d = 0.
+    If 0 lies in the convex hull of the gradients, no direction helps every task. Causes are opposite gradients, a zero
+    gradient, or more tasks than parameters. The problem still has one solution, unless some direction within the radius
+    conflicts with no task, which is always true for c ≥ 1. Then all these directions are solutions, and the nearest to the mean
+    is returned: the projection of the mean on the dual cone. It is the mean itself if the mean conflicts with no task. 0 counts
+    as inside the hull if the gradients cancel each other to 1e-6 of their lengths. In this case a conflict of that size can
+    remain. A mean of zero gives d = 0.
 
     Args:
         gramian: Inner products of the task gradients. Shape (K, K), positive semi-definite.
         c: Radius of the search, relative to the length of the mean gradient; not negative.
-        rescale: Divisor of the direction: 1 (``"none"``); 1 + c² (``"paper"``, the default of the authors' code); or 1 + c
-            (``"bound"``), so that the direction is no longer than the mean gradient. The authors' numbers 0, 1 and 2 for
-            these choices are aliases.
+        rescale: Divisor of the direction. ``"none"``: 1. ``"paper"``: 1 + c², the default of the authors' code. ``"bound"``:
+            1 + c, so that the direction is no longer than the mean gradient. The numbers 0, 1 and 2 of the authors' code are
+            aliases.
         solver: ``"exact"``, or ``"cvxpy"``, an independent convex program, far slower, for comparison.
 
     Returns:
@@ -128,8 +129,8 @@ def cagrad(gramian: Gramian, *, c: float = RADIUS, rescale: Rescale = "paper", s
 
     Source:
         Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021, algorithm 1. Differs: solved
-        exactly, where the code's solver returns the mean for gradients shorter than about 1e-3; no epsilons, by which the code
-        returns the mean where 0 is in the convex hull.
+        exactly, where the code's solver returns the mean for gradients shorter than about 1e-3. No epsilons are added, with
+        which the code returns the mean if 0 is in the convex hull.
     """
     if not c >= 0:
         raise ValueError(f"c of 'cagrad' must not be negative, but got {c}.")
@@ -161,7 +162,7 @@ def _beyond_the_mean_by_cvxpy(gramian: Array, c: float) -> Array:
     worst = cp.Problem(cp.Maximize(cp.min(gains)), [cp.norm(step) <= 1])
     worst.solve(solver=cp.CLARABEL)
     best = step.value
-    if abs(worst.value) <= 1e-7 * radius:  # no direction helps every task: the nearest of those that harm none, if within reach
+    if abs(worst.value) <= 1e-7 * radius:  # no direction helps every task: take the nearest that harms none, if within reach
         cp.Problem(cp.Minimize(cp.norm(step)), [gains >= 0]).solve(solver=cp.CLARABEL)
         if step.value is not None and np.linalg.norm(step.value) <= 1 + 1e-6:
             best = step.value

@@ -1,4 +1,4 @@
-"""Conflicts repaired pair by pair, by projection."""
+"""PCGrad: conflicts repaired pair by pair, by projection."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ Order = Literal["random", "fixed"]
     invariances=("rotation_equivariant", "scales_with_the_gradients", "linear_under_scaling"),
 )
 class PCGrad(nn.Module):
-    r"""Weights for which every task's gradient is first projected off those that it conflicts with.
+    r"""Weights for which every task's gradient is first projected off the gradients that it conflicts with.
 
-    For each task i, :math:`v \leftarrow g_i`; then for the other tasks j in random order, where
+    For each task i, v starts at :math:`g_i`. Then for every task j ≠ i in random order, if
     :math:`\langle v, g_j \rangle < 0`,
 
     .. math:: v \leftarrow v - \frac{\langle v, g_j \rangle}{\lVert g_j \rVert^2} g_j ,
 
-    and the direction is the sum of the v. Every v is a combination of task gradients, so the rule is a function of the
-    Gramian and the orders: it keeps K coefficient vectors instead of K gradients.
+    and the direction is the sum of all v. Every v is a combination of task gradients. So the rule is a function of the Gramian
+    and of the orders, and computes K coefficient vectors instead of K gradients.
 
-    The weights are at least 1, and are 1 where no two gradients conflict, at K = 1 and at G = 0. For two tasks the direction
-    conflicts with neither; for more it can. A zero gradient conflicts with nobody. Duplicate gradients need no care.
+    The weights are at least 1, and are 1 if no two gradients conflict, at K = 1 and at G = 0. For two tasks the direction
+    conflicts with neither; for more tasks it can. A zero gradient conflicts with no gradient.
 
     Args:
-        order: ``"random"``: orders drawn anew at each step for each task; ``"fixed"``: ascending.
+        order: ``"random"``: new orders at each step for each task. ``"fixed"``: ascending.
         seed: Seed of the orders; the generator is saved in the state_dict.
 
     Source:
-        Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, algorithm 1. As there, and unlike several
+        Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, algorithm 1. As in the paper, and unlike several
         published codes, a gradient is never projected off itself, and the direction is the sum.
     """
 
@@ -55,7 +55,7 @@ class PCGrad(nn.Module):
         self.random = SeededGenerator(seed)
 
     def forward(self, gramian: Gramian) -> Weights:
-        """Weights of the task gradients, in sum convention.
+        """Return the weights of the task gradients, in sum convention.
 
         Args:
             gramian: Inner products of the task gradients. Shape (K, K), positive semi-definite.
@@ -70,19 +70,19 @@ class PCGrad(nn.Module):
 
     def _orders(self, num_tasks: int) -> Indices:
         if self.order == "fixed":
-            everyone = np.tile(np.arange(num_tasks), (num_tasks, 1))
+            tasks = np.tile(np.arange(num_tasks), (num_tasks, 1))
         else:
-            everyone = self.random.permutations(num_tasks, num_tasks).numpy()
-        others: Indices = everyone[everyone != np.arange(num_tasks)[:, None]].reshape(num_tasks, num_tasks - 1)
-        return others
+            tasks = self.random.permutations(num_tasks, num_tasks).numpy()
+        orders: Indices = tasks[tasks != np.arange(num_tasks)[:, None]].reshape(num_tasks, num_tasks - 1)
+        return orders
 
 
 def project_conflicts(gramian: Array, orders: Indices) -> Array:
-    """PCGrad's weights for given orders; all tasks take their t-th projection together.
+    """Return PCGrad's weights for given orders; the t-th projections of all tasks are computed in one operation.
 
     Args:
         gramian: Shape (K, K).
-        orders: Row i lists the other tasks in the order in which task i meets them. Shape (K, K - 1).
+        orders: Row i lists the tasks other than i in the order of the projections. Shape (K, K - 1).
 
     Returns:
         Shape (K,).
@@ -90,13 +90,13 @@ def project_conflicts(gramian: Array, orders: Indices) -> Array:
     K = len(gramian)
     tasks = np.arange(K)
     coefficients = np.eye(K)  # row i: v of task i as a combination of the task gradients
-    products = gramian.copy()  # row i: inner products of that v with every task gradient
+    products = gramian.copy()  # row i: inner products of this v with every task gradient
     squared_norms = np.diag(gramian)
-    for met in orders.T:
-        product = products[tasks, met]
-        conflict = (product < 0) & (squared_norms[met] > 0)
-        step = np.where(conflict, product / np.where(conflict, squared_norms[met], 1), 0)
-        coefficients[tasks, met] -= step
-        products -= step[:, None] * gramian[met]
+    for partners in orders.T:
+        product = products[tasks, partners]
+        conflict = (product < 0) & (squared_norms[partners] > 0)
+        step = np.where(conflict, product / np.where(conflict, squared_norms[partners], 1), 0)
+        coefficients[tasks, partners] -= step
+        products -= step[:, None] * gramian[partners]
     weights: Array = coefficients.sum(axis=0)
     return weights

@@ -26,8 +26,8 @@ UPDATES = 50  # updates at each training when the buffer is full; half of it whe
 class Agent:
     """Actor, two critics with slow copies, temperature, replay buffer and generator.
 
-    The agent is not a module. So its parameters are never in the optimizer of the user's network, and it stays on the host in
-    float32 when that network is moved or cast. The default dtype and the default device of torch have no effect.
+    The agent is not a module. So its parameters are never in the user's optimizer, and it stays on the host in float32 when
+    the user's network is moved or cast. The default dtype and the default device of torch have no effect.
 
     Args:
         num_tasks: K, the size of states and actions.

@@ -30,8 +30,8 @@ def conflict_averse_weights(gramian: Array, c: float, rounding: float = EPSILON)
     Let d(t) be the point nearest to :math:`g_0` with :math:`\langle g_k, d \rangle \ge t` for every task k. It is a
     combination :math:`g_0 + J^\top x(t)` with :math:`x(t) \ge 0`, and its distance from :math:`g_0` grows with t. The
     solution is the d(t) at distance :math:`c \lVert g_0 \rVert`. d(0) is the projection of :math:`g_0` on the dual cone, at
-    most :math:`\lVert g_0 \rVert` away. If no t is high enough, 0 lies in the convex hull of the gradients and several
-    directions are solutions, d(0) among them; d(0) is returned. `conflict_averse_error` is the certificate.
+    most :math:`\lVert g_0 \rVert` away. If no t is high enough, 0 lies in the convex hull of the gradients. Then several
+    directions are solutions, and d(0) is returned. `conflict_averse_error` is the certificate.
 
     Args:
         gramian: Shape (K, K), positive semi-definite, finite.
@@ -107,11 +107,24 @@ def _beyond_the_mean(C: Array, h: Array, lengths: Array, c: float, highest: floa
 def _climb(
     C: Array, h: Array, inverse: Array, c: float, bracket: tuple[float, float], x_low: Array, active: Mask, rounding: float
 ) -> Array:
-    """Find the level in a bracket whose nearest point is at distance c, and return the coefficients of that point.
+    """Return the coefficients of the nearest point at the level in ``bracket`` whose distance is c.
 
     While the active tasks stay the same, the coefficients are affine in the level, and the distance is a quadratic equation.
     So the level and the active tasks are computed in turn, until the active tasks stay. A level is too high if its
     coefficients cancel each other: their exact sum would need more digits than float32 has.
+
+    Args:
+        C: Cosines between the gradients. Shape (K, K).
+        h: Cosines between the gradients and the mean gradient. Shape (K,).
+        inverse: Lengths relative to the shortest gradient, inverted. Shape (K,).
+        c: Distance of the point from the mean gradient, relative to its length.
+        bracket: Two levels, the first too low and the second too high.
+        x_low: Coefficients at the lower level. Shape (K,).
+        active: Guess of the tasks with positive coefficients. Shape (K,).
+        rounding: Relative error of the cosines.
+
+    Returns:
+        Shape (K,), non-negative.
     """
     low, high = bracket
     limit = c / math.sqrt(max(STATIONARY, rounding))

@@ -22,8 +22,9 @@ def make_jacobian(num_tasks: int, kind: str, seed: int) -> Jacobian:
 
     Args:
         num_tasks: K.
-        kind: One of `KINDS`. Rows of different scales; small integers; two rows equal, opposite or nearly parallel. The first
-            row zero; dependent rows; rows that are dependent up to rounding to float32. Rows with 0 in their convex hull.
+        kind: Property of the rows, one of `KINDS`. ``"generic"`` rows have different scales. ``"low_rank"`` rows are
+            dependent, and ``"rounded"`` rows are dependent up to rounding to float32. ``"stationary"`` rows have 0 in their
+            convex hull.
         seed: Seed of the numbers.
 
     Returns:

@@ -1,8 +1,8 @@
 """Properties that other libraries test on matrices of every rank: checked here on the way from gradients to a direction.
 
-The Gramian is computed in float64 from gradients in float32 or float64, and the weights are applied in the dtype of the
-gradients, as the stage does. A rank below the number of tasks is exact up to rounding only, so that 0 can be in the convex hull
-of the gradients, or very near to it.
+The Gramian is computed in float64 from gradients in float32 or float64. The weights are applied in the dtype of the gradients,
+as the stage does. A rank below the number of tasks is exact up to rounding only. So 0 can be in the convex hull of the
+gradients, or very near to it.
 """
 
 import pytest
@@ -119,8 +119,8 @@ def test_graddrop_keeps_one_sign_of_every_coordinate_whatever_the_order_of_the_t
         d, size = direction("graddrop", J, {})
         permuted, _ = direction("graddrop", J[torch.randperm(len(J), generator=generator)], {})  # draws from the same seed
         torch.testing.assert_close(permuted, d, rtol=0, atol=float(digits(dtype, 20) * size))
-        kept = torch.stack([J.clamp(min=0).sum(dim=0), J.clamp(max=0).sum(dim=0)])
-        assert ((d - kept).abs().min(dim=0).values <= digits(dtype, 20) * size).all()
+        sums = torch.stack([J.clamp(min=0).sum(dim=0), J.clamp(max=0).sum(dim=0)])
+        assert ((d - sums).abs().min(dim=0).values <= digits(dtype, 20) * size).all()
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -40,7 +40,7 @@ def test_igbv2_resumes_bit_for_bit_while_it_trains_itself(tmp_path):
 
 
 def test_igbv2_schedule():
-    """Nothing is remembered before the base is known; training starts with the fourth epoch; from the sixth the actor acts."""
+    """Nothing is stored before the base exists. Training starts with the fourth epoch; the actor acts from the sixth."""
     balancer = Balancer(TASKS, loss="igbv2")
     network = Network()
     optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
@@ -63,7 +63,7 @@ def test_igbv2_schedule():
 
 
 def test_the_agent_learns_what_pays():
-    """Where only weight on the first task lowers the losses, the actor comes to give it weight."""
+    """If only weight on the first task lowers the losses, the actor learns to give it weight."""
     rule = loss_balancers.build("igbv2", num_tasks=2, base_epoch=0, sac_lr=3e-3, buffer_size=500)
     rule.end_epoch(torch.ones(2))
     for _ in range(4):
@@ -152,12 +152,12 @@ def build_igbv2(seed=0, **options):
 def run_igbv2(rule, steps, per_epoch=20):
     """Weighted losses at some steps of one fixed sequence: the agent trains at steps 100 and 150, and acts from step 100."""
     sequence = 0.5 + torch.rand(180, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = []
+    weighted_losses = []
     for step in range(*steps):
-        found.append(rule(sequence[step]))
+        weighted_losses.append(rule(sequence[step]))
         if step % per_epoch == per_epoch - 1:
             rule.end_epoch(sequence[step])
-    return torch.stack(found)
+    return torch.stack(weighted_losses)
 
 
 def test_igbv2_draws_its_networks_from_its_own_generator_and_leaves_the_global_one_alone():

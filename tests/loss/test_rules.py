@@ -37,20 +37,20 @@ SMALL = {"igbv2": {"buffer_size": 64}, "dwa": {"mode": "epoch"}}
 
 def run(rule, sequence, per_epoch=8):
     """Weighted losses at each row. The rule observes each row scaled by 0.9, and ends epochs."""
-    found = []
+    weighted_losses = []
     for step, row in enumerate(sequence):
-        found.append(rule(row))
+        weighted_losses.append(rule(row))
         if getattr(rule, "needs_observation", False):
             rule.observe(0.9 * row)
         if hasattr(rule, "end_epoch") and step % per_epoch == per_epoch - 1:
             rule.end_epoch(row)
-    return torch.stack(found)
+    return torch.stack(weighted_losses)
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("name", loss_balancers.names())
 def test_default_device_and_default_dtype_change_nothing(name, context):
-    """Long enough for igbv2 to train (step 50) and to act (step 40). A module goes on from its state_dict."""
+    """Long enough for igbv2 to train (step 50) and to act (step 40). A module continues from its state_dict."""
     sequence = 0.5 + torch.rand(60, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rule = loss_balancers.build(name, num_tasks=3, **SMALL.get(name, {}))
     expected = run(rule, sequence)

@@ -15,9 +15,9 @@ def test_seeded_generator_draws_the_same_numbers_whatever_the_defaults(context):
 
     expected = draw(SeededGenerator(3))
     with CONTEXTS[context]():
-        found = draw(SeededGenerator(3))
-    assert [(t.dtype, t.device.type) for t in found] == [(torch.float64, "cpu"), (torch.float32, "cpu"), (torch.int64, "cpu")]
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        drawn = draw(SeededGenerator(3))
+    assert [(t.dtype, t.device.type) for t in drawn] == [(torch.float64, "cpu"), (torch.float32, "cpu"), (torch.int64, "cpu")]
+    assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
 
 
 def test_seeded_generator_starts_again_with_another_seed():

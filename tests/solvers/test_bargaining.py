@@ -40,7 +40,7 @@ def test_bargaining_error_of_a_shortened_direction():
     J = make_jacobian(4, "generic", 0).numpy()
     G = J @ J.T
     weights = bargaining_weights(G)
-    assert bargaining_error(G, weights / 2, length=1.0) <= 1e-12  # the solution's own length is 2
+    assert bargaining_error(G, weights / 2, length=1.0) <= 1e-12  # the solution has length 2
     assert bargaining_error(G, weights / 2) == pytest.approx(0.75)
     assert bargaining_error(G, weights * [1, 1, 1, 1.01]) > 1e-3
 

@@ -40,7 +40,7 @@ def test_conflict_averse_weights_with_more_tasks_than_parameters(seed, num_tasks
 
 @given(jacobians(kinds=("stationary", "opposite", "zero_row", "low_rank", "integer")), st.sampled_from([0.2, 1.0, 2.0]))
 def test_conflict_averse_direction_is_the_nearest_of_several_solutions(J, c):
-    """Where the worst gain is 0, the direction is the projection of the mean on the dual cone: Moreau's conditions."""
+    """If the worst gain is 0, the direction is the projection of the mean on the dual cone: Moreau's conditions."""
     J = J.numpy()
     mean, d = J.mean(axis=0), conflict_averse_direction(J, c)
     scale = np.linalg.norm(J) * np.linalg.norm(mean)
