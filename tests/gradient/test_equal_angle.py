@@ -20,7 +20,7 @@ def dependent(num_tasks, num_parameters, dtype, seed):
     [(torch.float64, 4, 3, 1), (torch.float32, 4, 50, 1), (torch.float32, 8, 50, 2000)],
 )
 def test_imtl_of_dependent_gradients_does_not_depend_on_the_order_of_the_tasks(dtype, num_tasks, num_parameters, every):
-    """In some orders an earlier version returned a direction of length 1e-7, which trains nothing."""
+    """A pivoted factorisation gives, in some orders, a direction of length 1e-7, which trains nothing."""
     for seed in range(30):
         J = dependent(num_tasks, num_parameters, dtype, seed)
         directions = []
