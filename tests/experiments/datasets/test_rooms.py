@@ -42,7 +42,7 @@ def test_types_and_ranges(samples):
 
 
 def test_normals_are_those_of_the_depth(samples):
-    """Against cross products of finite differences of the back-projected depth; what is far off lies on edges or balls."""
+    """Against cross products of finite differences of the back-projected depth; large errors lie on edges or balls."""
     errors, flat = [], []
     for sample in samples:
         points = rays() * sample.depth

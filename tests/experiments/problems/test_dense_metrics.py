@@ -35,7 +35,7 @@ def up(like):
 
 @pytest.fixture
 def batches():
-    """Two batches, of two images and of one, with errors of their own and pixels that do not count."""
+    """Two batches, of two images and of one, with different errors and pixels that do not count."""
     rng = np.random.default_rng(0)
     made = []
     for count, worst in ((2, 60.0), (1, 10.0)):

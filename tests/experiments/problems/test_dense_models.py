@@ -159,7 +159,7 @@ def test_mtan_masks_select_from_the_maps():
 
 
 def mtan_step_by_step(trunk, images, task):
-    """The features of a task as the specification tells them, one stage after the other, in a network of three stages."""
+    """Return the features of a task as specified, one stage after the other, in a network of three stages."""
     pool, (e, d) = nn.MaxPool2d(2, return_indices=True), (trunk.shared.encoder, trunk.shared.decoder)
     first, last, places = [], [], []
     x = images

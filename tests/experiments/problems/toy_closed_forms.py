@@ -93,9 +93,9 @@ def pcgrad():
 def cagrad(c=0.4):
     r"""Solve the dual problem along the segment between the gradients.
 
-    With :math:`v(t) = g_2 + t (g_1 - g_2)` and :math:`r = c \lVert g_0 \rVert`, its derivative
+    Let :math:`v(t) = g_2 + t (g_1 - g_2)` and :math:`r = c \lVert g_0 \rVert`. The derivative
     :math:`\langle g_0, g_1 - g_2 \rangle + r \, \langle v, g_1 - g_2 \rangle / \lVert v \rVert` vanishes at a fixed angle
-    between v and the segment, so t is a fixed number of distances from the foot of the perpendicular.
+    between v and the segment. So t is a fixed number of distances from the foot of the perpendicular.
     """
 
     def weights(_, gramian):
