@@ -59,16 +59,15 @@ TO_DO: dict[str, set[str]] = {
     "direction": {
         "balance.config -> balance", "experiments.baselines -> experiments.sweep",
         "experiments.problems.multimnist.figure -> experiments.analysis.figures.drawing",
-        "experiments.problems.toy.figure -> experiments.analysis.figures.drawing",
     },
     "function": {
         "balance/engine/engine.py", "experiments/analysis/figures/figures.py",
         "experiments/analysis/published.py", "experiments/compare.py", "experiments/problems/multimnist/comparison.py",
-        "experiments/problems/multimnist/figure.py", "experiments/problems/toy/__main__.py",
-        "experiments/problems/toy/figure.py", "experiments/sweep.py",
+        "experiments/problems/multimnist/figure.py",
+        "experiments/sweep.py",
     },
     "nesting": {
-        "balance/engine/engine.py", "experiments/datasets/rooms/storage.py", "experiments/problems/multimnist/idx.py",
+        "balance/engine/engine.py",
         "experiments/recording/store.py", "experiments/sweeps/runtime.py",
     },
     "file": {
@@ -78,11 +77,7 @@ TO_DO: dict[str, set[str]] = {
         "tests/test_sweep.py",
     },
     "docstring": {
-        "balance/diagnosis/", "balance/engine/", "experiments/analysis/",
-        "experiments/compare.py", "experiments/datasets/", "experiments/problems/",
-        "experiments/problems/celeba/", "experiments/problems/cityscapes/", "experiments/problems/dense/",
-        "experiments/problems/digits/", "experiments/problems/multimnist/", "experiments/problems/nyuv2/",
-        "experiments/problems/quantum_chemistry/", "experiments/problems/regression100/", "experiments/problems/toy/",
+        "balance/engine/", "experiments/analysis/", "experiments/compare.py", "experiments/problems/multimnist/",
         "experiments/recording/", "experiments/sweep.py", "experiments/sweeps/",
     },
 }
