@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from balance import Balancer
-from balance.engine.accumulate import accumulate, added, are_finite, paired, put_aside, without_hooks
+from balance.engine.accumulate import accumulate, are_finite, cleared_grads, gradient_sum, leaf_gradients, without_hooks
 
 OPTIMIZERS = {name: cls for name, cls in vars(torch.optim).items() if inspect.isclass(cls) and cls is not torch.optim.Optimizer}
 FLAGS = [
@@ -146,16 +146,16 @@ def test_a_given_gradient_becomes_grad_without_a_copy():
 
 def test_pieces():
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    assert [leaf is b for leaf, _ in paired([a, b], [None, torch.ones(2)])] == [True]
+    assert [leaf is b for leaf, _ in leaf_gradients([a, b], [None, torch.ones(2)])] == [True]
     assert are_finite([torch.full((4,), 2e38)])  # whose sum overflows
     assert not are_finite([torch.ones(2), torch.tensor([1.0, torch.inf])])
     assert not are_finite([torch.tensor([1j * torch.nan])])
     assert are_finite([])
     sparse, dense = torch.sparse_coo_tensor([[1]], [1.0], (2,), check_invariants=True), torch.ones(2)
-    assert [added(x, y).is_sparse for x in (sparse, dense) for y in (sparse, dense)] == [True, False, False, False]
-    assert added(sparse, dense).tolist() == [1, 2]
+    assert [gradient_sum(x, y).is_sparse for x in (sparse, dense) for y in (sparse, dense)] == [True, False, False, False]
+    assert gradient_sum(sparse, dense).tolist() == [1, 2]
     a.grad = before = torch.zeros(2)
-    with pytest.raises(RuntimeError, match="here"), put_aside([a]):
+    with pytest.raises(RuntimeError, match="here"), cleared_grads([a]):
         assert a.grad is None
         raise RuntimeError("here")
     assert a.grad is before

@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 import balance
 from balance import Balancer
-from balance.engine.engine import Engine, _pays, _sites
-from balance.engine.graph import layers, trace
-from balance.engine.partition import read_parts
+from balance.engine.engine import Engine
+from balance.engine.graph import trace
+from balance.engine.layers import is_cheaper, layers, measured_tensors
+from balance.engine.partition import partition_graph
 from balance.profiling import peak_memory
 
 TASKS = ("a", "b", "c")
@@ -246,7 +247,7 @@ CONVOLUTIONS = {
 def check_layer(parameter, losses, memory):
     """A step on one parameter that is had through its layer."""
     (found,) = layers(trace(losses), [parameter]).values()
-    assert _pays(found, len(losses))
+    assert is_cheaper(found, len(losses))
     J = rows(losses, [parameter]).double()
     G = J @ J.T
     balancer = Balancer(len(losses), gradient=in_proportion, memory=memory)
@@ -683,8 +684,8 @@ def test_layers_are_read_where_it_pays():
     for batch in (8, 400):
         model = Wide(batch=batch)
         losses = model.losses()[1]
-        parts = read_parts("parameters", list(losses.values()), model.trunk.parameters(), None, None, [])
-        found[batch] = [site.layer is not None for site in _sites(parts, 8)]
+        parts = partition_graph("parameters", list(losses.values()), model.trunk.parameters(), None, None, [])
+        found[batch] = [tensor.layer is not None for tensor in measured_tensors(parts.lower_graph, parts.inputs, 8)]
     assert found == {8: [False, False] + [True, False] * 5, 400: [False] * 12}  # weights and biases
 
 
@@ -699,7 +700,7 @@ def test_automatic_choice_of_the_engine():
     ]:
         model = Wide(batch=batch)
         z, losses = model.losses()
-        parts = read_parts("parameters", list(losses.values()), model.trunk.parameters(), z if hint else None, None, [])
+        parts = partition_graph("parameters", list(losses.values()), model.trunk.parameters(), z if hint else None, None, [])
         assert Engine("auto", "jacobian")._is_batched(parts, device) == expected
         assert Engine("batched", "jacobian")._is_batched(parts, device)
         assert not Engine("loop", "jacobian")._is_batched(parts, device)

@@ -338,7 +338,7 @@ for step in range(2):
     balance.Balancer(("a", "b"), gradient="mgda").backward(losses, shared=f.parameters())
     if sys.argv[1] == "losses first":
         del losses
-        balance.engine.graph.release_graphs()
+        balance.engine.deep_graphs.free_released_graphs()
     elif sys.argv[1] == "kept":
         kept = losses
 del x

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from balance.engine.accumulate import put_aside
+from balance.engine.accumulate import cleared_grads
 from balance.rules.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ class Restoration:
         self._gradients = ExitStack()
 
     def __enter__(self) -> Restoration:
-        self._gradients.enter_context(put_aside(self._leaves.values()))
+        self._gradients.enter_context(cleared_grads(self._leaves.values()))
         return self
 
     def put_aside(self, leaves: Iterable[Tensor]) -> None:
         """Set ``.grad`` of further leaf tensors to None until exit."""
         new = {id(leaf): leaf for leaf in leaves if id(leaf) not in self._leaves}
         self._leaves |= new
-        self._gradients.enter_context(put_aside(new.values()))
+        self._gradients.enter_context(cleared_grads(new.values()))
 
     def zero_grad(self) -> None:
         """Set ``.grad`` of all leaf tensors to None."""

@@ -1,1 +1,1 @@
-"""Losses to task gradients to a Gramian, and weights to ``.grad``: everything that calls autograd."""
+"""Losses to task gradients to a Gramian, and weights to ``.grad``: all calls of autograd."""

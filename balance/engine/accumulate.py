@@ -1,7 +1,7 @@
-"""Addition of gradients to ``.grad``, by autograd itself, so that ``.grad`` is what an ordinary backward pass leaves.
+"""Addition of gradients to ``.grad``, by autograd itself, so that ``.grad`` is exactly as after an ordinary backward pass.
 
-Strides, dtype, sparse layout, tensor hooks of leaves, ``register_post_accumulate_grad_hook`` and the hooks of
-DistributedDataParallel all belong to autograd's accumulation node, so nothing else in this library writes ``.grad``.
+Autograd's accumulation node decides on strides, dtype and sparse layout. It runs the hooks of leaf tensors and of
+DistributedDataParallel. So nothing else in this library writes ``.grad``.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-LeafGradient = tuple["Tensor", "Tensor"]  # a leaf tensor and what is to be added to its ``.grad``
+LeafGradient = tuple["Tensor", "Tensor"]  # a leaf tensor, and the gradient to add to its ``.grad``
 
 
-class _Deliver(torch.autograd.Function):
+class _Surrogate(torch.autograd.Function):
     """A scalar whose backward pass hands given gradients to leaf tensors."""
 
     @staticmethod
-    def forward(ctx: Any, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, gradients: list[Tensor], *leaves: Tensor) -> Tensor:
         ctx.gradients = gradients
-        return torch.zeros((), device=tensors[0].device)
+        return torch.zeros((), device=leaves[0].device)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -35,48 +35,55 @@ class _Deliver(torch.autograd.Function):
         return (None, *gradients)
 
 
-def delivery(pairs: Iterable[LeafGradient]) -> Tensor | None:
-    """Return a scalar whose backward pass accumulates the gradients, all in one engine call; None if there are none.
+def surrogate_loss(pairs: Iterable[LeafGradient]) -> Tensor | None:
+    """Return a scalar whose backward pass accumulates given gradients, all in one engine call.
 
     Args:
         pairs: Leaf tensors, each once, and gradients of as many numbers. Frozen leaves are left out.
+
+    Returns:
+        Shape (); None if no gradients are left.
     """
     live = [(leaf, gradient) for leaf, gradient in pairs if leaf.requires_grad]
     if not live:
         return None
-    gradients = [as_leaf(gradient, leaf) for leaf, gradient in live]
+    gradients = [cast_to_leaf(gradient, leaf) for leaf, gradient in live]
     leaves = [leaf for leaf, _ in live]
     del pairs, live
     with torch.enable_grad():
-        return cast("Tensor", _Deliver.apply(gradients, *leaves))  # type: ignore[no-untyped-call]
+        return cast("Tensor", _Surrogate.apply(gradients, *leaves))  # type: ignore[no-untyped-call]
 
 
 def accumulate(pairs: Iterable[LeafGradient]) -> None:
-    """Add gradients to ``.grad`` of their leaves, as ``loss.backward()`` does; as for `delivery`."""
-    total = delivery(pairs)
-    if total is not None:
-        total.backward()  # type: ignore[no-untyped-call]
+    """Add gradients to ``.grad`` of their leaves, as ``loss.backward()`` does.
+
+    Args:
+        pairs: Leaf tensors, each once, and gradients of as many numbers. Frozen leaves are left out.
+    """
+    loss = surrogate_loss(pairs)
+    if loss is not None:
+        loss.backward()  # type: ignore[no-untyped-call]
 
 
-def added(first: Tensor, second: Tensor) -> Tensor:
+def gradient_sum(first: Tensor, second: Tensor) -> Tensor:
     """Return the sum of two gradients of one tensor, sparse if both are."""
-    # torch wants a sparse summand behind a dense one
+    # torch adds a sparse tensor to a dense one, but not the other way round
     return second + first if first.is_sparse and not second.is_sparse else first + second
 
 
-def paired(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[LeafGradient]:
-    """Return the leaves that have a gradient, with it."""
+def leaf_gradients(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[LeafGradient]:
+    """Return the leaves that have a gradient, each with it."""
     return [(leaf, gradient) for leaf, gradient in zip(leaves, gradients, strict=True) if gradient is not None]
 
 
-def as_leaf(gradient: Tensor, leaf: Tensor) -> Tensor:
+def cast_to_leaf(gradient: Tensor, leaf: Tensor) -> Tensor:
     """Return a gradient in the shape and dtype of a leaf, and on its device."""
     gradient = gradient.detach().to(device=leaf.device, dtype=leaf.dtype)
     return gradient if gradient.shape == leaf.shape else gradient.reshape(leaf.shape)
 
 
 def are_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether no gradient has an infinite or NaN entry; one copy to the host where all sums are finite."""
+    """Return whether all entries of all gradients are finite; costs one copy to the host where all sums are finite."""
     values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
     values = [torch.view_as_real(value) if value.is_complex() else value for value in values]
     sums = [value.sum(dtype=torch.promote_types(value.dtype, torch.float32)) for value in values]
@@ -91,13 +98,13 @@ def nan_gradients(leaves: Iterable[Tensor]) -> list[LeafGradient]:
 
 
 @contextmanager
-def put_aside(leaves: Iterable[Tensor]) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
-    """Set ``.grad`` of leaves to None for a while, and back in the end."""
+def cleared_grads(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """Set ``.grad`` of leaves to None in a context, and restore it on exit."""
     before = [(leaf, leaf.grad) for leaf in leaves]
     for leaf, _ in before:
         leaf.grad = None
     try:
-        yield before
+        yield
     finally:
         for leaf, gradient in before:
             leaf.grad = gradient
@@ -105,10 +112,10 @@ def put_aside(leaves: Iterable[Tensor]) -> Iterator[list[tuple[Tensor, Tensor | 
 
 @contextmanager
 def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Switch the hooks of tensors off for a while, and leave gradients that they retain as they are.
+    """Switch the hooks of tensors off in a context, and leave the gradients that they retain as they are.
 
-    A gradient that is captured at a leaf has passed the leaf's hooks, and so has one with which a pass begins at a tensor;
-    without this they would act twice, or on every task's gradient instead of the final one.
+    A gradient that is captured at a leaf has passed the leaf's hooks. So has a gradient with which a pass begins at a tensor.
+    Without this context the hooks would act twice, or on every task's gradient instead of the final one.
     """
     tensors = list(tensors)
     retained = [(tensor, tensor.grad) for tensor in tensors if tensor.retains_grad]

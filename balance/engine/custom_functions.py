@@ -1,7 +1,7 @@
-"""Functions that Python code defines in a graph, and what forbids to walk a graph once for each task.
+"""Functions that Python code defines in a graph, and the checks that a graph can be walked once for each task.
 
-A gradient balancer walks the part of the graph that tasks share once for each task. torch's own operations allow that. A
-custom Function may not: it may add to ``.grad`` in its own backward pass, free what it needs, or change it in place.
+A gradient balancer walks the part of the graph that tasks share once for each task. torch's own operations allow this. A
+custom Function may not: it may add to ``.grad`` in its backward pass, free what it needs, or change it in place.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from balance.engine.accumulate import put_aside
+from balance.engine.accumulate import cleared_grads
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 
-    from balance.engine.passes import AtLosses
+    from balance.engine.passes import LossOutputs
 
-_SAME = 1e-3  # largest difference of a repeated pass, relative to the length of a gradient
-_SAME_IN_HALF_PRECISION = 5e-2
-_ONCE = (
+_TOLERANCE = 1e-3  # largest difference of a repeated pass, relative to the length of a gradient
+_TOLERANCE_IN_HALF_PRECISION = 5e-2
+_REMEDY = (
     'Use balance.Splitter, or source="features" with this part below the features: both walk the shared part once. '
     "gradient=None needs no further pass at all."
 )
@@ -38,33 +38,32 @@ _DONATED = (
 )
 _REENTRANT = (
     "A reentrant checkpoint (use_reentrant=True) in the graph accumulates gradients in its own backward pass, but a gradient "
-    f"balancer must take the gradients of each task apart. Set use_reentrant=False. {_ONCE}"
+    f"balancer must separate the gradients of the tasks. Set use_reentrant=False. {_REMEDY}"
 )
 _SHARDED = (
     "Parameters must not be sharded (DTensor, FSDP2), but a loss reaches some that are: their gradients are reduced over "
     "ranks by hooks of an ordinary backward pass only. Use balance.Splitter inside the model, or gradient=None."
 )
 
-
 _UNSHARDED: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()  # leaf tensors that belong to no shard
 
 
-class Functions:
-    """Checks of the functions that Python code defines, each kind once."""
+class FunctionChecks:
+    """Checks of the functions that Python code defines, each kind of function once."""
 
     def __init__(self) -> None:
         self._checked: WeakSet[type] = WeakSet()
 
     @contextmanager
     def guarded(
-        self, nodes: Sequence[Any], start: AtLosses, inputs: Sequence[Tensor], leaves: Sequence[Tensor]
+        self, nodes: Sequence[Any], outputs: LossOutputs, targets: Sequence[Tensor], leaves: Sequence[Tensor]
     ) -> Iterator[None]:
         """Return a context for passes through a graph with such functions.
 
         Args:
             nodes: The nodes that Python code defines.
-            start: Passes that begin at the losses.
-            inputs: Tensors to differentiate with respect to.
+            outputs: The losses.
+            targets: Tensors to differentiate with respect to.
             leaves: Leaf tensors whose ``.grad`` must not change in the passes.
 
         Raises:
@@ -77,22 +76,25 @@ class Functions:
             return
         new = {type(node) for node in doubtful} - set(self._checked)
         if new:
-            _check(start, inputs, leaves, [node for node in doubtful if type(node) in new])
+            _check(outputs, targets, leaves, [node for node in doubtful if type(node) in new])
             self._checked.update(new)
-        with put_aside(leaves):
+        with cleared_grads(leaves):
             yield
             accumulates = any(leaf.grad is not None for leaf in leaves)
         if accumulates:
-            raise RuntimeError(_accumulating(doubtful))
+            raise RuntimeError(_accumulation_message(doubtful))
 
 
 def refuse_reentrant(nodes: Iterable[Any]) -> None:
     """Refuse reentrant checkpoints in the part of a graph that is walked once for each task.
 
+    Args:
+        nodes: The nodes that Python code defines.
+
     Raises:
-        RuntimeError: If there is one; the message says what works.
+        RuntimeError: If a node is a reentrant checkpoint; the message contains the remedy.
     """
-    if any(_source(node) is CheckpointFunction for node in nodes):
+    if any(_origin(node) is CheckpointFunction for node in nodes):
         raise RuntimeError(_REENTRANT)
 
 
@@ -104,18 +106,18 @@ def refuse_sharded(nodes: Iterable[Any], leaves: Iterable[Tensor]) -> None:
         leaves: Leaf tensors of the graph.
 
     Raises:
-        RuntimeError: If it holds one; the message says what works.
+        RuntimeError: If a parameter is sharded; the message contains the remedy.
     """
     module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")  # not imported: nothing is sharded
     if module is None or not torch.distributed.is_initialized():
         return
-    reduces = any(_source(node).__name__ == "RegisterPostBackwardFunction" for node in nodes)
-    # During a step a sharded parameter is replaced by an ordinary one, which only FSDP's own records tell apart
+    reduces = any(_origin(node).__name__ == "RegisterPostBackwardFunction" for node in nodes)
+    # During a step an ordinary parameter replaces a sharded one; only the records of FSDP show the difference
     new = [leaf for leaf in leaves if leaf not in _UNSHARDED]
     gathered = {
-        id(getattr(thing, "_unsharded_param", None))
-        for thing in (gc.get_objects() if new else ())
-        if type(thing) is module.FSDPParam
+        id(getattr(record, "_unsharded_param", None))
+        for record in (gc.get_objects() if new else ())
+        if type(record) is module.FSDPParam
     }
     if reduces or any(id(leaf) in gathered for leaf in new):
         raise RuntimeError(_SHARDED)
@@ -123,121 +125,129 @@ def refuse_sharded(nodes: Iterable[Any], leaves: Iterable[Tensor]) -> None:
         _UNSHARDED[leaf] = True
 
 
-def walks_once(nodes: Iterable[Any]) -> bool:
-    """Whether a graph holds functions that may need an ordinary backward pass, in which every leaf accumulates."""
-    return any(is_foreign(node) or _source(node) is CheckpointFunction for node in nodes)
+def needs_ordinary_pass(nodes: Iterable[Any]) -> bool:
+    """Return whether a graph contains functions that may need an ordinary backward pass, in which every leaf accumulates.
+
+    Args:
+        nodes: The nodes that Python code defines.
+    """
+    return any(is_foreign(node) or _origin(node) is CheckpointFunction for node in nodes)
 
 
 def is_compiled(node: Any) -> bool:
-    """Whether a node runs the backward pass of a function that torch.compile has made."""
-    return _source(node).__name__ == "CompiledFunction"
+    """Return whether a node runs the backward pass of a function that torch.compile has made."""
+    return _origin(node).__name__ == "CompiledFunction"
 
 
 def is_foreign(node: Any) -> bool:
-    """Whether the code of a node comes from outside torch."""
-    return not _source(node).__module__.startswith("torch.")
+    """Return whether the code of a node comes from outside torch."""
+    return not _origin(node).__module__.startswith("torch.")
 
 
-def explained(passes: Iterable[Sequence[Tensor | None]]) -> Iterator[Sequence[Tensor | None]]:
-    """Yield the gradients of one pass after the other.
+def with_explained_errors(passes: Iterable[Sequence[Tensor | None]]) -> Iterator[Sequence[Tensor | None]]:
+    """Yield the gradients of one pass after the other, and name the cause and the remedy if a pass fails.
+
+    Args:
+        passes: By pass, its gradients; computed on demand.
 
     Raises:
         RuntimeError: If a pass fails because the graph cannot be walked once for each task.
     """
     count = 0
     try:
-        for found in passes:
-            yield found
+        for gradients in passes:
+            yield gradients
             count += 1
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        message = _explanation(error)
-        if message is None and count == 0:
+        message = _explanation(error, count)
+        if message is None:
             raise
-        raise RuntimeError(
-            message
-            or f"A gradient balancer walks the graph once for each task, but after {count} backward passes the next one "
-            f"failed: {error}. An operation in the graph can be walked only once. {_ONCE}"
-        ) from error
+        raise RuntimeError(message) from error
 
 
-def _source(node: Any) -> type:
-    source: type = getattr(type(node), "_forward_cls", type(node))
-    return source
-
-
-def _explanation(error: Exception) -> str | None:
+def _explanation(error: Exception, passes_before: int) -> str | None:
     if "donated buffer" in str(error):
         return _DONATED
-    return _REENTRANT if "use_reentrant" in str(error) else None
+    if "use_reentrant" in str(error):
+        return _REENTRANT
+    if passes_before == 0:
+        return None
+    return (
+        f"A gradient balancer walks the graph once for each task, but after {passes_before} backward passes the next one "
+        f"failed: {error}. An operation in the graph can be walked only once. {_REMEDY}"
+    )
 
 
-def _check(start: AtLosses, inputs: Sequence[Tensor], leaves: Sequence[Tensor], nodes: Sequence[Any]) -> None:
-    """Run one pass twice, and compare what arrives.
+def _check(outputs: LossOutputs, targets: Sequence[Tensor], leaves: Sequence[Tensor], nodes: Sequence[Any]) -> None:
+    """Run one pass twice, and compare the gradients that arrive.
 
     Raises:
-        RuntimeError: If the second pass fails or finds other gradients, or a pass adds to ``.grad`` of any parameter.
+        RuntimeError: If the second pass fails or computes other gradients, or a pass adds to ``.grad`` of any parameter.
     """
-    others = _parameters() if any(map(is_foreign, nodes)) else []
-    before = [(parameter, parameter.grad, _version(parameter.grad)) for parameter in others]
-    with put_aside(leaves):
+    known = {id(leaf) for leaf in leaves}
+    others = [leaf for leaf in _all_parameters() if id(leaf) not in known] if any(map(is_foreign, nodes)) else []
+    before = [(leaf, leaf.grad, _version(leaf.grad)) for leaf in others]
+    with cleared_grads(leaves):
         try:
-            first, second = explained(_twice(start, inputs))
+            first, second = with_explained_errors(_two_passes(outputs, targets))
             accumulates = any(leaf.grad is not None for leaf in leaves)
         finally:
-            known = {id(leaf) for leaf in leaves}
-            changed = [
-                (parameter, gradient)
-                for parameter, gradient, version in before
-                if id(parameter) not in known and (parameter.grad is not gradient or _version(gradient) != version)
-            ]
-            for parameter, gradient in changed:
-                parameter.grad = gradient
+            changed = [(leaf, grad) for leaf, grad, version in before if leaf.grad is not grad or _version(grad) != version]
+            for leaf, grad in changed:
+                leaf.grad = grad
     if accumulates or changed:
-        raise RuntimeError(_accumulating(nodes))
-    if not all(map(_is_same, first, second)):
+        raise RuntimeError(_accumulation_message(nodes))
+    if not all(map(_is_close, first, second)):
         raise RuntimeError(
             f"{_names(nodes)} found other gradients when walked a second time, but a gradient balancer walks the graph once "
             "for each task. Its backward pass changes what it has saved (donated buffers of a compiled function that comes "
             "from a cache do so too: clear the cache after setting torch._functorch.config.donated_buffer = False), or draws "
-            f"random numbers. {_ONCE}"
+            f"random numbers. {_REMEDY}"
         )
 
 
-def _twice(start: AtLosses, inputs: Sequence[Tensor]) -> Iterator[Sequence[Tensor | None]]:
+def _two_passes(outputs: LossOutputs, targets: Sequence[Tensor]) -> Iterator[Sequence[Tensor | None]]:
     for _ in range(2):
-        outputs, gradients = start.together([1.0] * start.num_tasks)
-        yield torch.autograd.grad(outputs, inputs, gradients, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        roots, values = outputs.weighted_cotangents([1.0] * outputs.num_tasks)
+        yield torch.autograd.grad(roots, targets, values, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
 
 
-def _parameters() -> list[nn.Parameter]:
+def _all_parameters() -> list[nn.Parameter]:
     """Return every parameter that exists: a Function can reach some that neither the graph nor the user names."""
-    found = (thing for thing in gc.get_objects() if issubclass(type(thing), nn.Parameter))
-    return [parameter for parameter in found if parameter.is_leaf and parameter.requires_grad]
+    parameters = (instance for instance in gc.get_objects() if issubclass(type(instance), nn.Parameter))
+    return [parameter for parameter in parameters if parameter.is_leaf and parameter.requires_grad]
 
 
 def _version(tensor: Tensor | None) -> int:
     return -1 if tensor is None else tensor._version
 
 
-def _is_same(first: Tensor | None, second: Tensor | None) -> bool:
+def _is_close(first: Tensor | None, second: Tensor | None) -> bool:
     if first is None or second is None:
         return first is second
     wide = torch.complex128 if first.is_complex() else torch.float64
     a, b = first.to_dense().to(wide), second.to_dense().to(wide)
-    limit = _SAME if first.dtype in (torch.float32, torch.float64, torch.complex64) else _SAME_IN_HALF_PRECISION
+    is_precise = first.dtype in (torch.float32, torch.float64, torch.complex64)
+    limit = _TOLERANCE if is_precise else _TOLERANCE_IN_HALF_PRECISION
     difference, length = float(torch.linalg.vector_norm(a - b)), float(torch.linalg.vector_norm(a))
     return difference <= limit * length or math.isnan(difference)  # a later check refuses NaN
 
 
-def _accumulating(nodes: Sequence[Any]) -> str:
+def _accumulation_message(nodes: Sequence[Any]) -> str:
     return (
         f"{_names(nodes)} adds to .grad of parameters in its own backward pass, as reversible blocks do, but a gradient "
-        f"balancer walks the graph once for each task: .grad would get the plain sum of all tasks. {_ONCE}"
+        f"balancer walks the graph once for each task: .grad would get the plain sum of all tasks. {_REMEDY}"
     )
 
 
 def _names(nodes: Sequence[Any]) -> str:
-    names = sorted({_source(node).__qualname__ for node in nodes})
+    names = sorted({_origin(node).__qualname__ for node in nodes})
     return f"The function {' or '.join(names)} in the graph"
+
+
+def _origin(node: Any) -> type:
+    """Return the class that defines the function of a node."""
+    origin: type = getattr(type(node), "_forward_cls", type(node))
+    return origin

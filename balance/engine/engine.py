@@ -1,19 +1,19 @@
-"""Compute the per-task gradients of one step: which backward passes run, and what is kept in memory."""
+"""Task gradients of one step: the choice of the backward passes, and of the gradients to keep in memory."""
 
 from __future__ import annotations
 
-import functools
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
-from balance.engine.accumulate import paired, without_hooks
-from balance.engine.custom_functions import Functions, explained
-from balance.engine.gramian import HeadGradients, InnerProducts, Rows, SparseRows, flat, pieces, sparse_rows, unflat
-from balance.engine.graph import Layer, Reach, Root, activations, depths, layers, unpacks
-from balance.engine.passes import AtFeatures, AtLosses, Start, all_at_once, one_by_one, weighted_sum
+from balance.engine.accumulate import without_hooks
+from balance.engine.custom_functions import FunctionChecks, with_explained_errors
+from balance.engine.gramian import InnerProducts, TaskRows
+from balance.engine.graph import Reachability, activation_count, last_uses, unpacks_saved_tensors
+from balance.engine.layers import MeasuredTensor, measured_tensors
+from balance.engine.passes import FeatureOutputs, LossOutputs, batched_passes, sequential_passes
+from balance.engine.task_gradients import TaskGradients, common_indices
 from balance.messages import warn_caller
 
 if TYPE_CHECKING:
@@ -21,23 +21,22 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from balance.engine.accumulate import LeafGradient
-    from balance.engine.partition import Parts
-    from balance.types import Direction, EngineChoice, Gramian, Jacobian, Memory
+    from balance.engine.graph import Root
+    from balance.engine.partition import Partition
+    from balance.engine.passes import Outputs
+    from balance.types import EngineChoice, Memory
 
-Form = Literal["rows", "matrix", "gramian"]
+# Gradients to keep: rows by tensor and task, one matrix, or only their inner products
+Storage = Literal["rows", "matrix", "products"]
 
-_SHARE = 0.4  # of the Jacobian: what is kept of it at most with memory="gramian", unless one parameter alone is larger
-_SMALL = 0.1  # of the shared parameters: features that are fewer may be kept for every task
-# Cost of moving a number, of a multiplication in double precision, and of one in a QR decomposition, relative to one
-# multiplication in a product of matrices; measured on a CPU, rounded
-_MOVED, _DOUBLE, _DECOMPOSED = 20, 4, 2.5
+_SHARE = 0.4  # of the Jacobian: limit of its part in memory with memory="gramian", unless a single parameter is larger
+_FEW = 0.1  # of the shared parameters: fewer features may be kept for every task
 
 
 class Estimate(NamedTuple):
-    """Memory for the gradients that a step holds beyond those of an ordinary backward pass, in bytes.
+    """Memory for the gradients that a step keeps in addition to the gradients of an ordinary backward pass, in bytes.
 
-    Not in it are the heads' own gradients, nor the activations that K passes must keep until the last of them.
+    It excludes the gradients of the heads, and the activations that K passes must keep until the last of them.
 
     Attributes:
         bytes: As the balancer is configured.
@@ -50,345 +49,251 @@ class Estimate(NamedTuple):
     gramian: int
 
 
-class _Site(NamedTuple):
-    """A tensor to differentiate with respect to, and the layer or the places that yield its gradient, if any."""
-
-    place: int  # among the inputs
-    tensor: Tensor
-    layer: Layer | None = None
-    given: Tensor | None = None  # to the layer
-    sparse: SparseRows | None = None  # where all gradients are sparse
-
-    @property
-    def target(self) -> Root:
-        return self.tensor if self.layer is None else self.layer.edge
-
-    @property
-    def length(self) -> int:
-        """Numbers that are kept for one task."""
-        return self.tensor.numel() if self.layer is None else self.layer.samples * self.layer.outputs
-
-    def read(self) -> _Site:
-        """Return the site with the layer's input, which the graph will not hold for ever."""
-        return self if self.layer is None else self._replace(given=self.layer.inputs())
-
-    def coordinates(self, rows: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Return the tensor's gradients in coordinates that keep inner products, flat."""
-        if self.layer is None or self.given is None:
-            return rows
-        R = self.layer.triangle(self.given)
-        return [None if row is None else self.layer.coordinates(R, row.view(self.layer.shape)).reshape(-1) for row in rows]
-
-    def gradient(self, row: Tensor) -> Tensor:
-        """Return the tensor's gradient."""
-        if self.sparse is not None:
-            return self.sparse.gradient(row)
-        if self.layer is None or self.given is None:
-            return unflat(row, self.tensor)
-        return self.layer.weight_gradient(self.given, row.view(self.layer.shape))
-
-
-@dataclass
-class TaskGradients:
-    """Gradients of K losses, and their weighted sums.
+class _Measurement(NamedTuple):
+    """Passes to run, and the gradients to keep.
 
     Attributes:
-        start: Where a further pass begins.
-        parts: Leaves of the graph.
-        gramian: Inner products, float64. Shape (K, K).
-        reaches: For each of ``parts.inputs`` and each task, whether the task reaches it.
-        heads: Gradients of the task-specific parameters.
-        rows: The gradients, if they are stored by tensor.
-        sites: The tensors of the rows.
-        jacobian: The gradients as one matrix, where a rule sees it. Shape (K, P).
+        outputs: The outputs at which the passes begin.
+        partition: Leaves of the graph.
+        blocks: Tensors that are measured in the same passes, block by block.
+        heads: Task-specific parameters, which are measured with the first block.
+        storage: Gradients to keep.
+        retain_graph: A further pass follows.
+        batched: The passes of all tasks run in one batch, if possible.
     """
 
-    start: Start
-    parts: Parts
-    gramian: Gramian
-    reaches: list[list[bool]]
-    heads: HeadGradients = field(default_factory=lambda: HeadGradients([]))
-    rows: Rows | None = None
-    sites: Sequence[_Site] = ()
-    jacobian: Jacobian | None = None
-    sparse: dict[int, int] = field(default_factory=dict)  # by place, number of sparse dimensions; 0 if a row is dense
+    outputs: Outputs
+    partition: Partition
+    blocks: Sequence[Sequence[MeasuredTensor]]
+    heads: Sequence[Tensor]
+    storage: Storage
+    retain_graph: bool = False
+    batched: bool = False
 
     @property
-    def reached(self) -> list[bool]:
-        """For each of ``parts.inputs``, whether any task reaches it."""
-        return [any(tasks) for tasks in self.reaches]
-
-    @property
-    def reaching(self) -> list[bool]:
-        """For each task, whether it reaches any of ``parts.inputs``."""
-        return [any(tasks) for tasks in zip(*self.reaches, strict=True)]
-
-    @property
-    def needs_pass(self) -> bool:
-        """Whether a weighted sum costs a further backward pass."""
-        return self.rows is None or self.parts.source == "features"
-
-    def weighted(self, weights: Sequence[float]) -> list[LeafGradient]:
-        """Return the weighted sum of the tasks' gradients of the trunk, once: what is stored is dropped."""
-        if self.rows is None or self.needs_pass:
-            return paired(self.parts.trunk, weighted_sum(self.start, weights, self.parts.trunk))
-        found = []
-        for site, own, total in zip(self.sites, self.rows.pieces, self.rows.combined(weights), strict=True):
-            own.clear()
-            if total is not None:
-                found.append((site.tensor, site.gradient(total)))
-        return found
-
-    def cut(self, direction: Direction) -> list[Tensor | None]:
-        """Cut a direction into pieces for ``parts.inputs``, sparse where all gradients were. Shape (P,)."""
-        found = pieces(direction, self.parts.inputs, self.reached)
-        for place, dimensions in self.sparse.items():
-            piece = found[place]
-            found[place] = piece.to_sparse(dimensions) if piece is not None and dimensions else piece
-        return found
-
-    def follow(self, pieces: Sequence[Tensor | None]) -> None:
-        """Replace the tasks' gradients of the features by one direction."""
-        self.rows = Rows(1, [[None if piece is None else flat(piece)] for piece in pieces])
-        self.start = AtFeatures(self.parts.inputs, self.rows)
+    def is_disjoint(self) -> bool:
+        """Return whether each pass can free its part of the graph above the features; only the rest is retained."""
+        return self.retain_graph and self.partition.is_disjoint and bool(self.partition.features)
 
 
 class Engine:
-    """Computation of the task gradients of a balancer; see `Balancer` for the choices."""
+    """Computation of the task gradients of a balancer.
+
+    Args:
+        choice: Form of the K passes: one after the other, in one batch, or chosen automatically.
+        memory: Gradients that may be kept in memory: all of them, or a part from which the Gramian is computed.
+    """
 
     def __init__(self, choice: EngineChoice, memory: Memory) -> None:
         self.choice, self.memory = choice, memory
-        self.functions = Functions()
-        self._refused = False  # whether an operation could not be batched
-        self._batched: set[frozenset[type]] = set()  # kinds of nodes of graphs that have been batched
+        self._function_checks = FunctionChecks()
+        self._is_refused = False  # an operation could not be batched
+        self._batchable: set[frozenset[type]] = set()  # kinds of nodes of graphs that have been batched
 
     def __reduce__(self) -> tuple[type[Engine], tuple[EngineChoice, Memory]]:
-        return Engine, (self.choice, self.memory)  # a copy learns anew what its graphs allow
+        return Engine, (self.choice, self.memory)  # a copy checks its graphs anew
 
-    def measure(self, start: AtLosses, parts: Parts, *, whole: bool) -> TaskGradients:
+    def measure(self, outputs: LossOutputs, partition: Partition, *, as_matrix: bool) -> TaskGradients:
         """Compute the gradients of all tasks.
 
         Args:
-            start: Passes that begin at the losses.
-            parts: Leaves of the graph.
-            whole: The Jacobian is needed as one matrix (K, P).
+            outputs: The losses.
+            partition: Leaves of the graph.
+            as_matrix: Return the Jacobian as one matrix (K, P).
+
+        Returns:
+            The gradients of the losses.
 
         Raises:
             RuntimeError: If the graph cannot be walked once for each task; ``.grad`` is then as before.
         """
-        walked = parts.above.functions if parts.source == "features" else [*parts.above.functions, *parts.below.functions]
-        leaves, targets = [*parts.trunk, *parts.heads], [*parts.inputs, *parts.heads]
+        functions = partition.upper_graph.functions if partition.source == "features" else partition.functions
+        leaves, targets = [*partition.trunk, *partition.heads], [*partition.inputs, *partition.heads]
         with ExitStack() as stack:
-            stack.enter_context(without_hooks([*parts.trunk, *parts.heads]))
-            if walked:
-                stack.enter_context(self.functions.guarded(walked, start, targets, leaves))
-            return self._measured(start, parts, whole=whole)
+            stack.enter_context(without_hooks(leaves))
+            if functions:
+                stack.enter_context(self._function_checks.guarded(functions, outputs, targets, leaves))
+            if partition.source == "features":
+                return self._measured_at_features(outputs, partition, as_matrix=as_matrix)
+            return self._measured_at_parameters(outputs, partition, as_matrix=as_matrix)
 
-    def _measured(self, start: AtLosses, parts: Parts, *, whole: bool) -> TaskGradients:
-        plain = [_Site(i, tensor) for i, tensor in enumerate(parts.inputs)]
-        if parts.source == "features":
-            found = self._collect(start, parts, [plain], parts.heads, "matrix" if whole else "rows", again=True)
-            if found.rows is not None and parts.features:
-                found.start = AtFeatures(parts.features, found.rows)
-            return found
-        form = "matrix" if whole else self._form(parts)
-        blocks = [plain] if whole else self._blocks(parts, _sites(parts, start.num_tasks), form)
-        batched = self._is_batched(parts, start.device)
-        if not parts.features or not (batched or (form == "gramian" and _is_small(parts))):
-            return self._collect(start, parts, blocks, parts.heads, form, batched=batched)
-        above = parts._replace(inputs=parts.features)
-        upper = self._collect(
-            start, above, [[_Site(i, z) for i, z in enumerate(parts.features)]], parts.heads, "rows", again=True
-        )
-        assert upper.rows is not None
-        found = self._collect(AtFeatures(parts.features, upper.rows), parts, blocks, [], form, batched=batched)
-        found.heads = upper.heads
-        if form != "gramian":
-            upper.rows.pieces.clear()
-        return found
+    def estimate(self, inputs: Sequence[Tensor], trunk: Sequence[Tensor], num_tasks: int, *, in_blocks: bool) -> Estimate:
+        """Return the memory for the gradients of a step.
 
-    def _form(self, parts: Parts) -> Form:
-        if len(parts.inputs) < len(parts.trunk):
-            return "gramian"  # gradients of a part do not make a direction for the whole
-        # Every further pass would compute checkpointed activations once more, and keep what it does not use
-        return "gramian" if self.memory == "gramian" and not unpacks(parts.below) else "rows"
-
-    def estimate(self, inputs: Sequence[Tensor], trunk: Sequence[Tensor], num_tasks: int, *, blocks: bool) -> Estimate:
-        """Return the memory for gradients with respect to ``inputs``, in ``blocks`` of the tensors or not; see `Estimate`."""
-        stored = num_tasks * _bytes(inputs)
+        Args:
+            inputs: Tensors on which conflict is measured.
+            trunk: Parameters that get the direction.
+            num_tasks: K.
+            in_blocks: Whether the tensors can be measured block by block.
+        """
+        stored = num_tasks * _num_bytes(inputs)
         largest = max((p.numel() * p.element_size() for p in inputs), default=0)
-        least = min(num_tasks * max(int(_SHARE * _bytes(trunk)), largest), stored) if blocks else stored
+        least = min(num_tasks * max(int(_SHARE * _num_bytes(trunk)), largest), stored) if in_blocks else stored
         return Estimate(least if self.memory == "gramian" else stored, stored, least)
 
-    def _collect(
-        self,
-        start: Start,
-        parts: Parts,
-        blocks: Sequence[Sequence[_Site]],
-        heads: Sequence[Tensor],
-        form: Form,
-        *,
-        again: bool = False,
-        batched: bool = False,
-    ) -> TaskGradients:
-        """Run the passes, block by block of the tensors, the heads in the first; ``again``: a further pass will follow."""
-        K, inputs = start.num_tasks, parts.inputs
-        device = inputs[0].device if inputs else start.device
-        apart = again and parts.disjoint and bool(parts.features)
-        found = TaskGradients(start, parts, torch.empty(0), [[False] * K for _ in inputs])
-        if form == "matrix":
-            found.jacobian = _matrix(inputs, K, device)
-        length = sum(site.length for block in blocks for site in block)
-        products = InnerProducts(K, length, device, lean=self.memory == "gramian")
-        for number, block in enumerate(blocks):
-            sites = [site.read() for site in block]
-            keep = again or form == "gramian" or number < len(blocks) - 1
-            targets = [*(site.target for site in sites), *(heads if number == 0 else ())]
-            passes = self._passes(start, parts, targets, keep=keep, apart=apart, batched=batched)
-            rows = Rows(K, [[] for _ in sites])
-            for k, gradients in enumerate(passes):
-                places = _places(found.jacobian, k, sites)
-                for site, own, gradient, place in zip(sites, rows.pieces, gradients, places, strict=False):
-                    own.append(_row(gradient, place, K if batched else 1))
-                    if gradient is not None:  # 0 stands for a dense gradient, which makes the sum dense
-                        dimensions = gradient.sparse_dim() if gradient.is_sparse else 0
-                        found.sparse[site.place] = min(dimensions, found.sparse.get(site.place, dimensions))
-                if number == 0:
-                    found.heads.append(heads, gradients[len(sites) :])
-            sites = _with_sparse_rows(sites, rows)
-            for site, own in zip(sites, rows.pieces, strict=True):
-                found.reaches[site.place] = [row is not None for row in own]
-                products.add(site.coordinates(own))
-                if form == "gramian":
-                    own.clear()
-            if form != "gramian":
-                found.rows, found.sites = rows, sites
-        found.gramian = products.total()
-        return found
+    def _measured_at_features(self, outputs: Outputs, partition: Partition, *, as_matrix: bool) -> TaskGradients:
+        storage: Storage = "matrix" if as_matrix else "rows"
+        block = _directly(partition.inputs)
+        gradients = self._collected(_Measurement(outputs, partition, [block], partition.heads, storage, retain_graph=True))
+        if gradients.rows is not None and partition.features:
+            gradients.outputs = FeatureOutputs(partition.features, gradients.rows)
+        return gradients
 
-    def _passes(
-        self, start: Start, parts: Parts, targets: Sequence[Root], *, keep: bool, apart: bool, batched: bool
-    ) -> Iterable[Sequence[Tensor | None]]:
-        if batched and not self._refused:
-            kinds = frozenset(map(type, (*parts.above.users, *parts.below.users)))
-            try:
-                # A graph of unknown operations is kept, so that the loop can follow where one cannot be batched
-                found = all_at_once(start, targets, keep=keep or kinds not in self._batched)
-            except RuntimeError as error:
-                if kinds in self._batched and not keep:  # parts of the graph may be gone
-                    raise RuntimeError(
-                        f"The backward passes of the tasks cannot be batched at this step, but could before: {error} "
-                        "Use engine='loop'."
-                    ) from error
-                self._refused = True
-                warn_caller(
-                    f"The backward passes of the tasks cannot be batched and run one after the other: {error}".splitlines()[0]
-                    + " Use engine='loop'."
-                )
-            else:
-                self._batched.add(kinds)
-                return _without_unreached(found, start, parts, targets)
-        return explained(one_by_one(start, targets, keep=keep, apart=apart))
+    def _measured_at_parameters(self, outputs: Outputs, partition: Partition, *, as_matrix: bool) -> TaskGradients:
+        storage: Storage = "matrix" if as_matrix else self._storage(partition)
+        if as_matrix:
+            blocks = [_directly(partition.inputs)]
+        else:
+            tensors = measured_tensors(partition.lower_graph, partition.inputs, outputs.num_tasks)
+            blocks = self._blocks(partition, tensors, storage)
+        batched = self._is_batched(partition, outputs.device)
+        measurement = _Measurement(outputs, partition, blocks, partition.heads, storage, batched=batched)
+        if partition.features and (batched or (storage == "products" and _has_few_features(partition))):
+            return self._measured_through_features(measurement)
+        return self._collected(measurement)
 
-    def _is_batched(self, parts: Parts, device: torch.device) -> bool:
-        """Whether all tasks go through the trunk in one pass: as the user says, or on an accelerator if they all fit."""
-        if self.choice != "auto":
-            return self.choice == "batched"
-        if device.type == "cpu" or not parts.features:
-            return False
-        return activations(parts.below) <= sum(p.numel() for p in parts.trunk)
+    def _measured_through_features(self, measurement: _Measurement) -> TaskGradients:
+        """Run the passes down to the features once, and all passes of the measurement from there."""
+        partition = measurement.partition
+        at_features = partition._replace(inputs=partition.features)
+        upper = self._measured_at_features(measurement.outputs, at_features, as_matrix=False)
+        assert upper.rows is not None
+        gradients = self._collected(measurement._replace(outputs=upper.outputs, heads=[]))
+        gradients.heads = upper.heads
+        if measurement.storage != "products":
+            upper.rows.by_tensor.clear()
+        return gradients
 
-    def _blocks(self, parts: Parts, sites: Sequence[_Site], form: Form) -> list[list[_Site]]:
-        """Return tensors that are measured in the same passes, the latest of the forward pass first."""
-        if self.memory != "gramian" or form != "gramian":
-            return [list(sites)]
-        limit = _SHARE * sum(p.numel() for p in parts.trunk)
-        depth = depths(parts.below, parts.inputs)
-        blocks: list[list[_Site]] = [[]]
-        for site in sorted(sites, key=lambda site: -depth[site.place]):
-            if blocks[-1] and sum(other.length for other in blocks[-1]) + site.length > limit:
+    def _storage(self, partition: Partition) -> Storage:
+        if len(partition.inputs) < len(partition.trunk):
+            return "products"  # gradients of a part do not make a direction for the whole
+        # Every further pass would recompute all checkpointed activations, and keep also the unused ones
+        return "products" if self.memory == "gramian" and not unpacks_saved_tensors(partition.lower_graph) else "rows"
+
+    def _blocks(self, partition: Partition, tensors: Sequence[MeasuredTensor], storage: Storage) -> list[list[MeasuredTensor]]:
+        """Return tensors that are measured in the same passes, those used last in the forward pass first."""
+        if self.memory != "gramian" or storage != "products":
+            return [list(tensors)]
+        limit = _SHARE * sum(p.numel() for p in partition.trunk)
+        uses = last_uses(partition.lower_graph, partition.inputs)
+        blocks: list[list[MeasuredTensor]] = [[]]
+        for tensor in sorted(tensors, key=lambda tensor: -uses[tensor.position]):
+            if blocks[-1] and sum(other.row_length for other in blocks[-1]) + tensor.row_length > limit:
                 blocks.append([])
-            blocks[-1].append(site)
+            blocks[-1].append(tensor)
         return blocks
 
+    def _is_batched(self, partition: Partition, device: torch.device) -> bool:
+        """Return whether all tasks run through the trunk in one pass: as chosen, or on an accelerator if they all fit."""
+        if self.choice != "auto":
+            return self.choice == "batched"
+        if device.type == "cpu" or not partition.features:
+            return False
+        return activation_count(partition.lower_graph) <= sum(p.numel() for p in partition.trunk)
 
-def _without_unreached(
-    gradients: Sequence[Sequence[Tensor | None]], start: Start, parts: Parts, targets: Sequence[Root]
-) -> list[list[Tensor | None]]:
-    """Replace the zeros that a batched pass gives to a task where another task alone reaches a tensor by None."""
-    if isinstance(start, AtLosses):
-        reach = Reach(parts.above, start.roots)
-        reaches = [reach.of(target) for target in targets]
-    else:
-        reach = Reach(parts.below, start.features)
-        through = [reach.of(target) for target in targets]  # by feature
-        reaches = [
-            [
-                any(there and own[k] is not None for there, own in zip(of_target, start.rows.pieces, strict=True))
-                for k in range(start.num_tasks)
-            ]
-            for of_target in through
-        ]
-    return [[g if reaches[i][k] else None for i, g in enumerate(row)] for k, row in enumerate(gradients)]
+    def _collected(self, measurement: _Measurement) -> TaskGradients:
+        """Run the passes of a measurement, block by block of its tensors, with the heads in the first passes."""
+        K, inputs = measurement.outputs.num_tasks, measurement.partition.inputs
+        device = inputs[0].device if inputs else measurement.outputs.device
+        gradients = TaskGradients(measurement.outputs, measurement.partition, [[False] * K for _ in inputs])
+        if measurement.storage == "matrix":
+            gradients.allocate_jacobian(device)
+        length = sum(tensor.row_length for block in measurement.blocks for tensor in block)
+        products = InnerProducts(K, length, device, lean=self.memory == "gramian")
+        for number, block in enumerate(measurement.blocks):
+            tensors, rows = self._collected_block(measurement, gradients, number, [tensor.with_inputs() for tensor in block])
+            for tensor, by_task in zip(tensors, rows.by_tensor, strict=True):
+                gradients.reached_by[tensor.position] = [row is not None for row in by_task]
+                products.add(tensor.coordinates(by_task))
+                if measurement.storage == "products":
+                    by_task.clear()
+            if measurement.storage != "products":
+                gradients.rows, gradients.tensors = rows, tensors
+        gradients.gramian = products.total()
+        return gradients
+
+    def _collected_block(
+        self, measurement: _Measurement, gradients: TaskGradients, number: int, tensors: Sequence[MeasuredTensor]
+    ) -> tuple[list[MeasuredTensor], TaskRows]:
+        """Run the passes down to one block of tensors; return the tensors, with the indices of sparse gradients, and rows."""
+        K = measurement.outputs.num_tasks
+        heads = measurement.heads if number == 0 else ()
+        is_last = number == len(measurement.blocks) - 1
+        retain_graph = measurement.retain_graph or measurement.storage == "products" or not is_last
+        targets = [*(tensor.target for tensor in tensors), *heads]
+        rows = TaskRows(K, [[] for _ in tensors])
+        for task, computed in enumerate(self._passes(measurement, targets, retain_graph=retain_graph)):
+            gradients.store(task, computed, tensors, rows, sharers=K if measurement.batched else 1)
+            if number == 0:
+                gradients.heads.append(heads, computed[len(tensors) :])
+        return common_indices(tensors, rows), rows
+
+    def _passes(
+        self, measurement: _Measurement, targets: Sequence[Root], *, retain_graph: bool
+    ) -> Iterable[Sequence[Tensor | None]]:
+        if measurement.batched and not self._is_refused:
+            gradients = self._batched(measurement, targets, retain_graph=retain_graph)
+            if gradients is not None:
+                reached_by = _tasks_reaching(measurement.outputs, measurement.partition, targets)
+                return [_without_zeros(row, [tasks[k] for tasks in reached_by]) for k, row in enumerate(gradients)]
+        passes = sequential_passes(measurement.outputs, targets, retain_graph=retain_graph, disjoint=measurement.is_disjoint)
+        return with_explained_errors(passes)
+
+    def _batched(
+        self, measurement: _Measurement, targets: Sequence[Root], *, retain_graph: bool
+    ) -> Sequence[Sequence[Tensor | None]] | None:
+        """Run the passes in one batch; return None, with a warning, if an operation cannot be batched.
+
+        Raises:
+            RuntimeError: If the graph may have been freed in part, so that no other passes can follow.
+        """
+        partition = measurement.partition
+        kinds = frozenset(map(type, (*partition.upper_graph.users, *partition.lower_graph.users)))
+        is_known = kinds in self._batchable
+        try:
+            # A graph of unknown operations is retained, so that sequential passes can follow if one cannot be batched
+            gradients = batched_passes(measurement.outputs, targets, retain_graph=retain_graph or not is_known)
+        except RuntimeError as error:
+            if is_known and not retain_graph:
+                raise RuntimeError(
+                    f"The backward passes of the tasks cannot be batched at this step, but could before: {error} "
+                    "Use engine='loop'."
+                ) from error
+            self._is_refused = True
+            message = f"The backward passes of the tasks cannot be batched and run one after the other: {error}".splitlines()[0]
+            warn_caller(f"{message} Use engine='loop'.")
+            return None
+        self._batchable.add(kinds)
+        return gradients
 
 
-def _with_sparse_rows(sites: Sequence[_Site], rows: Rows) -> list[_Site]:
-    """Replace sparse gradients by dense numbers at common places, in the rows and in the sites."""
-    found = []
-    for i, site in enumerate(sites):
-        sparse = sparse_rows(rows.pieces[i])
-        if sparse is not None:
-            rows.pieces[i] = list(sparse.rows)
-            site = site._replace(sparse=sparse._replace(rows=[]))  # noqa: PLW2901
-        elif any(row is not None and row.is_sparse for row in rows.pieces[i]):
-            rows.pieces[i] = [None if row is None else flat(row) for row in rows.pieces[i]]
-        found.append(site)
-    return found
+def _tasks_reaching(outputs: Outputs, partition: Partition, targets: Sequence[Root]) -> list[list[bool]]:
+    """Return for each target and each task whether the task reaches it."""
+    if isinstance(outputs, LossOutputs):
+        paths = Reachability(partition.upper_graph, outputs.roots)
+        return [paths.roots_reaching(target) for target in targets]
+    paths = Reachability(partition.lower_graph, outputs.features)
+    return [_tasks_through(paths.roots_reaching(target), outputs.rows) for target in targets]
 
 
-def _places(jacobian: Jacobian | None, k: int, block: Sequence[_Site]) -> Sequence[Tensor | None]:
-    """Return where the gradients of task k go, if they go into one matrix."""
-    return [None] * len(block) if jacobian is None else torch.split(jacobian[k], [site.tensor.numel() for site in block])
+def _tasks_through(is_above: Sequence[bool], rows: TaskRows) -> list[bool]:
+    """Return for each task whether it reaches any of the features above a target."""
+    above = [by_task for selected, by_task in zip(is_above, rows.by_tensor, strict=True) if selected]
+    return [any(by_task[k] is not None for by_task in above) for k in range(rows.num_tasks)]
 
 
-def _row(gradient: Tensor | None, place: Tensor | None, sharers: int) -> Tensor | None:
-    """Return one task's gradient of one tensor as it is stored: flat, or sparse for now."""
-    if gradient is None:
-        return None
-    if gradient.is_sparse and place is None:
-        return gradient
-    row = flat(gradient, sharers)
-    return row if place is None else place.copy_(row)
+def _without_zeros(gradients: Sequence[Tensor | None], is_reached: Sequence[bool]) -> list[Tensor | None]:
+    """Replace the zeros that a batched pass returns for a tensor that only other tasks reach by None."""
+    return [gradient if reached else None for gradient, reached in zip(gradients, is_reached, strict=True)]
 
 
-def _matrix(inputs: Sequence[Tensor], num_tasks: int, device: torch.device) -> Jacobian:
-    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in inputs), torch.float32)
-    return torch.zeros(num_tasks, sum(tensor.numel() for tensor in inputs), dtype=dtype, device=device)
+def _directly(tensors: Sequence[Tensor]) -> list[MeasuredTensor]:
+    return [MeasuredTensor(i, tensor) for i, tensor in enumerate(tensors)]
 
 
-def _sites(parts: Parts, num_tasks: int) -> list[_Site]:
-    known = layers(parts.below, parts.inputs, lambda layer: _pays(layer, num_tasks))
-    return [_Site(i, tensor, known.get(i)) for i, tensor in enumerate(parts.inputs)]
+def _has_few_features(partition: Partition) -> bool:
+    return sum(z.numel() for z in partition.features) <= _FEW * sum(p.numel() for p in partition.trunk)
 
 
-def _is_small(parts: Parts) -> bool:
-    return sum(z.numel() for z in parts.features) <= _SMALL * sum(p.numel() for p in parts.trunk)
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _direct_cost(layer: Layer, num_tasks: int) -> float:
-    """Return the multiplications for the weight's gradients and their inner products."""
-    return num_tasks * layer.weight.numel() * (layer.samples + _MOVED + _DOUBLE * num_tasks)
-
-
-def _short_cost(layer: Layer, num_tasks: int) -> float:
-    """Return the same through the gradients of the layer's outputs, with the product that makes the direction of them."""
-    N, P = layer.samples, layer.weight.numel()
-    return _DECOMPOSED * N * N * layer.width + num_tasks * N * layer.outputs * (N + _MOVED + _DOUBLE * num_tasks) + N * P
-
-
-def _pays(layer: Layer, num_tasks: int) -> bool:
-    return layer.samples < layer.width and _short_cost(layer, num_tasks) < _direct_cost(layer, num_tasks)

@@ -1,7 +1,7 @@
 """Gradients by tensor and task, and their inner products.
 
-Gradients are never averaged or approximated: autograd's own results are the rows. Rows are gradients of the *raw* losses.
-A loss balancer acts on them as a K x K matrix (`loss_jacobian`), which is exact for any rule and costs next to nothing.
+Gradients are never averaged or approximated: rows are the results of autograd. They are gradients of the raw losses. A loss
+balancer acts on them as a (K, K) matrix, which is exact for any rule and costs next to nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from balance.engine.accumulate import added
+from balance.engine.accumulate import gradient_sum
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,36 +21,47 @@ if TYPE_CHECKING:
     from balance.engine.accumulate import LeafGradient
     from balance.types import Direction, Gramian, Jacobian, Losses, WeightedLosses
 
-_HELD = 1 << 19  # numbers that are held in float64 at once, if they are no more than a share of all
-_HELD_ON_ACCELERATOR = 1 << 24
-_COLUMNS = 20_000  # of a Jacobian that are replaced at once
+# Numbers that are in float64 at once, unless a share of all gradients is less
+_IN_DOUBLE = 1 << 19
+_IN_DOUBLE_ON_ACCELERATOR = 1 << 24
+# Columns of a Jacobian that are replaced at once
+_COLUMNS = 20_000
+_COLUMNS_ON_ACCELERATOR = 50 * _COLUMNS
 
 
 @dataclass
-class Rows:
-    """Gradients of K tasks with respect to some tensors, each flat; None where a task does not reach a tensor."""
+class TaskRows:
+    """Gradients of K tasks with respect to some tensors.
+
+    Attributes:
+        num_tasks: K.
+        by_tensor: For each tensor and each task, the gradient, flat; None where the task does not reach the tensor.
+    """
 
     num_tasks: int
-    pieces: list[list[Tensor | None]]  # [tensor][task]
+    by_tensor: list[list[Tensor | None]]
 
-    @property
-    def reached(self) -> list[bool]:
-        """For each tensor, whether any task reaches it."""
-        return [any(row is not None for row in own) for own in self.pieces]
+    @classmethod
+    def of_one_task(cls, gradients: Sequence[Tensor | None]) -> TaskRows:
+        """Return rows for K = 1, given a gradient for each tensor, of any shape."""
+        return cls(1, [[None if gradient is None else to_vector(gradient)] for gradient in gradients])
 
-    def combined(self, weights: Sequence[float] | Tensor) -> Iterator[Tensor | None]:
-        """Yield the weighted sum of the tasks' gradients for one tensor after the other, flat, at least float32.
+    def weighted_sums(self, weights: Sequence[float] | Tensor) -> Iterator[Tensor | None]:
+        """Yield the weighted sum of the tasks' gradients, tensor by tensor.
 
         Args:
-            weights: One for each task; a tensor is not copied to the host. Shape (K,)
+            weights: One for each task; a tensor is not copied to the host. Length K.
+
+        Yields:
+            A flat tensor, at least float32; None if no task reaches the tensor.
         """
-        for by_task in self.pieces:
-            yield _combined(by_task, weights)
+        for by_task in self.by_tensor:
+            yield _weighted_sum(by_task, weights)
 
     def squares(self, device: torch.device) -> Tensor:
-        """Return the squared lengths of the tasks' gradients, float64. Shape (K,)."""
+        """Return the squared lengths of the tasks' gradients. Shape (K,), float64, on ``device``."""
         total = torch.zeros(self.num_tasks, dtype=torch.float64, device=device)
-        for by_task in self.pieces if self.num_tasks else ():
+        for by_task in self.by_tensor if self.num_tasks else ():
             norms = [
                 total.new_zeros(()) if row is None else torch.linalg.vector_norm(row, dtype=torch.float64).to(total)
                 for row in by_task
@@ -59,16 +70,16 @@ class Rows:
         return total
 
     def gramian(self, device: torch.device) -> Gramian:
-        """Return the inner products of the tasks' gradients, float64. Shape (K, K)."""
+        """Return the inner products of the tasks' gradients. Shape (K, K), float64, on ``device``."""
         if not self.num_tasks:
             return torch.zeros(0, 0, dtype=torch.float64, device=device)
-        products = InnerProducts(self.num_tasks, sum(map(_length, self.pieces)), device)
-        for by_task in self.pieces:
+        products = InnerProducts(self.num_tasks, sum(map(_row_length, self.by_tensor)), device)
+        for by_task in self.by_tensor:
             products.add(by_task)
         return products.total()
 
 
-def _combined(by_task: Sequence[Tensor | None], weights: Sequence[float] | Tensor) -> Tensor | None:
+def _weighted_sum(by_task: Sequence[Tensor | None], weights: Sequence[float] | Tensor) -> Tensor | None:
     first = next((row for row in by_task if row is not None), None)
     if first is None:
         return None
@@ -86,44 +97,48 @@ def _combined(by_task: Sequence[Tensor | None], weights: Sequence[float] | Tenso
     return total
 
 
-def _length(by_task: Sequence[Tensor | None]) -> int:
+def _row_length(by_task: Sequence[Tensor | None]) -> int:
     return next((len(row) for row in by_task if row is not None), 0)
 
 
 class InnerProducts:
-    """Inner products of K tasks' gradients, which come tensor by tensor, accumulated in float64.
+    """Inner products of K tasks' gradients, which arrive tensor by tensor, accumulated in float64.
 
     Args:
         num_tasks: K.
-        length: How many numbers a gradient has in all.
-        device: Where the result is wanted.
-        lean: Hold less at once, which is slower.
+        length: Length of one task's gradient over all tensors, in numbers.
+        device: Device of the result.
+        lean: Use less memory, which is slower.
     """
 
     def __init__(self, num_tasks: int, length: int, device: torch.device, *, lean: bool = False) -> None:
-        numbers = _HELD if device.type == "cpu" else _HELD_ON_ACCELERATOR
+        numbers = _IN_DOUBLE if device.type == "cpu" else _IN_DOUBLE_ON_ACCELERATOR
         share = max(length // 64, 4096) if lean else max(length // 16, 20_000)
         columns = max(min(numbers // num_tasks, share, length), 1)
-        # One matrix for all tensors: small ones go side by side, and fresh memory is slow
+        # One matrix for all tensors: small tensors go next to each other, and fresh memory is slow
         self._columns = torch.empty(num_tasks, columns, dtype=torch.float64, device=device)
         self._filled = 0
         self._sum = torch.zeros(num_tasks, num_tasks, dtype=torch.float64, device=device)
         self._by_row = device.type == "cpu" and 3 < num_tasks <= 16  # where a product of matrices is slower
 
     def add(self, rows: Sequence[Tensor | None]) -> None:
-        """Add the tasks' gradients with respect to one tensor, flat; None is zero."""
-        length = _length(rows)
-        taken = 0
-        while taken < length:
-            stop = min(taken + self._columns.shape[1] - self._filled, length)
-            places = self._columns[:, self._filled : self._filled + stop - taken]
-            for place, row in zip(places.unbind(), rows, strict=True):
+        """Add the inner products of the tasks' gradients with respect to one tensor.
+
+        Args:
+            rows: By task, the gradient, flat; None is zero. Length K.
+        """
+        length = _row_length(rows)
+        begin = 0
+        while begin < length:
+            end = min(begin + self._columns.shape[1] - self._filled, length)
+            columns = self._columns[:, self._filled : self._filled + end - begin]
+            for column, row in zip(columns.unbind(), rows, strict=True):
                 if row is None:
-                    place.zero_()
+                    column.zero_()
                 else:
-                    place.copy_(row[taken:stop])
-            self._filled += stop - taken
-            taken = stop
+                    column.copy_(row[begin:end])
+            self._filled += end - begin
+            begin = end
             if self._filled == self._columns.shape[1]:
                 self._multiply()
 
@@ -138,59 +153,72 @@ class InnerProducts:
         if not self._by_row:
             self._sum.addmm_(J, J.T)
             return
-        for i in range(len(J)):  # the upper half
+        for i in range(len(J)):  # only the upper half
             self._sum[i, i:].addmv_(J[i:], J[i])
 
 
 @dataclass
 class HeadGradients:
-    """Gradients of K losses with respect to the task-specific parameters, where a task reaches them.
+    """Gradients of K losses with respect to the task-specific parameters.
 
     Attributes:
-        rows: By task, parameters and their gradients.
+        by_task: For each task, the parameters that it reaches and their gradients.
     """
 
-    rows: list[list[LeafGradient]]
+    by_task: list[list[LeafGradient]]
 
     def append(self, heads: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """Add the gradients of the next task."""
-        self.rows.append([(head, g) for head, g in zip(heads, gradients, strict=True) if g is not None])
+        """Add the gradients of the next task.
+
+        Args:
+            heads: Task-specific parameters.
+            gradients: One for each of ``heads``; None where the task does not reach it.
+        """
+        self.by_task.append([(head, g) for head, g in zip(heads, gradients, strict=True) if g is not None])
 
     def lengths(self, device: torch.device) -> Tensor:
-        """Return the length of each task's gradients, as far as float32 holds it. Shape (K,), float64."""
-        entries = [(k, _real_values(g)) for k, row in enumerate(self.rows) for _, g in row]
-        squares = torch.zeros(len(self.rows), dtype=torch.float64, device=device)
+        """Return the length of each task's gradients, computed in float32 or wider. Shape (K,), float64."""
+        entries = [(k, _real_values(g)) for k, pairs in enumerate(self.by_task) for _, g in pairs]
+        squares = torch.zeros(len(self.by_task), dtype=torch.float64, device=device)
         if entries:
             tasks = torch.tensor([k for k, _ in entries], device=device)
-            wide = [torch.promote_types(g.dtype, torch.float32) for _, g in entries]
+            dtypes = [torch.promote_types(g.dtype, torch.float32) for _, g in entries]
             norms = [
-                torch.linalg.vector_norm(g, dtype=d).to(device, torch.float64) for (_, g), d in zip(entries, wide, strict=True)
+                torch.linalg.vector_norm(g, dtype=dtype).to(device, torch.float64)
+                for (_, g), dtype in zip(entries, dtypes, strict=True)
             ]
             squares.index_add_(0, tasks, torch.stack(norms).square())
         return squares.sqrt()
 
     def is_finite(self, task: int) -> bool:
-        """Whether no entry of a task's gradients is infinite or NaN, where their length in float32 may have overflowed."""
-        return all(bool(_real_values(g).isfinite().all()) for _, g in self.rows[task])
+        """Return whether all entries of a task's gradients are finite, which their length in float32 may not show."""
+        return all(bool(_real_values(g).isfinite().all()) for _, g in self.by_task[task])
 
-    def weighted(self, weights: Sequence[float]) -> list[LeafGradient]:
-        """Return the weighted sum of the tasks' gradients of each head, at least float32. ``weights``: (K,)."""
-        found: dict[int, LeafGradient] = {}
-        for weight, row in zip(weights, self.rows, strict=True):
-            for head, gradient in row:
-                if weight != 1.0 or id(head) in found:
+    def weighted_sums(self, weights: Sequence[float]) -> list[LeafGradient]:
+        """Return the weighted sum of the tasks' gradients of each head.
+
+        Args:
+            weights: One for each task. Length K.
+
+        Returns:
+            The heads that a task reaches, and the sums; at least float32, except for the unchanged gradient of one task.
+        """
+        sums: dict[int, LeafGradient] = {}
+        for weight, pairs in zip(weights, self.by_task, strict=True):
+            for head, gradient in pairs:
+                if weight != 1.0 or id(head) in sums:
                     gradient = weight * gradient.to(torch.promote_types(gradient.dtype, torch.float32))  # noqa: PLW2901
-                before = found.get(id(head))
-                found[id(head)] = (head, gradient if before is None else added(before[1], gradient))
-        return list(found.values())
+                before = sums.get(id(head))
+                sums[id(head)] = (head, gradient if before is None else gradient_sum(before[1], gradient))
+        return list(sums.values())
 
 
 class SparseRows(NamedTuple):
-    """Sparse gradients of K tasks with respect to one tensor, as dense numbers at the places that any task touches.
+    """Sparse gradients of K tasks with respect to one tensor, as dense values at the indices that any task reaches.
 
     Attributes:
-        rows: By task, flat values at these places; None where a task does not reach the tensor.
-        indices: The places. Shape (sparse dimensions, n).
+        rows: By task, the flat values at these indices; None where a task does not reach the tensor.
+        indices: Shape (sparse dimensions, n).
         shape: Shape of the tensor.
     """
 
@@ -199,62 +227,94 @@ class SparseRows(NamedTuple):
     shape: torch.Size
 
     def gradient(self, values: Tensor) -> Tensor:
-        """Return values at the places as a sparse tensor."""
-        return sparse_tensor(values, self.indices, self.shape)
+        """Return flat values at the indices as a sparse tensor, coalesced."""
+        dense = values.view(self.indices.shape[1], *self.shape[len(self.indices) :])
+        return torch.sparse_coo_tensor(self.indices, dense, self.shape, is_coalesced=True, check_invariants=False)
 
 
 def sparse_rows(gradients: Sequence[Tensor | None]) -> SparseRows | None:
-    """Bring sparse gradients of one tensor to common places; None if there is a dense gradient, or none at all."""
+    """Return sparse gradients of one tensor at common indices.
+
+    Args:
+        gradients: By task; None where a task does not reach the tensor.
+
+    Returns:
+        None if a gradient is dense, or no task reaches the tensor.
+    """
     present = [g.coalesce() for g in gradients if g is not None and g.is_sparse]
     if not present or len(present) < sum(g is not None for g in gradients):
         return None
-    together = torch.cat([g.indices() for g in present], dim=1)
-    places, where = together.unique(dim=1, return_inverse=True)  # type: ignore[no-untyped-call]
-    own = iter(zip(present, where.split([g.indices().shape[1] for g in present]), strict=True))
+    all_indices = torch.cat([g.indices() for g in present], dim=1)
+    indices, places = all_indices.unique(dim=1, return_inverse=True)  # type: ignore[no-untyped-call]
+    pairs = iter(zip(present, places.split([g.indices().shape[1] for g in present]), strict=True))
     rows: list[Tensor | None] = []
     for gradient in gradients:
         if gradient is None:
             rows.append(None)
             continue
-        values, at = next(own)
-        dense = values.values().new_zeros(places.shape[1], *values.values().shape[1:])
-        rows.append(flat(dense.index_copy_(0, at, values.values())))
-    return SparseRows(rows, places, present[0].shape)
+        sparse, place = next(pairs)
+        values = sparse.values()
+        dense = values.new_zeros(indices.shape[1], *values.shape[1:])
+        rows.append(to_vector(dense.index_copy_(0, place, values)))
+    return SparseRows(rows, indices, present[0].shape)
 
 
-def sparse_tensor(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
-    """Return flat values at the given places as a coalesced sparse tensor."""
-    dense = values.view(indices.shape[1], *shape[len(indices) :])
-    return torch.sparse_coo_tensor(indices, dense, shape, is_coalesced=True, check_invariants=False)
-
-
-def flat(gradient: Tensor, sharers: int = 1) -> Tensor:
+def to_vector(gradient: Tensor, sharers: int = 1) -> Tensor:
     """Return a gradient as a vector of real numbers that keeps no more memory alive than it needs.
 
     Args:
-        gradient: Of any shape; of a complex one the real and imaginary parts.
-        sharers: How many rows share the storage of which this one is a part.
+        gradient: Of any shape; of a complex gradient the real and imaginary parts are returned.
+        sharers: Number of rows that share the storage of this one.
     """
     gradient = (gradient.to_dense() if gradient.is_sparse else gradient).detach()
     vector = (torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient).reshape(-1)
-    spare = vector.untyped_storage().nbytes() > 2 * sharers * vector.numel() * vector.element_size()
-    return vector.clone() if spare else vector
+    is_wasteful = vector.untyped_storage().nbytes() > 2 * sharers * vector.numel() * vector.element_size()
+    return vector.clone() if is_wasteful else vector
 
 
-def unflat(vector: Tensor, tensor: Tensor) -> Tensor:
-    """Return a vector of real numbers in the shape of a tensor, complex if that is."""
+def from_vector(vector: Tensor, tensor: Tensor) -> Tensor:
+    """Return a vector of real numbers in the shape of a tensor, complex if the tensor is complex."""
     if tensor.is_complex():
         return torch.view_as_complex(vector.view(*tensor.shape, 2))
     return vector.view(tensor.shape)
 
 
-def _real_values(gradient: Tensor) -> Tensor:
-    gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
+def split_direction(direction: Direction, tensors: Sequence[Tensor], is_reached: Sequence[bool]) -> list[Tensor | None]:
+    """Split a direction into one piece for each tensor, in its shape.
+
+    Args:
+        direction: Shape (P,).
+        tensors: Tensors of P numbers in all.
+        is_reached: For each tensor, whether any task reaches it; if not, its piece is None.
+    """
+    parts = torch.split(direction, [tensor.numel() for tensor in tensors])
+    triples = zip(parts, tensors, is_reached, strict=True)
+    return [part.view(tensor.shape) if reached else None for part, tensor, reached in triples]
+
+
+def multiply_rows(jacobian: Jacobian, matrix: Tensor) -> None:
+    """Replace a Jacobian by a matrix times it, in place, without a second Jacobian.
+
+    Args:
+        jacobian: Shape (K, P).
+        matrix: Shape (K, K).
+    """
+    matrix = matrix.to(jacobian)
+    at_once = _COLUMNS if jacobian.device.type == "cpu" else _COLUMNS_ON_ACCELERATOR
+    for columns in torch.split(jacobian, at_once, dim=1):
+        columns.copy_(matrix @ columns)
 
 
 def loss_jacobian(weighted: WeightedLosses, losses: Losses) -> Tensor:
-    """Return the derivative of the weighted losses: entry (i, j) is ∂weighted_i/∂losses_j. Shape (K, K), float64."""
+    """Return the derivative of the weighted losses: entry (i, j) is ∂weighted_i/∂losses_j.
+
+    Args:
+        weighted: The loss balancer's output. Shape (K,).
+        losses: Its input, a leaf of its graph. Shape (K,).
+
+    Returns:
+        Shape (K, K), float64.
+    """
     rows = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
     if weighted is not losses:
         options: dict[str, bool] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
@@ -265,14 +325,6 @@ def loss_jacobian(weighted: WeightedLosses, losses: Losses) -> Tensor:
     return rows.detach().double()
 
 
-def change_rows(jacobian: Jacobian, matrix: Tensor) -> None:
-    """Replace a Jacobian (K, P) by ``matrix`` (K, K) times it, in place, with no second Jacobian."""
-    matrix = matrix.to(jacobian)
-    for columns in torch.split(jacobian, _COLUMNS if jacobian.device.type == "cpu" else 50 * _COLUMNS, dim=1):
-        columns.copy_(matrix @ columns)
-
-
-def pieces(direction: Direction, tensors: Sequence[Tensor], reached: Sequence[bool]) -> list[Tensor | None]:
-    """Cut a direction into pieces for the tensors; None for a tensor that no task reaches."""
-    cuts = torch.split(direction, [tensor.numel() for tensor in tensors])
-    return [piece.view(tensor.shape) if there else None for piece, tensor, there in zip(cuts, tensors, reached, strict=True)]
+def _real_values(gradient: Tensor) -> Tensor:
+    gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient

@@ -1,17 +1,17 @@
-"""Backward passes: where they begin, one for each task or all in one batch, and what arrives at the tensors in question."""
+"""Backward passes: their outputs and cotangents, one pass for each task or all in one batch, and the gradients that arrive."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._vmap_internals import _vmap
 
 from balance.engine.accumulate import without_hooks
-from balance.engine.gramian import Rows, unflat
+from balance.engine.gramian import TaskRows, from_vector
 from balance.engine.graph import edge
 
 if TYPE_CHECKING:
@@ -20,17 +20,29 @@ if TYPE_CHECKING:
     from balance.engine.graph import Root
 
 
-@dataclass
-class AtLosses:
-    """Backward passes that begin at the losses.
+class Cotangents(NamedTuple):
+    """The beginning of one backward pass.
 
     Attributes:
-        roots: By task, where its loss is in the graph; None for a loss without a graph.
-        one: Gradient with which every pass begins: 1, or the factor of mixed precision. Shape ()
+        outputs: Tensors or edges at which the pass begins.
+        values: For each of them, the gradient with which it begins.
+    """
+
+    outputs: list[Root]
+    values: list[Tensor]
+
+
+@dataclass
+class LossOutputs:
+    """The losses as outputs at which backward passes begin.
+
+    Attributes:
+        roots: By task, its loss in the graph; None for a loss without a graph.
+        unit: Gradient with which every pass begins: 1, or the scale of mixed precision. Shape ()
     """
 
     roots: Sequence[Root | None]
-    one: Tensor
+    unit: Tensor
 
     @property
     def num_tasks(self) -> int:
@@ -40,38 +52,43 @@ class AtLosses:
     @property
     def device(self) -> torch.device:
         """Device of the losses."""
-        return self.one.device
+        return self.unit.device
 
-    def entered(self) -> AbstractContextManager[None]:
-        """Return a context for passes that begin here."""
+    def pass_context(self) -> AbstractContextManager[None]:
+        """Return the context in which passes from these outputs run."""
         return nullcontext()
 
-    def of_task(self, k: int) -> tuple[list[Root], list[Tensor]]:
-        """Return where the pass of task k begins, and with what gradients."""
+    def task_cotangents(self, k: int) -> Cotangents:
+        """Return the beginning of the pass of task k."""
         root = self.roots[k]
-        return ([], []) if root is None else ([root], [self.one.clone()])  # a Function may change it in place
+        # A Function may change its gradient in place, so every pass gets a copy
+        return Cotangents([], []) if root is None else Cotangents([root], [self.unit.clone()])
 
-    def together(self, weights: Sequence[float]) -> tuple[list[Root], list[Tensor]]:
-        """Return the same for one pass of the weighted sum of all tasks."""
-        pairs = [(root, self.one * weight) for root, weight in zip(self.roots, weights, strict=True) if root is not None]
-        return [root for root, _ in pairs], [gradient for _, gradient in pairs]
+    def weighted_cotangents(self, weights: Sequence[float]) -> Cotangents:
+        """Return the beginning of one pass of the weighted sum of all tasks. ``weights``: length K."""
+        pairs = [(root, self.unit * weight) for root, weight in zip(self.roots, weights, strict=True) if root is not None]
+        return Cotangents([root for root, _ in pairs], [value for _, value in pairs])
 
-    def side_by_side(self) -> tuple[list[Root], list[Tensor]]:
-        """Return the same for one batched pass of all tasks; gradients of shape (K, ...)."""
-        columns = (self.one * torch.eye(self.num_tasks, dtype=self.one.dtype, device=self.one.device)).unbind()
+    def batched_cotangents(self) -> Cotangents:
+        """Return the beginning of one batched pass of all tasks; values of shape (K,)."""
+        columns = (self.unit * torch.eye(self.num_tasks, dtype=self.unit.dtype, device=self.unit.device)).unbind()
         pairs = [(root, column) for root, column in zip(self.roots, columns, strict=True) if root is not None]
-        return [root for root, _ in pairs], [column for _, column in pairs]
+        return Cotangents([root for root, _ in pairs], [column for _, column in pairs])
 
 
 @dataclass
-class AtFeatures:
-    """Backward passes that begin at features whose gradients are known; as `AtLosses`.
+class FeatureOutputs:
+    """Features as outputs at which backward passes begin, given their gradients; the interface of `LossOutputs`.
 
     The hooks of the features have acted on these gradients already, so they are off during the passes.
+
+    Attributes:
+        features: Tensors of the graph.
+        rows: Their gradients.
     """
 
     features: Sequence[Tensor]
-    rows: Rows
+    rows: TaskRows
 
     @property
     def num_tasks(self) -> int:
@@ -83,134 +100,163 @@ class AtFeatures:
         """Device of the first features."""
         return self.features[0].device
 
-    def entered(self) -> AbstractContextManager[None]:
-        """Return a context for passes that begin here."""
+    def pass_context(self) -> AbstractContextManager[None]:
+        """Return the context in which passes from these outputs run."""
         return without_hooks(self.features)
 
-    def of_task(self, k: int) -> tuple[list[Root], list[Tensor]]:
-        """Return the features that task k reaches, and copies of their gradients."""
-        pairs = [(z, own[k]) for z, own in zip(self.features, self.rows.pieces, strict=True)]
-        return (
-            [z for z, row in pairs if row is not None],
-            [unflat(row.clone(), z) for z, row in pairs if row is not None],  # a Function may change them in place
-        )
+    def task_cotangents(self, k: int) -> Cotangents:
+        """Return the beginning of the pass of task k: the features that it reaches, and copies of their gradients."""
+        pairs = [(z, by_task[k]) for z, by_task in zip(self.features, self.rows.by_tensor, strict=True)]
+        # A Function may change its gradient in place, so every pass gets a copy
+        values = [from_vector(row.clone(), z) for z, row in pairs if row is not None]
+        return Cotangents([z for z, row in pairs if row is not None], values)
 
-    def together(self, weights: Sequence[float]) -> tuple[list[Root], list[Tensor]]:
-        """Return the features, and the weighted sums of their gradients."""
-        pairs = [(z, total) for z, total in zip(self.features, self.rows.combined(weights), strict=True) if total is not None]
-        return [z for z, _ in pairs], [unflat(total, z).to(z) for z, total in pairs]
+    def weighted_cotangents(self, weights: Sequence[float]) -> Cotangents:
+        """Return the beginning of one pass of the weighted sum of all tasks. ``weights``: length K."""
+        sums = zip(self.features, self.rows.weighted_sums(weights), strict=True)
+        pairs = [(z, total) for z, total in sums if total is not None]
+        return Cotangents([z for z, _ in pairs], [from_vector(total, z).to(z) for z, total in pairs])
 
-    def side_by_side(self) -> tuple[list[Root], list[Tensor]]:
-        """Return the features, and their gradients of all tasks, zero where there are none. Shape (K, ...) each."""
+    def batched_cotangents(self) -> Cotangents:
+        """Return the beginning of one batched pass of all tasks.
+
+        Returns:
+            Features, and their gradients by task, zero where a task does not reach them. Shape (K, ...) each.
+        """
         outputs: list[Root] = []
-        gradients = []
-        for z, own in zip(self.features, self.rows.pieces, strict=True):
-            if any(row is not None for row in own):
-                nothing = torch.zeros_like(z)
+        values = []
+        for z, by_task in zip(self.features, self.rows.by_tensor, strict=True):
+            if any(row is not None for row in by_task):
+                zeros = torch.zeros_like(z)
                 outputs.append(z)
-                gradients.append(torch.stack([nothing if row is None else unflat(row, z) for row in own]))
-        return outputs, gradients
+                values.append(torch.stack([zeros if row is None else from_vector(row, z) for row in by_task]))
+        return Cotangents(outputs, values)
 
 
-Start = AtLosses | AtFeatures
+Outputs = LossOutputs | FeatureOutputs
 
 
-class _Arrivals:
+class _NodeInputs:
     """Gradients as they enter the nodes of some edges, after all hooks.
 
-    Where the engine also runs a node, what it captures there is the gradient before the hooks; our hook on the node comes
-    last and sees what the node gets. Where the node does not run, what is captured has passed the hooks.
+    If the engine also runs a node, it captures there the gradient before the hooks. Our hook on the node runs last and receives
+    the gradient that the node gets. If the node does not run, the captured gradient has passed the hooks.
+
+    Args:
+        targets: Tensors or edges to differentiate with respect to.
     """
 
-    def __init__(self, inputs: Sequence[Root]) -> None:
-        self.found: dict[int, Tensor | None] = {}
-        inner = [(place, target) for place, target in enumerate(inputs) if not (isinstance(target, Tensor) and target.is_leaf)]
+    def __init__(self, targets: Sequence[Root]) -> None:
+        inner = [(place, target) for place, target in enumerate(targets) if not (isinstance(target, Tensor) and target.is_leaf)]
         self._edges = [(place, edge(target)) for place, target in inner]
+        self._gradients: dict[int, Tensor | None] = {}  # by place among the targets
 
-    def listening(self) -> ExitStack:
+    def recording(self) -> ExitStack:
         """Return a context in which the hooks are registered."""
         stack = ExitStack()
         for place, target in self._edges:
-            stack.callback(target.node.register_prehook(self._taker(place, target.output_nr)).remove)
+            stack.callback(target.node.register_prehook(self._recorder(place, target.output_nr)).remove)
         return stack
 
-    def replace(self, captured: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return captured gradients, with those of nodes that have run replaced, and forget them."""
-        found = [self.found.get(place, gradient) for place, gradient in enumerate(captured)]
-        self.found.clear()
-        return found
+    def corrected(self, captured: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return captured gradients, corrected for the nodes that have run, and forget the recorded gradients."""
+        gradients = [self._gradients.get(place, gradient) for place, gradient in enumerate(captured)]
+        self._gradients.clear()
+        return gradients
 
-    def _taker(self, place: int, output: int) -> Any:
-        def take(gradients: Sequence[Tensor | None]) -> None:
-            self.found[place] = gradients[output]
+    def _recorder(self, place: int, output: int) -> Any:
+        def record(gradients: Sequence[Tensor | None]) -> None:
+            self._gradients[place] = gradients[output]
 
-        return take
+        return record
 
 
-def one_by_one(start: Start, inputs: Sequence[Root], *, keep: bool, apart: bool = False) -> Iterator[Sequence[Tensor | None]]:
-    """Run one backward pass for each task; yield its gradients with respect to ``inputs``, None where it reaches none.
+def sequential_passes(
+    outputs: Outputs, targets: Sequence[Root], *, retain_graph: bool, disjoint: bool = False
+) -> Iterator[Sequence[Tensor | None]]:
+    """Run one backward pass for each task, one after the other.
 
     Args:
-        start: Where the passes begin.
-        inputs: Tensors of the graph, or edges of it.
-        keep: Keep the graph after the last pass.
-        apart: The passes have no node in common: each frees its own part of the graph, and ``keep`` is for the rest.
+        outputs: The outputs at which the passes begin.
+        targets: Tensors or edges to differentiate with respect to.
+        retain_graph: Retain the graph after the last pass.
+        disjoint: The passes have no node in common. Each frees its part of the graph; ``retain_graph`` concerns the rest.
+
+    Yields:
+        The task's gradients with respect to ``targets``, None where the task does not reach a target.
     """
-    begins = [start.of_task(k) for k in range(start.num_tasks)]
-    last = max((k for k, (outputs, _) in enumerate(begins) if outputs), default=-1)
-    arrivals = _Arrivals(inputs)
-    with start.entered(), arrivals.listening():
-        for k in range(len(begins)):
-            outputs, gradients = begins[k]
-            begins[k] = ([], [])  # gradients of features are large
-            if inputs and outputs:
-                retain = not apart and (keep or k != last)
-                yield arrivals.replace(_grad(outputs, inputs, gradients, keep=retain))
+    beginnings = [outputs.task_cotangents(k) for k in range(outputs.num_tasks)]
+    last = max((k for k, beginning in enumerate(beginnings) if beginning.outputs), default=-1)
+    node_inputs = _NodeInputs(targets)
+    with outputs.pass_context(), node_inputs.recording():
+        for k in range(len(beginnings)):
+            beginning = beginnings[k]
+            beginnings[k] = Cotangents([], [])  # gradients of features are large
+            if targets and beginning.outputs:
+                retain = not disjoint and (retain_graph or k != last)
+                yield node_inputs.corrected(_gradients(beginning, targets, retain_graph=retain))
             else:
-                yield [None] * len(inputs)
+                yield [None] * len(targets)
 
 
-def all_at_once(start: Start, inputs: Sequence[Root], *, keep: bool) -> list[Sequence[Tensor | None]]:
-    """Run one batched pass for all tasks, which holds K gradients of everything on its way; as `one_by_one`.
+def batched_passes(outputs: Outputs, targets: Sequence[Root], *, retain_graph: bool) -> list[Sequence[Tensor | None]]:
+    """Run one batched pass for all tasks, which keeps K gradients of every tensor on its way.
+
+    Args:
+        outputs: The outputs at which the pass begins.
+        targets: Tensors or edges to differentiate with respect to.
+        retain_graph: Retain the graph after the pass.
+
+    Returns:
+        By task, its gradients with respect to ``targets``, None where no task reaches a target.
 
     Raises:
         RuntimeError: If an operation cannot be batched.
     """
-    outputs, seeds = start.side_by_side()
-    if not inputs or not outputs:
-        return [[None] * len(inputs) for _ in range(start.num_tasks)]
-    arrivals = _Arrivals(inputs)
+    beginning = outputs.batched_cotangents()
+    if not targets or not beginning.outputs:
+        return [[None] * len(targets) for _ in range(outputs.num_tasks)]
+    node_inputs = _NodeInputs(targets)
 
-    def run(gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
-        return tuple(arrivals.replace(_grad(outputs, inputs, gradients, keep=keep)))
+    def run(values: list[Tensor]) -> tuple[Tensor | None, ...]:
+        gradients = _gradients(Cotangents(beginning.outputs, values), targets, retain_graph=retain_graph)
+        return tuple(node_inputs.corrected(gradients))
 
-    with start.entered(), arrivals.listening():
-        # As torch.autograd.grad(is_grads_batched=True), but with what arrives at nodes inside of the batched pass
-        stacks = _vmap(run, 0, 0, allow_none_pass_through=True)(seeds)
-    return [[None if stack is None else stack[k] for stack in stacks] for k in range(start.num_tasks)]
+    with outputs.pass_context(), node_inputs.recording():
+        # As torch.autograd.grad(is_grads_batched=True), but the recorded gradients are inside of the batched pass
+        stacks = _vmap(run, 0, 0, allow_none_pass_through=True)(beginning.values)
+    return [[None if stack is None else stack[k] for stack in stacks] for k in range(outputs.num_tasks)]
 
 
-def weighted_sum(
-    start: Start, weights: Sequence[float], inputs: Sequence[Tensor], *, keep: bool = False
+def weighted_pass(
+    outputs: Outputs, weights: Sequence[float], leaves: Sequence[Tensor], *, retain_graph: bool = False
 ) -> list[Tensor | None]:
-    """Run one backward pass of the weighted sum of all tasks; return its gradients with respect to leaf tensors."""
-    outputs, gradients = start.together(weights)
-    if isinstance(start, AtFeatures) and not keep:
-        start.rows.pieces.clear()  # not needed any more, and as large as the features, K times
-    if not outputs or not inputs:
-        return [None] * len(inputs)
-    with start.entered():
-        return list(_grad(outputs, inputs, gradients, keep=keep))
+    """Run one backward pass of the weighted sum of all tasks.
+
+    Args:
+        outputs: The outputs at which the pass begins. Unless the graph is retained, gradients of features are dropped.
+        weights: One for each task. Length K.
+        leaves: Leaf tensors, or features, to differentiate with respect to.
+        retain_graph: Retain the graph after the pass.
+
+    Returns:
+        The gradients with respect to ``leaves``, None where no task reaches a leaf.
+    """
+    beginning = outputs.weighted_cotangents(weights)
+    if isinstance(outputs, FeatureOutputs) and not retain_graph:
+        outputs.rows.by_tensor.clear()  # as large as the features, K times
+    if not beginning.outputs or not leaves:
+        return [None] * len(leaves)
+    with outputs.pass_context():
+        return list(_gradients(beginning, leaves, retain_graph=retain_graph))
 
 
-def _grad(
-    outputs: Sequence[Root], inputs: Sequence[Root], gradients: Sequence[Tensor], *, keep: bool
-) -> Sequence[Tensor | None]:
-    found: Sequence[Tensor | None] = torch.autograd.grad(
-        outputs,  # type: ignore[arg-type]
-        inputs,  # type: ignore[arg-type]
-        gradients,
-        retain_graph=keep,
+def _gradients(beginning: Cotangents, targets: Sequence[Root], *, retain_graph: bool) -> Sequence[Tensor | None]:
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(
+        beginning.outputs,  # type: ignore[arg-type]
+        targets,  # type: ignore[arg-type]
+        beginning.values,
+        retain_graph=retain_graph,
         allow_unused=True,
     )
-    return found
+    return gradients

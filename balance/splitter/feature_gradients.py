@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from balance.engine.gramian import Rows
+    from balance.engine.gramian import TaskRows
     from balance.types import Gramian, Jacobian
 
 
 class FeatureGradients(NamedTuple):
     """Gradients of the feature tensors, of the k tasks that reach any of them."""
 
-    rows: Rows
+    rows: TaskRows
     tasks: list[int]  # indices of the k tasks among all tasks
     indices: Tensor  # the same indices, on the device of the first tensor. Shape (k,)
     lengths: list[int]  # numbers of entries of the feature tensors
@@ -30,7 +30,7 @@ class FeatureGradients(NamedTuple):
         Args:
             weights: Shape (k,).
         """
-        return list(self.rows.combined(weights))
+        return list(self.rows.weighted_sums(weights))
 
     def samples(self) -> list[Tensor]:
         """Return the gradients of every sample, for each tensor, at least float32. Shape (B, k, f) each."""
@@ -48,7 +48,7 @@ class FeatureGradients(NamedTuple):
         """Return the gradients of each tensor as a matrix, zero where a task does not reach the tensor. Shape (k, f) each."""
         return [
             _matrix(by_task, length, self.indices.device)
-            for by_task, length in zip(self.rows.pieces, self.lengths, strict=True)
+            for by_task, length in zip(self.rows.by_tensor, self.lengths, strict=True)
         ]
 
 

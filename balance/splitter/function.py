@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.autograd.function import once_differentiable
 
-from balance.engine.gramian import Rows, flat
+from balance.engine.gramian import TaskRows, to_vector
 from balance.splitter.feature_gradients import FeatureGradients, num_ranks
 
 if TYPE_CHECKING:
@@ -63,11 +63,11 @@ class Split(torch.autograd.Function):
         if not tasks and num_ranks() == 1:
             return (None,) * (1 + len(by_tensor))
         device = ctx.like[0][2]
-        pieces = [[None if (g := rows[k]) is None else flat(g) for k in tasks] for rows in by_tensor]
+        pieces = [[None if (g := rows[k]) is None else to_vector(g) for k in tasks] for rows in by_tensor]
         lengths = [shape.numel() for shape, _, _ in ctx.like]
         with torch.autocast(device.type, enabled=False):
             indices = torch.tensor(tasks, dtype=torch.int64, device=device)
-            arrived = FeatureGradients(Rows(len(tasks), pieces), tasks, indices, lengths, ctx.batch)
+            arrived = FeatureGradients(TaskRows(len(tasks), pieces), tasks, indices, lengths, ctx.batch)
             merged = ctx.merger.merge(arrived, ctx.memory)
         like = zip(by_tensor, merged, ctx.like, strict=True)
         return (

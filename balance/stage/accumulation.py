@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from balance.engine.accumulate import added, are_finite, as_leaf, delivery
+from balance.engine.accumulate import are_finite, cast_to_leaf, gradient_sum, surrogate_loss
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from balance.engine.accumulate import LeafGradient
-    from balance.engine.passes import Start
+    from balance.engine.passes import Outputs
 
 
 class NotFiniteError(ValueError):
@@ -31,7 +31,7 @@ def require_finite(pairs: Sequence[LeafGradient], tasks: Sequence[str]) -> None:
     Raises:
         NotFiniteError: If an entry is infinite or NaN.
     """
-    if not are_finite([as_leaf(gradient, leaf) for leaf, gradient in pairs]):
+    if not are_finite([cast_to_leaf(gradient, leaf) for leaf, gradient in pairs]):
         raise NotFiniteError(
             f"Gradients must be finite, but the weighted sum of the gradients of {', '.join(tasks)} is not. "
             "Look at the learning rate, and at operations whose gradients overflow."
@@ -39,12 +39,12 @@ def require_finite(pairs: Sequence[LeafGradient], tasks: Sequence[str]) -> None:
 
 
 def run_ordinary_backward(
-    start: Start, weights: list[float], others: list[LeafGradient], trunk: Sequence[Tensor], tasks: Sequence[str]
+    outputs: Outputs, weights: list[float], others: list[LeafGradient], trunk: Sequence[Tensor], tasks: Sequence[str]
 ) -> None:
     """Run an ordinary backward pass, in which every leaf tensor accumulates, for functions that require one.
 
     Args:
-        start: Tensors at which the pass begins.
+        outputs: Tensors at which the pass begins.
         weights: Weight of each task.
         others: Gradients of further leaf tensors, accumulated in the same pass.
         trunk: Leaf tensors that the pass reaches.
@@ -53,16 +53,16 @@ def run_ordinary_backward(
     Raises:
         NotFiniteError: If a gradient is not finite; ``.grad`` is then as before.
     """
-    outputs, cotangents = start.together(weights)
-    if (total := delivery(others)) is not None:
-        outputs.append(total)
+    roots, cotangents = outputs.weighted_cotangents(weights)
+    if (total := surrogate_loss(others)) is not None:
+        roots.append(total)
         cotangents.append(torch.ones_like(total))
     before = [(leaf, leaf.grad) for leaf in (*trunk, *(leaf for leaf, _ in others))]
     for leaf, _ in before:
         leaf.grad = None
     try:
-        with start.entered():
-            torch.autograd.backward(outputs, cotangents)  # type: ignore[arg-type]
+        with outputs.pass_context():
+            torch.autograd.backward(roots, cotangents)  # type: ignore[arg-type]
         require_finite([(leaf, leaf.grad) for leaf, _ in before if leaf.grad is not None], tasks)
     except BaseException:
         for leaf, gradient in before:
@@ -72,4 +72,4 @@ def run_ordinary_backward(
         if gradient is not None:
             new, leaf.grad = leaf.grad, gradient
             if new is not None:
-                leaf.grad = added(gradient, new) if gradient.is_sparse else gradient.add_(new)
+                leaf.grad = gradient_sum(gradient, new) if gradient.is_sparse else gradient.add_(new)

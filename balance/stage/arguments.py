@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from balance.engine.graph import unstacked
+from balance.engine.graph import unstacked_roots
 from balance.messages import unknown
 from balance.rules.protocol import Context
 
@@ -109,7 +109,7 @@ def _by_task(
     """Return the losses by task, and for a vector the roots that ``torch.stack`` made it of, where it did."""
     if isinstance(losses, Tensor):
         _check_vector(losses, tasks, nan)
-        return dict(zip(tasks, losses.unbind(), strict=True)), unstacked(losses)
+        return dict(zip(tasks, losses.unbind(), strict=True)), unstacked_roots(losses)
     if not isinstance(losses, Mapping):
         raise TypeError(f"losses must be a dict by task or a tensor of shape ({len(tasks)},), but got {type(losses).__name__}.")
     return losses, None

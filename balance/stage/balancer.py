@@ -10,7 +10,7 @@ from torch import nn
 
 from balance.engine.custom_functions import refuse_sharded
 from balance.engine.engine import Engine, Estimate
-from balance.engine.partition import Parts, read_features, read_parts, read_shared
+from balance.engine.partition import Partition, partition_graph, read_features, read_shared
 from balance.rules.build import build_gradient_balancer, build_loss_balancer, warn_of_pairing
 from balance.rules.casting import preserving
 from balance.rules.options import check_type, describe
@@ -217,7 +217,7 @@ class Balancer(nn.Module):
         return outcome.report
 
     def _take(
-        self, step: StepLosses, parts: Parts | None, scaler: GradScaler | None, factor: float, parameters: Sequence[Tensor]
+        self, step: StepLosses, parts: Partition | None, scaler: GradScaler | None, factor: float, parameters: Sequence[Tensor]
     ) -> Outcome:
         """Take a step with finite losses; if it fails or the scaler will skip it, the state of all rules is as before."""
         state, stretch = Snapshot(self.loss_balancer, self.gradient_balancer), self.stretch.clone()
@@ -240,7 +240,7 @@ class Balancer(nn.Module):
             self.reminders.after_step(self.loss_balancer)
         return outcome
 
-    def _outcome(self, step: StepLosses, parts: Parts | None, scaler: GradScaler | None, factor: float) -> Outcome:
+    def _outcome(self, step: StepLosses, parts: Partition | None, scaler: GradScaler | None, factor: float) -> Outcome:
         if self.gradient_balancer is None or parts is None:
             return take_plain_step(self.loss_balancer, step, scaler, factor)
         seed = seed_of(step, scaler)
@@ -296,7 +296,7 @@ class Balancer(nn.Module):
         else:
             trunk = read_shared(shared)
             inputs = trunk if measure is None else read_shared(measure, "measure")
-        return self.engine.estimate(inputs, trunk, len(self.tasks), blocks=self.source == "parameters")
+        return self.engine.estimate(inputs, trunk, len(self.tasks), in_blocks=self.source == "parameters")
 
     def get_extra_state(self) -> Tensor:
         """Return the names of the tasks, so that a checkpoint is not loaded into a stage for others. Shape (n,), uint8."""
@@ -324,13 +324,13 @@ class Balancer(nn.Module):
         features: Features | None,
         measure: Iterable[Tensor] | None,
         parameters: Sequence[Tensor],
-    ) -> Parts | None:
+    ) -> Partition | None:
         """Return shared parameters, heads and features, checked; None without a gradient balancer."""
         if self.gradient_balancer is None:
             _check_unused(shared, features, measure)
             return None
-        parts = read_parts(self.source, step.roots, shared, features, measure, parameters)
-        refuse_sharded((*parts.above.functions, *parts.below.functions), (*parts.trunk, *parts.heads))
+        parts = partition_graph(self.source, step.roots, shared, features, measure, parameters)
+        refuse_sharded(parts.functions, (*parts.trunk, *parts.heads))
         if self.gradient_balancer.sees == "jacobian":
             if measure is not None:
                 raise ValueError(

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from balance.engine.accumulate import accumulate, are_finite, as_leaf, nan_gradients
+from balance.engine.accumulate import accumulate, are_finite, cast_to_leaf, nan_gradients
 from balance.engine.gramian import HeadGradients
 from balance.engine.graph import leaves
-from balance.engine.passes import AtLosses, one_by_one
+from balance.engine.passes import LossOutputs, sequential_passes
 from balance.stage.loss_weighting import weighted_losses, weighted_step
 from balance.stage.report import Report
 
@@ -82,13 +82,13 @@ def _take_half_precision_step(rule: LossBalancer, step: StepLosses, scaler: Grad
     seed = seed_of(step, scaler)
     trained = [leaf for leaf in leaves(step.roots) if leaf.requires_grad]
     by_task = HeadGradients([])
-    for gradients in one_by_one(AtLosses(step.roots, seed.gradient), trained, keep=False):
+    for gradients in sequential_passes(LossOutputs(step.roots, seed.gradient), trained, retain_graph=False):
         by_task.append(trained, gradients)
     pairs = [
-        *by_task.weighted((factor * weighted.loss_weights).tolist()),
+        *by_task.weighted_sums((factor * weighted.loss_weights).tolist()),
         *weighted.parameter_pairs(factor * seed.scale),
     ]
-    skipped = scaler is not None and not are_finite([as_leaf(gradient, leaf) for leaf, gradient in pairs])
+    skipped = scaler is not None and not are_finite([cast_to_leaf(gradient, leaf) for leaf, gradient in pairs])
     accumulate(pairs)
     ones = torch.ones(len(step.tasks), dtype=torch.float64, device="cpu")
     return Outcome(weighted.report(step, ones, None), skipped)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from balance.engine.accumulate import accumulate, are_finite, paired, without_hooks
-from balance.engine.custom_functions import walks_once
-from balance.engine.gramian import Rows, change_rows, flat
-from balance.engine.graph import Reach
-from balance.engine.passes import AtFeatures, AtLosses, weighted_sum
+from balance.engine.accumulate import accumulate, are_finite, leaf_gradients, without_hooks
+from balance.engine.custom_functions import needs_ordinary_pass
+from balance.engine.gramian import TaskRows, multiply_rows
+from balance.engine.graph import Reachability
+from balance.engine.passes import FeatureOutputs, LossOutputs, weighted_pass
 from balance.stage.accumulation import NotFiniteError, require_finite, run_ordinary_backward
 from balance.stage.loss_weighting import WeightedStep, Weighting, weighted_step
 
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from balance.engine.accumulate import LeafGradient
-    from balance.engine.engine import Engine, TaskGradients
-    from balance.engine.partition import Parts
-    from balance.engine.passes import Start
+    from balance.engine.engine import Engine
+    from balance.engine.partition import Partition
+    from balance.engine.passes import Outputs
+    from balance.engine.task_gradients import TaskGradients
     from balance.rules.protocol import GradientBalancer, JacobianBalancer, LossBalancer
     from balance.stage.arguments import StepLosses, ZeroPolicy
     from balance.stage.plain_step import Seed
@@ -83,7 +84,7 @@ class BalancedStep:
     stage: Stage
     rule: GradientBalancer | JacobianBalancer
     step: StepLosses
-    parts: Parts
+    parts: Partition
     seed: Seed
     factor: float
 
@@ -98,11 +99,11 @@ class BalancedStep:
             ValueError: If a rule fails, or the losses do not reach what they should.
             RuntimeError: If the graph cannot be walked once for each task.
         """
-        start = AtLosses(self.step.roots, self.seed.gradient)
+        outputs = LossOutputs(self.step.roots, self.seed.gradient)
         weighted = self._weighted()
         if (reused := self._reused_weights(weighted)) is not None:
-            return self._reuse(start, weighted, *reused)
-        gradients = self.stage.engine.measure(start, self.parts, whole=self.rule.sees == "jacobian")
+            return self._reuse(outputs, weighted, *reused)
+        gradients = self.stage.engine.measure(outputs, self.parts, as_matrix=self.rule.sees == "jacobian")
         measured = self._measurement(gradients)
         balanced = self._balanced(gradients, weighted, measured.gramian)
         self._remind(gradients)
@@ -124,7 +125,7 @@ class BalancedStep:
 
     def _measurement(self, gradients: TaskGradients) -> _Measurement:
         """Return inner products and lengths of finite gradients, after one copy to the host."""
-        if self.parts.inputs and not any(gradients.reached):
+        if self.parts.inputs and not any(gradients.is_reached):
             raise ValueError(_unreached(self.stage.source, len(self.parts.inputs)))
         numbers = torch.cat([gradients.gramian, gradients.heads.lengths(gradients.gramian.device)[None]]).cpu()
         gradients.gramian, head_lengths = numbers[:-1], numbers[-1]
@@ -145,7 +146,7 @@ class BalancedStep:
         """Return the positions of the tasks that the rule balances, because they reach the shared parameters. Shape (k,)."""
         if not self.parts.inputs:
             return torch.arange(len(gramian), device="cpu")
-        reaching = gradients.reaching
+        reaching = gradients.reaching_tasks
         if self.stage.zero == "absent":
             reaching = [reaches and float(square) > 0 for reaches, square in zip(reaching, gramian.diagonal(), strict=True)]
         return _depending(weighted, reaching)
@@ -156,17 +157,17 @@ class BalancedStep:
 
     def _remind(self, gradients: TaskGradients) -> None:
         if self.stage.source == "parameters":
-            self.stage.reminders.check_shared(self.step.tasks, self.parts.inputs, gradients.reaches)
+            self.stage.reminders.check_shared(self.step.tasks, self.parts.inputs, gradients.reached_by)
 
     def _weights(self, gradients: TaskGradients, weighted: WeightedStep, balanced: Tensor, gramian: Gramian) -> Weights:
         """Return the weights of the gradients of all weighted losses; 1 for a task that takes no part. Shape (K,)."""
         weights = torch.ones_like(gramian[0])
         if self.parts.inputs and len(balanced):
             G = gramian[balanced][:, balanced]
-            weights[balanced] = self._solve(gradients.start, weighted.weighting.rows(balanced), balanced, G)
+            weights[balanced] = self._solve(gradients.outputs, weighted.weighting.rows(balanced), balanced, G)
         return weights
 
-    def _solve(self, start: Start, weighting: Weighting, balanced: Tensor, G: Gramian) -> Weights:
+    def _solve(self, outputs: Outputs, weighting: Weighting, balanced: Tensor, G: Gramian) -> Weights:
         """Apply the rule and the option ``scale`` to the balanced tasks. Shape (k,)."""
         weights = self.rule(G, self.step.context_of(balanced)).to(G)
         if self.stage.scale == "sum":
@@ -174,7 +175,7 @@ class BalancedStep:
         rounding = float(weights.abs() @ G.diagonal().clamp(min=0).sqrt()) ** 2 * _ROUNDING
         stretch = self._stretch(G, float(weights @ G @ weights), rounding)
         if self.parts.source == "parameters" and len(self.parts.inputs) < len(self.parts.trunk):
-            stretch = self._stretch_of_trunk(start, weighting, weights, G, stretch)
+            stretch = self._stretch_of_trunk(outputs, weighting, weights, G, stretch)
         self.stage.stretch.fill_(stretch)
         return weights * stretch
 
@@ -185,7 +186,7 @@ class BalancedStep:
         return math.sqrt(max(float(gramian.sum()), 0.0) / square)
 
     def _stretch_of_trunk(
-        self, start: Start, weighting: Weighting, weights: Weights, gramian: Gramian, stretch: float
+        self, outputs: Outputs, weighting: Weighting, weights: Weights, gramian: Gramian, stretch: float
     ) -> float:
         """Correct the factor where only some of the shared parameters were measured, so that all get the intended length.
 
@@ -198,24 +199,24 @@ class BalancedStep:
         fixed = self.stage.scale == "paper" and self.rule.fixed_length
         if not fixed and self.stage.scale != "norm":
             return stretch
-        length = self._length(start, weighting.pull_back(weights))
+        length = self._length(outputs, weighting.pull_back(weights))
         if fixed:
             target = math.sqrt(max(float(weights @ gramian @ weights), 0.0))
         else:
-            target = self._length(start, weighting.matrix.sum(dim=0))
+            target = self._length(outputs, weighting.matrix.sum(dim=0))
         return target / length if 0 < length < math.inf and math.isfinite(target) else stretch
 
-    def _length(self, start: Start, row_weights: Tensor) -> float:
+    def _length(self, outputs: Outputs, row_weights: Tensor) -> float:
         """Return the length of a weighted sum of all shared gradients, by a backward pass that keeps the graph."""
         with without_hooks(self.parts.trunk):
-            gradients = weighted_sum(start, row_weights.tolist(), self.parts.trunk, keep=True)
+            gradients = weighted_pass(outputs, row_weights.tolist(), self.parts.trunk, retain_graph=True)
         squares = [torch.linalg.vector_norm(g.to_dense()).double().cpu().square() for g in gradients if g is not None]
         return math.sqrt(float(sum(squares))) / self.seed.scale
 
     def _direction(self, gradients: TaskGradients, weighted: WeightedStep, balanced: Tensor, gramian: Gramian) -> Direction:
         """Return the direction of a rule that sees the Jacobian of the weighted losses, with all factors. Shape (P,)."""
         assert gradients.jacobian is not None
-        change_rows(gradients.jacobian, weighted.weighting.matrix / self.seed.scale)
+        multiply_rows(gradients.jacobian, weighted.weighting.matrix / self.seed.scale)
         J = gradients.jacobian
         if len(balanced) < len(gramian):
             J = J[balanced.to(J.device)]
@@ -243,7 +244,7 @@ class BalancedStep:
             shared_weights = self.factor * weighted.weighting.rows(balanced).pull_back(weights[balanced])
         head_weights = self._head_weights(weighted, weights)
         others = [
-            *gradients.heads.weighted(head_weights.tolist()),
+            *gradients.heads.weighted_sums(head_weights.tolist()),
             *weighted.parameter_pairs(self.factor * self.seed.scale),
         ]
         bound = None
@@ -255,15 +256,15 @@ class BalancedStep:
         """Accumulate a direction, of the parameters or of the features, and the gradients of the heads."""
         head_weights = self.factor * weighted.loss_weights
         others = [
-            *gradients.heads.weighted(head_weights.tolist()),
+            *gradients.heads.weighted_sums(head_weights.tolist()),
             *weighted.parameter_pairs(self.factor * self.seed.scale),
         ]
-        pieces = gradients.cut(direction)
+        pieces = gradients.split(direction)
         if self.parts.source == "features":
-            gradients.follow(pieces)
+            gradients.replace_by_direction(pieces)
             self._write(gradients, [1.0], others, None)
             return
-        pairs = [*paired(self.parts.inputs, pieces), *others]
+        pairs = [*leaf_gradients(self.parts.inputs, pieces), *others]
         require_finite(pairs, self.step.tasks)
         accumulate(pairs)
 
@@ -271,12 +272,12 @@ class BalancedStep:
         """Return balanced tasks and weights of an earlier step that the rule uses again; None if it must solve."""
         if self.rule.sees == "jacobian" or not self.rule.reuses or not self.parts.inputs:
             return None
-        reaching = Reach(self.parts.above, self.step.roots).of_any(self.parts.inputs)
+        reaching = Reachability(self.parts.upper_graph, self.step.roots).roots_reaching_any(self.parts.inputs)
         balanced = _depending(weighted, reaching)
         weights = self.rule.reuse(self.step.context_of(balanced)) if len(balanced) else None
         return None if weights is None else (balanced, weights)
 
-    def _reuse(self, start: AtLosses, weighted: WeightedStep, balanced: Tensor, solved: Weights) -> Report:
+    def _reuse(self, outputs: LossOutputs, weighted: WeightedStep, balanced: Tensor, solved: Weights) -> Report:
         """Take a step with known weights: one backward pass, and one through unweighted heads."""
         weights = torch.ones(len(self.step.tasks), dtype=torch.float64, device="cpu")
         stretch = _stretch_to_sum(solved) if self.stage.scale == "sum" else float(self.stage.stretch)
@@ -284,34 +285,36 @@ class BalancedStep:
         shared = (self.factor * weighted.weighting.rows(balanced).pull_back(weights[balanced])).tolist()
         heads = self._head_weights(weighted, weights).tolist()
         own = weighted.parameter_pairs(self.factor * self.seed.scale)
-        if self.parts.source == "features" and self.parts.features and walks_once(self.parts.below.functions):
-            self._run_through_features(start, shared, heads, own)
+        if self.parts.source == "features" and self.parts.features and needs_ordinary_pass(self.parts.lower_graph.functions):
+            self._run_through_features(outputs, shared, heads, own)
         else:
-            pairs = self._weighted_pairs(start, shared, heads)
+            pairs = self._weighted_pairs(outputs, shared, heads)
             require_finite(pairs, self.step.tasks)
             accumulate([*pairs, *own])
         return weighted.report(self.step, weights, None, self._unshared(balanced))
 
-    def _weighted_pairs(self, start: AtLosses, shared_weights: list[float], head_weights: list[float]) -> list[LeafGradient]:
+    def _weighted_pairs(
+        self, outputs: LossOutputs, shared_weights: list[float], head_weights: list[float]
+    ) -> list[LeafGradient]:
         """Return the weighted gradients of heads and trunk, by one backward pass if their weights are equal."""
         leaves = [*self.parts.heads, *self.parts.trunk]
         with without_hooks(leaves):
             if head_weights == shared_weights:
-                gradients = weighted_sum(start, shared_weights, leaves)
+                gradients = weighted_pass(outputs, shared_weights, leaves)
             else:
-                gradients = weighted_sum(start, head_weights, self.parts.heads, keep=True)
-                gradients += weighted_sum(start, shared_weights, self.parts.trunk)
-        return paired(leaves, gradients)
+                gradients = weighted_pass(outputs, head_weights, self.parts.heads, retain_graph=True)
+                gradients += weighted_pass(outputs, shared_weights, self.parts.trunk)
+        return leaf_gradients(leaves, gradients)
 
     def _run_through_features(
-        self, start: AtLosses, shared_weights: list[float], head_weights: list[float], own: list[LeafGradient]
+        self, outputs: LossOutputs, shared_weights: list[float], head_weights: list[float], own: list[LeafGradient]
     ) -> None:
         """Run passes to the heads and to the features, then one ordinary backward pass below the features."""
         with without_hooks(self.parts.heads):
-            heads = paired(self.parts.heads, weighted_sum(start, head_weights, self.parts.heads, keep=True))
-        cotangents = weighted_sum(start, shared_weights, self.parts.features)
-        rows = Rows(1, [[None if gradient is None else flat(gradient)] for gradient in cotangents])
-        begin = AtFeatures(self.parts.features, rows)
+            heads = leaf_gradients(self.parts.heads, weighted_pass(outputs, head_weights, self.parts.heads, retain_graph=True))
+        cotangents = weighted_pass(outputs, shared_weights, self.parts.features)
+        rows = TaskRows.of_one_task(cotangents)
+        begin = FeatureOutputs(self.parts.features, rows)
         run_ordinary_backward(begin, [1.0], [*heads, *own], self.parts.trunk, self.step.tasks)
 
     def _write(
@@ -325,12 +328,13 @@ class BalancedStep:
             others: Gradients of heads, and of the balancer's own parameters.
             bound: Bound on the entries; None if unknown.
         """
-        start = gradients.start
-        if isinstance(start, AtFeatures) and self.parts.source == "features" and walks_once(self.parts.below.functions):
-            run_ordinary_backward(start, shared_weights, others, self.parts.trunk, self.step.tasks)
+        outputs = gradients.outputs
+        at_features = isinstance(outputs, FeatureOutputs) and self.parts.source == "features"
+        if at_features and needs_ordinary_pass(self.parts.lower_graph.functions):
+            run_ordinary_backward(outputs, shared_weights, others, self.parts.trunk, self.step.tasks)
             return
         with without_hooks(self.parts.trunk):
-            pairs = [*gradients.weighted(shared_weights), *others]
+            pairs = [*gradients.weighted_sums(shared_weights), *others]
         if bound is None or any(bound > torch.finfo(dtype).max for dtype in {leaf.dtype for leaf, _ in pairs}):
             require_finite(pairs, self.step.tasks)
         accumulate(pairs)
