@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from omegaconf import OmegaConf
 
 from balance import gradient_balancers, loss_balancers
-from experiments.problems import base as experiments
+from experiments.problems import base as problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -76,7 +76,7 @@ def command_parser(description: str | None) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--experiment", metavar="NAME", help=f"problem to train on: {', '.join(experiments.names())} (default: digits)"
+        "--experiment", metavar="NAME", help=f"problem to train on: {', '.join(problems.names())} (default: digits)"
     )
     return parser
 

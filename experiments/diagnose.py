@@ -87,7 +87,7 @@ def diagnose_network(config: DictConfig, num_batches: int, steps: int) -> Diagno
     batches = (to_device(batch, config.device) for batch in run.batches)
 
     def losses(batch: Batch) -> dict[str, Tensor]:
-        return run.experiment.losses(run.model(batch[0]), batch)
+        return run.problem.losses(run.model(batch[0]), batch)
 
     shared = run.model.trunk.parameters()
     return diagnose(losses, batches, model=run.model, shared=shared, num_batches=num_batches, steps=steps, lr=config.train.lr)

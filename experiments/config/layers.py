@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from balance.config import compose, method_names
 from experiments.config.schema import RunConfig, config_schema
-from experiments.problems import base as experiments
+from experiments.problems import base as problems
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,15 +52,15 @@ def configure(overrides: Sequence[str]) -> DictConfig:
     """
     values = values_by_key(overrides)
     name = values.get("experiment", RunConfig.experiment)
-    experiment, file = experiments.find(name), read_file(name)
+    problem, file = problems.find(name), read_file(name)
     loss_method = values.get("loss_method", RunConfig.loss_method)
     gradient_method = values.get("gradient_method")
     if gradient_method in NO_METHOD:
         gradient_method, overrides = None, [*overrides, "gradient_method=null"]
     check_protocol(name, file, values)
-    settings = merge(file.settings, *on_disk_layers(experiment, file, values), *paper_layers(experiment, file, values))
+    settings = merge(file.settings, *on_disk_layers(problem, file, values), *paper_layers(problem, file, values))
     options = method_options(file, loss_method, gradient_method)
-    config = compose(config_schema(experiment, loss_method, gradient_method), settings | options, overrides)
+    config = compose(config_schema(problem, loss_method, gradient_method), settings | options, overrides)
     check_report_last(config)
     return config
 
@@ -79,15 +79,15 @@ def values_by_key(overrides: Sequence[str]) -> dict[str, str]:
 
 def read_file(name: str) -> ProblemFile:
     """Read the ``config.yaml`` of a problem."""
-    content = yaml.safe_load((experiments.FOLDER / name / "config.yaml").read_text(encoding="utf-8"))
+    content = yaml.safe_load((problems.FOLDER / name / "config.yaml").read_text(encoding="utf-8"))
     methods, on_disk, paper = (content.pop(block, None) for block in ("methods", "on_disk", "paper"))
     paper_methods = paper.pop("methods", {}) if paper is not None else {}
     return ProblemFile(content, methods or {}, on_disk or {}, paper, paper_methods)
 
 
-def on_disk_layers(experiment: Problem, file: ProblemFile, values: Mapping[str, str]) -> list[Settings]:
+def on_disk_layers(problem: Problem, file: ProblemFile, values: Mapping[str, str]) -> list[Settings]:
     """Return the layers for the data set itself, which ``data.path``, ``data.source`` or ``protocol=paper`` select."""
-    on_disk = experiment.ON_DISK
+    on_disk = problem.ON_DISK
     if on_disk is None:
         return []
     implied = "data.source" not in values and values.get("data.path", "null") not in ("null", "")
@@ -96,11 +96,11 @@ def on_disk_layers(experiment: Problem, file: ProblemFile, values: Mapping[str, 
     return [*layers, file.on_disk] if reads_data_set or is_paper(values) else layers
 
 
-def paper_layers(experiment: Problem, file: ProblemFile, values: Mapping[str, str]) -> list[Settings]:
+def paper_layers(problem: Problem, file: ProblemFile, values: Mapping[str, str]) -> list[Settings]:
     """Return the layers for the published protocol and for the chosen methods in it."""
     if not is_paper(values) or file.paper is None:
         return []
-    follows = any(entry.name == "protocol" for entry in fields(experiment.DataConfig))
+    follows = any(entry.name == "protocol" for entry in fields(problem.DataConfig))
     chosen = [file.paper_methods.get(values.get(kind, ""), {}) for kind in ("loss_method", "gradient_method")]
     return [file.paper, {"data": {"protocol": "paper"}} if follows else {}, *chosen]
 

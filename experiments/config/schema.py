@@ -6,11 +6,10 @@ from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Literal
 
 from balance.config import StageConfig, methods_schema, setting
+from experiments.problems.base import ProtocolName
 
 if TYPE_CHECKING:
     from experiments.problems.base import Problem
-
-Protocol = Literal["sound", "paper"]
 
 
 @dataclass
@@ -55,7 +54,7 @@ class RunConfig:
     loss_method: str = setting("ls", help="loss balancer, or a chain of them: scaleinvls+rlw")
     gradient_method: str | None = setting(None, help="gradient balancer; null: an ordinary backward pass")
     seed: int = setting(0, help="seed of the model, of the order of the data and of the balancer")
-    protocol: Protocol = setting("sound", help="paper: settings and rules of the published code")
+    protocol: ProtocolName = setting("sound", help="paper: settings and rules of the published code")
     output_dir: str = setting("runs", help="folder for runs and for MLflow's file")
     track: bool = setting(default=True, help="record the run in MLflow")
     log_every: int = setting(10, minimum=1, help="steps between two records")
@@ -66,13 +65,13 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def config_schema(experiment: Problem, loss_method: str, gradient_method: str | None) -> type[RunConfig]:
+def config_schema(problem: Problem, loss_method: str, gradient_method: str | None) -> type[RunConfig]:
     """Return `RunConfig` with the options of the two methods, of the problem's data and of its network.
 
     Raises:
         ValueError: If a method is unknown.
     """
     loss, gradient = methods_schema(loss_method, gradient_method)
-    groups = {"loss": loss, "gradient": gradient, "data": experiment.DataConfig, "model": experiment.ModelConfig}
+    groups = {"loss": loss, "gradient": gradient, "data": problem.DataConfig, "model": problem.ModelConfig}
     entries = [(name, group, field(default_factory=group)) for name, group in groups.items()]
     return make_dataclass("Config", entries, bases=(RunConfig,))

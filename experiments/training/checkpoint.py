@@ -37,7 +37,7 @@ class Selection:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        tasks = run.experiment.TASKS
+        tasks = run.problem.TASKS
         self.trained = {tasks[run.config.loss.main_task]} if run.config.loss_method == "stl" else set(tasks)
         single_task = reference.for_run(run.config.experiment, common_of(run.config))
         self.origin = None if single_task is None else single_task.origin  # of the single-task numbers, in words
@@ -74,19 +74,19 @@ class Selection:
 
     def score(self, metrics: Mapping[str, float]) -> float:
         """Return the score of an epoch; a smaller one is better."""
-        if self.run.experiment.score is not None:
-            return float(self.run.experiment.score(self.trained_only(metrics)))
+        if self.run.problem.score is not None:
+            return float(self.run.problem.score(self.trained_only(metrics)))
         delta_m = self.delta_m(metrics)
         if delta_m is not None:
             return delta_m
         self.first = {name: value for name, value in metrics.items() if value and math.isfinite(value)} | self.first
-        return symmetric_change(self.trained_only(metrics), self.first, self.run.experiment.HIGHER_IS_BETTER)
+        return symmetric_change(self.trained_only(metrics), self.first, self.run.problem.HIGHER_IS_BETTER)
 
     def delta_m(self, metrics: Mapping[str, float]) -> float | None:
         """Return delta_m of the tasks that are trained; None without single-task numbers."""
         if not self.baselines:
             return None
-        return balance_metrics.delta_m(self.trained_only(metrics), self.baselines, self.run.experiment.HIGHER_IS_BETTER)
+        return balance_metrics.delta_m(self.trained_only(metrics), self.baselines, self.run.problem.HIGHER_IS_BETTER)
 
     def trained_only(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics of the tasks that are trained."""

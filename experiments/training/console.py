@@ -84,7 +84,7 @@ def by_kind(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
 def print_result(run: Run, selection: Selection, final: Mapping[str, float]) -> None:
     """Print a table of test metrics next to the single-task numbers, and delta_m."""
     metrics = {name: value for name, value in final.items() if "/" in name}
-    table = _table_of_all if len(run.experiment.TASKS) <= MANY else _table_of_means
+    table = _table_of_all if len(run.problem.TASKS) <= MANY else _table_of_means
     run.console.print(table(run, selection, metrics))
     if selection.origin is not None:
         run.console.print(f"delta_m {final['delta_m']:+.2f} % against {selection.origin} (lower is better)", soft_wrap=True)
@@ -128,4 +128,4 @@ def _table_of_means(run: Run, selection: Selection, metrics: Mapping[str, float]
 
 def _arrow(run: Run, name: str) -> str:
     """Return the direction in which a metric improves."""
-    return "↑" if name in run.experiment.HIGHER_IS_BETTER else "↓"
+    return "↑" if name in run.problem.HIGHER_IS_BETTER else "↓"

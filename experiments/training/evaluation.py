@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def evaluate(run: Run, data: Dataset[Batch]) -> dict[str, float]:
     """Return the metrics of the network over all samples of a data set; for the test data, print the metrics' remarks."""
-    metrics = run.experiment.metrics()
+    metrics = run.problem.metrics()
     for metric in metrics.values():
         metric.to(run.config.device)
     run.model.eval()
     for cpu_batch in evaluation_batches(data, run.config.train):
         batch = to_device(cpu_batch, run.config.device)
-        outputs, targets = run.model(batch[0]), run.experiment.targets(batch)
+        outputs, targets = run.model(batch[0]), run.problem.targets(batch)
         for name, metric in metrics.items():
             task = name.partition("/")[0]
             metric.update(outputs[task], targets[task])

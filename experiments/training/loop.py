@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from omegaconf import OmegaConf
 
-from experiments.problems import base as experiments
+from experiments.problems import base as problems
 from experiments.recording.run_log import log_inputs, log_model, new_tracker, step_metrics
 from experiments.training.checkpoint import Selection, checkpoint
 from experiments.training.console import print_result, progress_bar
@@ -39,7 +39,7 @@ def train(run: Run, parent: str | None = None) -> dict[str, float]:
     """
     training = Training(run)
     (run.folder / "config.yaml").write_text(OmegaConf.to_yaml(run.config), encoding="utf-8")
-    with new_tracker(run.config, run.folder.name, parent) as tracker, progress_bar(run) as bar, experiments.by_design():
+    with new_tracker(run.config, run.folder.name, parent) as tracker, progress_bar(run) as bar, problems.by_design():
         log_inputs(tracker, run.config, run.data)
         for epoch in range(1, run.config.train.epochs + 1):
             training.run_epoch(epoch, tracker, bar)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from balance.config import build_balancer, measured
 from balance.tracking import connect
-from experiments.problems import base as experiments
+from experiments.problems import base as problems
 from experiments.training.data import training_batches
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Run(NamedTuple):
     """Configuration, data, network and balancer of a training run, and the places for its output."""
 
     config: DictConfig
-    experiment: Problem
+    problem: Problem
     data: Splits
     batches: DataLoader[Batch]  # of the training data
     model: Network
@@ -61,15 +61,15 @@ def build(config: DictConfig, console: Console | None = None) -> Run:
     Raises:
         ValueError: If an option is out of range, or the device is not available.
     """
-    experiment = experiments.under(config.protocol, experiments.find(config.experiment))
-    balancer = build_balancer(config, experiment.TASKS)
+    problem = problems.under(config.protocol, problems.find(config.experiment))
+    balancer = build_balancer(config, problem.TASKS)
     check_device(config.device)
     torch.manual_seed(config.seed)
-    data = experiment.load(config.data)
+    data = problem.load(config.data)
     batches = training_batches(data.train, config)
-    model = experiment.build_model(config.model).to(config.device)
+    model = problem.build_model(config.model).to(config.device)
     measured(dict(model.trunk.named_parameters()), config.balancer.measure)  # refuses patterns that fit no parameter
-    return Run(config, experiment, data, batches, model, balancer, Path(config.output_dir), console or Console())
+    return Run(config, problem, data, batches, model, balancer, Path(config.output_dir), console or Console())
 
 
 def check_device(device: str) -> None:
@@ -109,5 +109,5 @@ def folder_prefix(config: DictConfig) -> str:
     """Return the name of a run's folder, from time, methods and seed, without the random end that makes it unique."""
     methods = [*filter(None, (config.loss_method.replace("+", "-"), config.gradient_method))]
     if config.loss_method == "stl":
-        methods.insert(1, experiments.find(config.experiment).TASKS[config.loss.main_task])
+        methods.insert(1, problems.find(config.experiment).TASKS[config.loss.main_task])
     return "-".join((time.strftime("%Y%m%d-%H%M%S"), *methods, f"seed{config.seed}", ""))

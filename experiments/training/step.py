@@ -40,7 +40,7 @@ def train_step(run: Run, optimizer: Optimizer, batch: Batch) -> Report:
     """
     optimizer.zero_grad()
     features = run.model.trunk(batch[0])
-    losses = run.experiment.losses(run.model.heads(features), batch)
+    losses = run.problem.losses(run.model.heads(features), batch)
     shared = dict(run.model.trunk.named_parameters())
     measure = measured(shared, run.config.balancer.measure)
     report = run.balancer.backward(losses, shared=shared.values(), features=features, measure=measure)
@@ -66,7 +66,7 @@ def observe(run: Run, batch: Batch) -> None:
     forward pass change them.
     """
     with buffers_restored(run.model, restore=run.config.protocol == "sound"):
-        run.balancer.observe(run.experiment.losses(run.model(batch[0]), batch))
+        run.balancer.observe(run.problem.losses(run.model(batch[0]), batch))
 
 
 @contextmanager

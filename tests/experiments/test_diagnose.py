@@ -53,7 +53,7 @@ def test_the_script_as_json_sees_what_the_trainer_begins_with(tmp_path, monkeypa
     words = [*TINY, "--seed=2", "train.batch_size=32"]
     run = build(configure(*words))
     firsts = [batch for batch, _ in zip(run.batches, range(3), strict=False)]
-    losses = [run.experiment.losses(run.model(batch[0]), batch)["left"].item() for batch in firsts]
+    losses = [run.problem.losses(run.model(batch[0]), batch)["left"].item() for batch in firsts]
     assert numbers["start"]["loss_median"]["left"] == pytest.approx(sorted(losses)[1])
     assert list(tmp_path.iterdir()) == []
 

@@ -74,7 +74,7 @@ def test_a_step_of_the_official_network(name, tiny, on_disk):
     report = train_step(run, optimizer, batch)
     graphs = name == "quantum_chemistry"
     losses = expected(outputs, [None if graphs and part is batch[0] else arrays(part) for part in batch])
-    assert dict(zip(run.experiment.TASKS, report.losses.tolist(), strict=True)) == pytest.approx(losses, rel=1e-4)
+    assert dict(zip(run.problem.TASKS, report.losses.tolist(), strict=True)) == pytest.approx(losses, rel=1e-4)
     gradients = [value.grad for value in run.model.parameters()]
     assert torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients])) <= 1 + 1e-5
     lr = run.config.train.lr

@@ -42,7 +42,7 @@ def test_the_best_epoch_without_single_task_numbers(tiny):
 
 def test_the_best_epoch_of_celeba_has_the_largest_mean_f1(tiny):
     run = prepare(*tiny("celeba"))
-    zeros = dict.fromkeys(run.experiment.metrics(), 0.0)
+    zeros = dict.fromkeys(run.problem.metrics(), 0.0)
     chosen, scores = offered(run, [zeros, zeros | {"bald/f1": 0.8}, zeros | {"bald/f1": 0.5, "young/f1": 0.4}])
     assert chosen.epoch == 3
     assert scores == pytest.approx([0, -0.8 / 40, -0.9 / 40])

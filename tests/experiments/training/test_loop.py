@@ -45,7 +45,7 @@ def test_the_paper_reports_the_mean_of_the_last_epochs(name, on_disk, monkeypatc
     run = prepare(*on_disk(name, *words))
     final = loop.train(run)
     assert len(evaluations) == 3
-    for metric in run.experiment.metrics():
+    for metric in run.problem.metrics():
         assert final[metric] == pytest.approx((evaluations[1][metric] + evaluations[2][metric]) / 2)
     assert torch.load(run.folder / "best.pt")["epoch"] == 3
     assert ("delta_m" in final) == (name == "nyuv2")  # against the published numbers

@@ -11,13 +11,13 @@ def test_the_protocol_reaches_losses_and_metrics(tiny):
         run.build(configure(*tiny("nyuv2", f"protocol={protocol}", "model.name=small", "train.report_last=null")))
         for protocol in ("sound", "paper")
     )
-    assert type(sound.experiment.metrics()["depth/abs_error"]).__name__ == "PixelMean"
-    assert type(paper.experiment.metrics()["depth/abs_error"]).__name__ == "BatchMean"
+    assert type(sound.problem.metrics()["depth/abs_error"]).__name__ == "PixelMean"
+    assert type(paper.problem.metrics()["depth/abs_error"]).__name__ == "BatchMean"
     image, label, depth, _ = sound.data.train[[0]]
     normal = torch.tensor([0.6, -0.6, 0.0])[:, None, None].expand(1, 3, *label.shape[1:])  # counts in the one, not in the other
     outputs = sound.model.eval()(image)
-    assert "normals" in sound.experiment.losses(outputs, (image, label, depth, normal))
-    assert "normals" not in paper.experiment.losses(outputs, (image, label, depth, normal))
+    assert "normals" in sound.problem.losses(outputs, (image, label, depth, normal))
+    assert "normals" not in paper.problem.losses(outputs, (image, label, depth, normal))
     assert paper.data.test is paper.data.validation
     assert sound.data.test is not sound.data.validation
 
@@ -26,8 +26,8 @@ def test_the_protocol_reaches_losses_and_metrics(tiny):
     ("words", "message"),
     [
         (["--gradient_method=mgda", "balancer.measure=[trunk.9]"], "Unknown name in balancer.measure 'trunk.9'"),
-        (["balancer.measure=['*']"], "balancer.measure needs a gradient method that gives weights, but got None"),
-        (["--gradient_method=graddrop", "balancer.measure=['*']"], "gives weights, but got graddrop"),
+        (["balancer.measure=['*']"], "balancer.measure needs a gradient method that returns weights, but got None"),
+        (["--gradient_method=graddrop", "balancer.measure=['*']"], "returns weights, but got graddrop"),
         (["--gradient_method=mgda", "balancer.measure=['*']", "balancer.source=features"], "needs balancer.source=parameters"),
         (["--gradient_method=graddrop", "balancer.memory=gramian"], "memory='gramian' does not keep"),
     ],
