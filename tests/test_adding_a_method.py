@@ -16,21 +16,38 @@ ROOT = Path(__file__).parents[1]
 SOURCES = (
     *("__init__.py", "conftest.py", "claims.py", "golden.json", "readme_sections.py"),
     *("test_claims.py", "test_methods.py", "test_references.py", "test_readme_sections.py"),
+    *(
+        "rules/__init__.py",
+        "rules/test_registry.py",
+        "gradient/__init__.py",
+        "gradient/directions.py",
+        "gradient/test_rules.py",
+    ),
 )
 
 GRADIENT_BALANCER = '''
 
 @gradient_balancers.register(
-    "unit_length",
-    label="Unit length",
-    paper="Doe 2030, https://example.org/unit",
+    "harmonic",
+    label="Harmonic",
+    paper="Doe 2030, https://example.org/harmonic",
     remedies=("gradient length",),
-    invariances=("permutation_equivariant", "rotation_equivariant", "unchanged_by_scaling_one_task"),
+    invariances=(
+        "permutation_equivariant",
+        "rotation_equivariant",
+        "unchanged_by_scaling_one_task",
+        "scales_with_the_gradients",
+    ),
 )
-def unit_length(gramian: Gramian, *, power: float = 1.0) -> Weights:
-    """Return weights that bring all task gradients to length one."""
-    norms = gramian.diagonal().clamp(min=0).sqrt()
-    return (norms > 0) / norms.where(norms > 0, 1) ** power
+def harmonic(gramian: Gramian, *, power: float = 1.0) -> Weights:
+    """Return weights on the simplex that are inversely proportional to the lengths of the task gradients."""
+
+    def weights(G: Array) -> Array:
+        norms = np.sqrt(np.diag(G))
+        inverse = np.divide(1, norms**power, out=np.zeros_like(norms), where=norms > 0)
+        return inverse / inverse.sum() if inverse.any() else np.full(len(G), 1 / len(G))
+
+    return solve(weights, gramian)
 '''
 LOSS_BALANCER = '''
 
@@ -46,17 +63,17 @@ def halved(losses: Losses) -> WeightedLosses:
     return losses / 2
 '''
 GRADIENT_CLAIMS = """
-    "unit_length": {
+    "harmonic": {
         "finite": True,
         "positive_at_one_task": True,
         "permutation_equivariant": True,
         "rotation_equivariant": True,
-        "on_simplex": SKEWED,
+        "on_simplex": True,
         "at_least_one": SKEWED,
         "non_negative": True,
         "conflict_free": [[1.0, 0.0], [-1.0, 0.5], [-1.0, -0.5]],
         "unchanged_by_scaling_one_task": True,
-        "scales_with_the_gradients": SKEWED,
+        "scales_with_the_gradients": True,
         "linear_under_scaling": SKEWED,
         "sum_without_conflict": SKEWED,
         "equal_projections": [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 1.0]],
@@ -71,10 +88,10 @@ from tests import readme_sections
 
 def test_stage_builds_both_methods():
     theta = torch.tensor([1.0, -1.0], dtype=torch.float64, requires_grad=True)
-    stage = balance.Balancer(2, loss="halved", gradient="unit_length")
+    stage = balance.Balancer(2, loss="halved", gradient="harmonic")
     report = stage.backward(torch.stack([3 * theta[0] + 1, theta[1] + 5]), shared=[theta])
     assert report.weighted_losses.tolist() == [2, 2]
-    assert theta.grad.tolist() == pytest.approx([1, 1])
+    assert theta.grad.tolist() == pytest.approx([0.375, 0.375])
 
 
 def test_diagnosis_recommends_both_methods():
@@ -83,15 +100,15 @@ def test_diagnosis_recommends_both_methods():
     def losses(batch):
         return {"small": batch * (theta[0] - 1).square(), "large": 1000 * batch * (theta[1] - 5).square()}
 
-    options = {"loss_methods": ["halved"], "gradient_methods": ["unit_length"]}
+    options = {"loss_methods": ["halved"], "gradient_methods": ["harmonic"]}
     diagnosis = balance.diagnose(losses, [1.0, 2.0], model=torch.nn.Linear(1, 1), shared=[theta], lr=1e-4, **options)
-    assert (diagnosis.loss_methods, diagnosis.gradient_methods) == (("halved",), ("unit_length",))
+    assert (diagnosis.loss_methods, diagnosis.gradient_methods) == (("halved",), ("harmonic",))
 
 
 def test_readme_lists_both_methods():
     text = (readme_sections.ROOT / "README.md").read_text(encoding="utf-8")
     assert "| `halved` | Halved, [Roe 2031](https://example.org/half) | loss scale | - | - |" in text
-    assert "| Unit length, [Doe 2030](https://example.org/unit) | gradient length | - | unweighted | `power` (1) |" in text
+    assert "| Harmonic, [Doe 2030](https://example.org/harmonic) | gradient length | - | unweighted | `power` (1) |" in text
 """
 
 
@@ -114,10 +131,10 @@ def copy(tmp_path):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=python_only)
     for name in ("pyproject.toml", "README.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "tests").mkdir()
     for name in SOURCES:
-        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
-    append(tmp_path / "balance/gradient/equal_angle.py", GRADIENT_BALANCER)
+        (tmp_path / "tests" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests" / name)
+    append(tmp_path / "balance/gradient/min_norm.py", GRADIENT_BALANCER)
     append(tmp_path / "balance/loss/scale.py", LOSS_BALANCER)
     return tmp_path
 
@@ -135,21 +152,20 @@ def test_function_without_rows_and_line_is_refused(copy):
     assert code == 1
     failed = set(re.findall(r"^FAILED tests/(\S+)", printed, flags=re.MULTILINE))
     demands = {"row_of_claims", "row_of_references", "line_in_the_changelog"}
-    missing = {f"test_methods.py::test_method_has_a_{what}[{name}]" for what in demands for name in ("unit_length", "halved")}
+    missing = {f"test_methods.py::test_method_has_a_{what}[{name}]" for what in demands for name in ("harmonic", "halved")}
     assert failed == {*missing, "test_readme_sections.py::test_readme_has_the_generated_sections"}
 
 
 def test_function_two_rows_and_a_line_are_all_that_a_method_needs(copy):
     insert(copy / "tests/claims.py", "GRADIENT_ROWS = {", GRADIENT_CLAIMS)
     insert(copy / "tests/claims.py", "LOSS_ROWS = {", '\n    "halved": ALWAYS,')
-    row = '\n    ("unit_length", {}, [[1.0, 0.0], [0.0, 3.0]], [1.0, 1.0]),'
+    row = '\n    ("harmonic", {}, [[1.0, 0.0], [0.0, 3.0]], [0.75, 0.75]),'
     insert(copy / "tests/test_references.py", "DIRECTIONS = [", row)
     insert(copy / "tests/test_references.py", "WEIGHTED_LOSSES = [", '\n    ("halved", {}, [1.0, 2.0], [0.5, 1.0]),')
-    append(copy / "CHANGELOG.md", "\n- The gradient balancer `unit_length` and the loss balancer `halved`.\n")
+    append(copy / "CHANGELOG.md", "\n- The gradient balancer `harmonic` and the loss balancer `halved`.\n")
     (copy / "tests/test_added.py").write_text(ADDED_TEST, encoding="utf-8")
 
     assert python(copy, "tests/readme_sections.py", "--write") == (0, "")
-    selected = "unit_length or halved or test_every or test_added or test_readme_sections"
-    files = ("claims", "methods", "references", "readme_sections", "added")
-    code, printed = python(copy, "-m", "pytest", "-q", "-k", selected, *(f"tests/test_{name}.py" for name in files))
+    selected = "harmonic or halved or test_every or test_added or test_readme_sections or test_registry"
+    code, printed = python(copy, "-m", "pytest", "-q", "-k", selected, "tests")
     assert code == 0, printed

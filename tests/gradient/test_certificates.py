@@ -13,7 +13,7 @@ CASES = [  # the projections of dependent gradients are equal in the least-squar
 
 
 def test_every_rule_that_solves_an_optimality_problem_has_a_certificate():
-    assert CERTIFIED == ["cagrad", "imtl", "mgda", "nashmtl"]
+    assert {"cagrad", "imtl", "mgda", "nashmtl"} <= set(CERTIFIED)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

@@ -38,7 +38,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_documented_results(name):
     at_zero, opposite, zero_row, one = EXPECTED[name]
     assert direction(name, [[0.0, 0.0], [0.0, 0.0]]).tolist() == at_zero

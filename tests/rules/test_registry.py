@@ -30,15 +30,14 @@ def registry():
 
 
 def test_public_names():
-    assert balance.loss_balancers.names() == (
-        *("dwa", "famo", "go4align", "igbv1", "igbv2"),
-        *("ls", "rlw", "scaleinvls", "stl", "uw"),
-    )
-    assert balance.gradient_balancers.names() == ("cagrad", "graddrop", "imtl", "mgda", "nashmtl", "pcgrad")
+    loss_names = ("dwa", "famo", "go4align", "igbv1", "igbv2", "ls", "rlw", "scaleinvls", "stl", "uw")
+    gradient_names = ("cagrad", "graddrop", "imtl", "mgda", "nashmtl", "pcgrad")
+    assert set(loss_names) <= set(balance.loss_balancers.names())
+    assert set(gradient_names) <= set(balance.gradient_balancers.names())
     assert "famo" in balance.loss_balancers
     assert "mgda" not in balance.loss_balancers
-    assert [n for n in balance.gradient_balancers.names() if balance.gradient_balancers.sees(n) == "jacobian"] == ["graddrop"]
-    heads = {name: balance.gradient_balancers.heads(name) for name in balance.gradient_balancers.names()}
+    assert [name for name in gradient_names if balance.gradient_balancers.sees(name) == "jacobian"] == ["graddrop"]
+    heads = {name: balance.gradient_balancers.heads(name) for name in gradient_names}
     assert {name for name, rule in heads.items() if rule == "weighted"} == {"imtl", "mgda", "nashmtl"}
 
 
