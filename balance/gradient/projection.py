@@ -10,6 +10,7 @@ from torch import nn
 from balance.gradient._host import solve
 from balance.rules.generator import SeededGenerator
 from balance.rules.registry import gradient_balancers
+from balance.solvers.projection import project_in_turn
 
 if TYPE_CHECKING:
     from balance.solvers.linear_algebra import Array, Indices
@@ -88,15 +89,5 @@ def project_conflicts(gramian: Array, orders: Indices) -> Array:
         Shape (K,).
     """
     K = len(gramian)
-    tasks = np.arange(K)
-    coefficients = np.eye(K)  # row i: v of task i as a combination of the task gradients
-    products = gramian.copy()  # row i: inner products of this v with every task gradient
-    squared_norms = np.diag(gramian)
-    for partners in orders.T:
-        product = products[tasks, partners]
-        conflict = (product < 0) & (squared_norms[partners] > 0)
-        step = np.where(conflict, product / np.where(conflict, squared_norms[partners], 1), 0)
-        coefficients[tasks, partners] -= step
-        products -= step[:, None] * gramian[partners]
-    weights: Array = coefficients.sum(axis=0)
+    weights: Array = project_in_turn(gramian, orders.T, np.arange(K), np.eye(K)).sum(axis=0)
     return weights

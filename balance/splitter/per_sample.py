@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from balance.solvers.projection import project_in_turn
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -36,16 +38,8 @@ def project_samples(gramians: Tensor, orders: Tensor) -> Tensor:
     Returns:
         Entry (b, i, j): coefficient of gradient j in the projected gradient i. Shape (B, k, k).
     """
-    tasks = torch.arange(gramians.shape[1], device=gramians.device)
-    coefficients, products = _identity(gramians), gramians.clone()
-    squares = gramians.diagonal(dim1=1, dim2=2)
-    for met in orders.to(gramians.device).unbind(dim=1):
-        product = products[:, tasks, met]  # (B, k)
-        conflict = (product < 0) & (squares[:, met] > 0)
-        step = torch.where(conflict, product / torch.where(conflict, squares[:, met], 1.0), 0.0)
-        coefficients[:, tasks, met] -= step
-        products -= step[:, :, None] * gramians[:, met]
-    return coefficients
+    orders, tasks = orders.to(gramians.device), torch.arange(gramians.shape[1], device=gramians.device)
+    return project_in_turn(gramians, orders.unbind(dim=1), tasks, _identity(gramians))
 
 
 def shortest_between(gramians: Tensor) -> Tensor:
