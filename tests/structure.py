@@ -71,7 +71,7 @@ TO_DO: dict[str, set[str]] = {
         "experiments/recording/store.py", "experiments/sweeps/runtime.py",
     },
     "file": {
-        "balance/diagnosis/diagnose.py", "experiments/sweep.py",
+        "experiments/sweep.py",
         "tests/test_engine.py",
         "tests/test_multimnist.py",
         "tests/test_sweep.py",
