@@ -59,7 +59,6 @@ ABBREVIATED = re.compile(r"\b(e\.g|i\.e|et al|eqs?|cf|vs|secs?|figs?|no|approx|r
 # Files and folders ("…/") that are not yet clean, to be emptied.
 # fmt: off
 TO_DO: set[str] = {
-    "balance/engine/",
     "experiments/README.md", "experiments/analysis/", "experiments/baselines.py",
     "experiments/compare.py",
     "experiments/problems/multimnist/",

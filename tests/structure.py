@@ -61,13 +61,12 @@ TO_DO: dict[str, set[str]] = {
         "experiments.problems.multimnist.figure -> experiments.analysis.figures.drawing",
     },
     "function": {
-        "balance/engine/engine.py", "experiments/analysis/figures/figures.py",
+        "experiments/analysis/figures/figures.py",
         "experiments/analysis/published.py", "experiments/compare.py", "experiments/problems/multimnist/comparison.py",
         "experiments/problems/multimnist/figure.py",
         "experiments/sweep.py",
     },
     "nesting": {
-        "balance/engine/engine.py",
         "experiments/recording/store.py", "experiments/sweeps/runtime.py",
     },
     "file": {
@@ -77,7 +76,7 @@ TO_DO: dict[str, set[str]] = {
         "tests/test_sweep.py",
     },
     "docstring": {
-        "balance/engine/", "experiments/analysis/", "experiments/compare.py", "experiments/problems/multimnist/",
+        "experiments/analysis/", "experiments/compare.py", "experiments/problems/multimnist/",
         "experiments/recording/", "experiments/sweep.py", "experiments/sweeps/",
     },
 }

@@ -158,8 +158,6 @@ def with_explained_errors(passes: Iterable[Sequence[Tensor | None]]) -> Iterator
         for gradients in passes:
             yield gradients
             count += 1
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
         message = _explanation(error, count)
         if message is None:
@@ -168,6 +166,8 @@ def with_explained_errors(passes: Iterable[Sequence[Tensor | None]]) -> Iterator
 
 
 def _explanation(error: Exception, passes_before: int) -> str | None:
+    if isinstance(error, torch.OutOfMemoryError):
+        return None
     if "donated buffer" in str(error):
         return _DONATED
     if "use_reentrant" in str(error):

@@ -242,7 +242,10 @@ class Engine:
     def _batched(
         self, measurement: _Measurement, targets: Sequence[Root], *, retain_graph: bool
     ) -> Sequence[Sequence[Tensor | None]] | None:
-        """Run the passes in one batch; return None, with a warning, if an operation cannot be batched.
+        """Run the passes in one batch.
+
+        Returns:
+            By task, its gradients; None, with a warning, if an operation cannot be batched.
 
         Raises:
             RuntimeError: If the graph may have been freed in part, so that no other passes can follow.

@@ -263,8 +263,11 @@ def to_vector(gradient: Tensor, sharers: int = 1) -> Tensor:
     """Return a gradient as a vector of real numbers that keeps no more memory alive than it needs.
 
     Args:
-        gradient: Of any shape; of a complex gradient the real and imaginary parts are returned.
+        gradient: Of any shape.
         sharers: Number of rows that share the storage of this one.
+
+    Returns:
+        Shape (numbers,), or of a complex gradient its real and imaginary parts.
     """
     gradient = (gradient.to_dense() if gradient.is_sparse else gradient).detach()
     vector = (torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient).reshape(-1)
@@ -285,7 +288,10 @@ def split_direction(direction: Direction, tensors: Sequence[Tensor], is_reached:
     Args:
         direction: Shape (P,).
         tensors: Tensors of P numbers in all.
-        is_reached: For each tensor, whether any task reaches it; if not, its piece is None.
+        is_reached: For each tensor, whether any task reaches it.
+
+    Returns:
+        The pieces; None for a tensor that no task reaches.
     """
     parts = torch.split(direction, [tensor.numel() for tensor in tensors])
     triples = zip(parts, tensors, is_reached, strict=True)

@@ -1,9 +1,8 @@
 """Weight gradients through a layer's inputs, and the cases in which that is cheaper.
 
-If N, the number of rows of a layer's inputs, is less than the length of a row, the weight gradient need not be formed for
-every task. The gradient of the layer's output is shorter and determines it. The inner products of weight gradients can be
-computed in an orthonormal basis of the space that the inputs span. In this basis a weight gradient has as many numbers as the
-gradient of the output.
+A layer has N rows of inputs. If N is less than the length of a row, the weight gradient need not be formed for every task.
+The gradient of the layer's output is shorter and determines it. The inner products of weight gradients can be computed in an
+orthonormal basis of the space that the inputs span. In this basis a weight gradient is as long as the gradient of the output.
 """
 
 from __future__ import annotations

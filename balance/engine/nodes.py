@@ -44,7 +44,7 @@ def is_packed(saved: Any) -> bool:
 
 
 def saved_tensors(node: Any) -> list[Any]:
-    """Return torch's raw records of the tensors that one of its own nodes has saved."""
+    """Return torch's raw records of the tensors that a node has saved, if Python code does not define the node."""
     names = _saved_names(type(node))
     return [saved for name in names for saved in _as_tuple(getattr(node, name))] if names else []
 
