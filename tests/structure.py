@@ -71,7 +71,6 @@ TO_DO: dict[str, set[str]] = {
     },
     "file": {
         "experiments/sweep.py",
-        "tests/test_engine.py",
         "tests/test_multimnist.py",
         "tests/test_sweep.py",
     },

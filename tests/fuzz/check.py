@@ -51,7 +51,7 @@ def check(example: Example, mutate: Any = None) -> None:
 
 
 def prepared(example: Example, plan: oracle.Plan) -> tuple[Built, dict[str, Tensor]]:
-    """Build a network, add hooks on leaves and earlier gradients, and freeze what is to be frozen."""
+    """Build a network, add hooks on leaves and earlier gradients, and freeze the parameters of the plan."""
     net = build(example.network)
     generator = torch.Generator().manual_seed(example.network.seed)
     existing = {}
@@ -129,7 +129,7 @@ def _features(call: Call, net: Built, plan: oracle.Plan) -> Any:
 
 
 def compare_report(call: Call, expected: oracle.Expected, report: Report) -> oracle.Step:
-    """Compare the report; return the step with the weights to go on with."""
+    """Compare the report; return the step with the weights for the gradients."""
     rtol = 1e-9 if report.losses.dtype == torch.float64 else 1e-5
     assert list(report.tasks) == expected.plan.tasks
     _close("losses", report.losses, expected.losses, rtol)

@@ -91,7 +91,7 @@ LINEAR = 4
 
 
 class Switch:
-    """Whether the hooks that share it act."""
+    """State of the hooks that share it: they act or not."""
 
     def __init__(self) -> None:
         self.on = True
@@ -127,7 +127,7 @@ class Passage(nn.Module):
 
 
 def hooked(x: Tensor, hook: Hook | None, switch: Switch | None = None) -> Tensor:
-    """Put a hook on a tensor of the graph and return the tensor to go on with."""
+    """Put a hook on a tensor of the graph and return the tensor that the network continues with."""
     if hook is None or hook.kind == "weight" or not x.requires_grad or x.grad_fn is None:
         return x
     if hook.kind == "tensor":

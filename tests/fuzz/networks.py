@@ -27,8 +27,16 @@ class Op(NamedTuple):
 class Task(NamedTuple):
     """One task: its head, and its loss.
 
-    Kinds: ``normal``; ``detached`` from the trunk; ``constant``; ``absent``; ``penalty`` on the gradient of its output;
-    ``direct``, a penalty on the first trunk parameter; ``same``, the loss of the task before; ``leaf``, a parameter of its own.
+    Kinds:
+
+    * ``normal``
+    * ``detached`` from the trunk
+    * ``constant``
+    * ``absent``
+    * ``penalty`` on the gradient of its output
+    * ``direct``: a penalty on the first trunk parameter
+    * ``same``: the loss of the task before
+    * ``leaf``: a separate parameter
     """
 
     kind: str
@@ -58,7 +66,7 @@ class Network(NamedTuple):
     bypass: bool = False  # heads may use weights of the trunk
 
     def is_linear(self) -> bool:
-        """Whether all hooks inside the graph are linear functions."""
+        """Return whether all hooks inside the graph are linear functions."""
         ops = [*self.trunk, *(op for task in self.tasks for op in task.ops)]
         hooks = [*(op.hook for op in ops), *(task.hook for task in self.tasks), *self.feature_hooks]
         return all(hook is None or hook.factor < LINEAR for hook in hooks)

@@ -58,7 +58,7 @@ class Expected:
     scales: dict[str, float] = field(default_factory=dict)
 
     def is_sparse(self, name: str) -> bool:
-        """Whether all contributions to a leaf are sparse."""
+        """Return whether all contributions to a leaf are sparse."""
         return all(g.is_sparse for g in self.gradients[name] if g is not None)
 
 
@@ -205,7 +205,7 @@ def coupled(losses: Tensor) -> Tensor:
 
 
 def loss_rule(name: str, net: Built, tasks: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Derivative of a loss rule (K, K), its values (K,), and the gradients of its own parameters, of all tasks."""
+    """Derivative of a loss rule (K, K), its values (K,), and the gradients of the rule's parameters, of all tasks."""
     L = torch.stack([net.losses[task].detach().reshape(()).double() for task in tasks])
     if name == "scaleinvls":
         return (1 / L).diag(), L.log(), None
@@ -317,7 +317,7 @@ def _scaled(scale: str, weights: Tensor, G: Tensor) -> tuple[Tensor, bool]:
 
 
 def contributions(call: Call, expected: Expected, step: Step) -> dict[str, Tensor | None]:
-    """What the step adds to ``.grad`` of every live leaf, before hooks on the leaf."""
+    """Return the gradients that the step adds to ``.grad`` of every live leaf, before hooks on the leaf."""
     K = len(expected.losses)
     E = expected.E
     plain = torch.ones(K, dtype=torch.float64) @ E

@@ -1,4 +1,4 @@
-"""``.grad`` is what autograd would have written: strides, dtype, sparse layout, accumulation, for every optimizer."""
+"""``.grad`` is as autograd would have written it: strides, dtype, sparse layout, accumulation, for every optimizer."""
 
 import inspect
 
@@ -65,7 +65,7 @@ def stepped(optimizer, flag, balanced):
 
 
 @pytest.mark.parametrize(("optimizer", "flag"), FLAGS)
-def test_every_optimizer_makes_the_same_step(optimizer, flag):
+def test_every_optimizer_makes_the_step_of_an_ordinary_backward_pass(optimizer, flag):
     if flag == "fused" and optimizer not in FUSED_ON_CPU:
         pytest.skip("no fused kernel on a CPU")
     for balanced, plain in zip(stepped(optimizer, flag, True), stepped(optimizer, flag, False), strict=True):
@@ -128,7 +128,7 @@ def test_a_table_that_is_a_head_of_two_tasks_takes_either_layout(order):
     assert table.weight.grad.to_dense()[:, 0].tolist() == ([0, 2, 0, 0] if "dense" not in order else [1, 2, 1, 1])
 
 
-def test_gradients_are_added_in_place_to_what_is_there():
+def test_accumulate_adds_in_place_to_an_existing_gradient():
     weight = nn.Parameter(torch.randn(3, 4))
     weight.grad = before = torch.ones(3, 4)
     accumulate([(weight, torch.ones(3, 4))])
@@ -136,7 +136,7 @@ def test_gradients_are_added_in_place_to_what_is_there():
     assert before.unique().tolist() == [2]
 
 
-def test_a_given_gradient_becomes_grad_without_a_copy():
+def test_accumulate_makes_a_gradient_grad_without_a_copy():
     weight = nn.Parameter(torch.randn(300, 400))
     gradients = [torch.ones(300, 400)]
     address = gradients[0].data_ptr()
@@ -144,24 +144,34 @@ def test_a_given_gradient_becomes_grad_without_a_copy():
     assert weight.grad.data_ptr() == address
 
 
-def test_pieces():
+def test_leaf_gradients_leaves_out_none():
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     assert [leaf is b for leaf, _ in leaf_gradients([a, b], [None, torch.ones(2)])] == [True]
+
+
+def test_are_finite_looks_at_entries_and_not_at_their_sum():
     assert are_finite([torch.full((4,), 2e38)])  # whose sum overflows
     assert not are_finite([torch.ones(2), torch.tensor([1.0, torch.inf])])
     assert not are_finite([torch.tensor([1j * torch.nan])])
     assert are_finite([])
+
+
+def test_gradient_sum_is_sparse_if_both_are():
     sparse, dense = torch.sparse_coo_tensor([[1]], [1.0], (2,), check_invariants=True), torch.ones(2)
     assert [gradient_sum(x, y).is_sparse for x in (sparse, dense) for y in (sparse, dense)] == [True, False, False, False]
     assert gradient_sum(sparse, dense).tolist() == [1, 2]
-    a.grad = before = torch.zeros(2)
-    with pytest.raises(RuntimeError, match="here"), cleared_grads([a]):
-        assert a.grad is None
+
+
+def test_cleared_grads_restores_them_after_an_error():
+    leaf = nn.Parameter(torch.ones(2))
+    leaf.grad = before = torch.zeros(2)
+    with pytest.raises(RuntimeError, match="here"), cleared_grads([leaf]):
+        assert leaf.grad is None
         raise RuntimeError("here")
-    assert a.grad is before
+    assert leaf.grad is before
 
 
-def test_hooks_are_put_back_in_their_order():
+def test_without_hooks_restores_hooks_in_their_order():
     a = torch.ones(2, requires_grad=True)
     calls = []
     a.register_hook(lambda _: calls.append(1))

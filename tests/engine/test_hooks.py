@@ -126,7 +126,7 @@ def test_hooks_act_once(place, way):
 
 @pytest.mark.parametrize("place", ["hidden", "output of the layer", "features"])
 @pytest.mark.parametrize("memory", ["jacobian", "gramian"])
-def test_a_hook_is_called_once_for_each_pass(place, memory):
+def test_hook_inside_the_graph_is_called_once_per_pass(place, memory):
     network, x = build(place)
     _, losses = network.losses(x, place)
     Balancer(TASKS, gradient=ones, memory=memory).backward(losses, shared=shared_of(network))
@@ -137,7 +137,7 @@ def test_a_hook_is_called_once_for_each_pass(place, memory):
 
 @pytest.mark.parametrize("reuse", [1, 5])
 @pytest.mark.parametrize("way", [{}, {"memory": "gramian"}, {"source": "features"}], ids=str)
-def test_the_usual_hooks_of_parameters_see_the_final_gradient_once(way, reuse):
+def test_hooks_of_parameters_get_the_final_gradient_once(way, reuse):
     from balance import compose
 
     network, x = build("nothing")
@@ -155,7 +155,7 @@ def test_the_usual_hooks_of_parameters_see_the_final_gradient_once(way, reuse):
         )
 
 
-def test_a_clamp_on_a_parameter_bounds_the_final_gradient():
+def test_clamp_on_a_parameter_bounds_the_final_gradient():
     for options in ({}, {"memory": "gramian"}, {"source": "features"}):
         torch.manual_seed(0)
         trunk, a, b = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16)), nn.Linear(16, 1), nn.Linear(16, 2)
@@ -200,7 +200,7 @@ class Halve(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("memory", ["jacobian", "gramian"])
-def test_attributes_of_a_custom_function_are_not_taken_for_anything(memory):
+def test_attributes_of_a_custom_function_have_no_meaning(memory):
     torch.manual_seed(0)
     W, x = nn.Parameter(torch.randn(60, 20)), torch.randn(3, 60)
     heads = nn.ModuleList(nn.Linear(20, 1) for _ in TASKS)
@@ -213,7 +213,7 @@ def test_attributes_of_a_custom_function_are_not_taken_for_anything(memory):
     torch.testing.assert_close(W.grad, want)
 
 
-def test_an_in_place_change_of_the_features_does_not_double_their_hooks():
+def test_in_place_change_of_the_features_does_not_double_their_hooks():
     torch.manual_seed(0)
     trunk, heads, x = nn.Linear(6, 8), nn.ModuleList(nn.Linear(8, 1) for _ in TASKS), torch.randn(3, 6)
 

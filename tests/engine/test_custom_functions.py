@@ -1,9 +1,7 @@
-"""Graphs that cannot be walked once for each task: each works, or an error names the cause and the way out."""
+"""Graphs that cannot be walked once for each task: each works, or an error names the cause and the remedy."""
 
-import socket
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import balance
 from balance import Balancer, Splitter
 
-WAY_OUT = r"balance\.Splitter"
+REMEDY = r"balance\.Splitter"
 
 
 class Reversible(torch.autograd.Function):
@@ -117,14 +115,14 @@ def grads(model):
 @pytest.mark.parametrize("with_grad", [False, True], ids=["", "accumulating"])
 @pytest.mark.parametrize("memory", ["jacobian", "gramian"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_what_cannot_be_walked_for_each_task_is_an_error_that_leaves_grad_alone(name, memory, with_grad):
+def test_graph_that_cannot_be_walked_for_each_task_is_refused_without_a_change_of_grad(name, memory, with_grad):
     operation, _, cause = OPERATIONS[name]
     model, x = network(operation)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if with_grad else None
     before = grads(model)
     balancer = Balancer(("a", "b"), gradient="mgda", loss="go4align", memory=memory)
-    with pytest.raises(RuntimeError, match=f"{cause}.*{WAY_OUT}"):
+    with pytest.raises(RuntimeError, match=f"{cause}.*{REMEDY}"):
         balancer.backward(model.losses(model(x)), shared=model.shared())
     torch.testing.assert_close(grads(model), before, rtol=0, atol=0)
     assert balancer.loss_balancer.rule.cumulative_losses.tolist() == [0, 0]
@@ -132,7 +130,7 @@ def test_what_cannot_be_walked_for_each_task_is_an_error_that_leaves_grad_alone(
 
 @pytest.mark.parametrize("gradient", ["mgda", "pcgrad", "graddrop"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_the_ways_out_work(name, gradient):
+def test_remedies_of_the_messages_work(name, gradient):
     operation, plain, _ = OPERATIONS[name]
     results = []
     for how in (plain, operation):
@@ -150,7 +148,7 @@ def test_the_ways_out_work(name, gradient):
 
 @pytest.mark.parametrize("heads", ["weighted", "unweighted"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_reused_weights_at_features_walk_once_too(name, heads):
+def test_reused_weights_at_features_run_one_ordinary_pass(name, heads):
     operation, plain, _ = OPERATIONS[name]
     results = []
     for how in (plain, operation):
@@ -166,7 +164,7 @@ def test_reused_weights_at_features_walk_once_too(name, heads):
     torch.testing.assert_close(results[1], results[0])
 
 
-def test_parameters_that_nobody_names_are_found_too():
+def test_accumulation_into_parameters_outside_shared_is_refused():
     """The block's own parameters are in no graph, and here not in shared either."""
     model, x = network(OPERATIONS["accumulates"][0])
     model.inner.weight.grad = before = torch.ones(8, 8)
@@ -176,7 +174,7 @@ def test_parameters_that_nobody_names_are_found_too():
     assert model.inner.bias.grad is None
 
 
-def test_a_nan_behind_an_operation_that_is_walked_once_leaves_grad_alone():
+def test_nan_in_an_ordinary_pass_does_not_change_grad():
     model, x = network(OPERATIONS["accumulates"][0])
     model.inner.register_full_backward_hook(lambda module, inputs, outputs: tuple(g * torch.nan for g in inputs))
     model.first.weight.grad = before = torch.ones(8, 6)
@@ -187,7 +185,7 @@ def test_a_nan_behind_an_operation_that_is_walked_once_leaves_grad_alone():
     assert before.unique().tolist() == [1]
 
 
-def test_an_ordinary_custom_function_is_walked_twice_more_at_the_first_step_only():
+def test_custom_function_is_checked_by_two_passes_at_the_first_step_only():
     model, x = network(lambda y, inner: Plain.apply(inner(y)))
     calls = []
     backward = Plain.backward
@@ -208,7 +206,7 @@ def test_an_ordinary_custom_function_is_walked_twice_more_at_the_first_step_only
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_training_step_does_not_trace_the_stage():
+def test_compiled_training_step_does_not_trace_the_stage():
     for options in ({}, {"engine": "batched"}):
         torch._dynamo.reset()
         model, x = network(lambda y, inner: inner(y.relu()))
@@ -268,108 +266,12 @@ print("done")
 
 @pytest.mark.slow
 def test_compiled_functions_with_donated_buffers():
-    """In a process of its own: the compiler's settings outlive a test."""
+    """In a separate process: the compiler's settings outlive a test."""
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["refused"] * 3 + ["done"], done.stdout + done.stderr
 
 
-@pytest.fixture
-def one_process(monkeypatch):
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}.items():
-        monkeypatch.setenv(name, value)
-    torch.distributed.init_process_group("gloo")
-    yield
-    torch.distributed.destroy_process_group()
-
-
-class Returning(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.trunk, self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 1), nn.Linear(8, 2)
-
-    def forward(self, x):
-        z = self.trunk(x)
-        return self.a(z), self.b(z), z
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "wrap", [{}, {"static_graph": True}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}]
-)
-def test_distributed_data_parallel_with_one_process(one_process, wrap):
-    for options in ({}, {"memory": "gramian"}, {"source": "features"}):
-        results = []
-        for parallel in (False, True):
-            torch.manual_seed(0)
-            inner = Returning()
-            model = nn.parallel.DistributedDataParallel(inner, **wrap) if parallel else inner
-            balancer, optimizer = Balancer(("a", "b"), gradient="mgda", **options), torch.optim.SGD(inner.parameters(), 0.1)
-            for _ in range(3):
-                optimizer.zero_grad()
-                a, b, z = model(torch.randn(4, 6, generator=torch.Generator().manual_seed(1)))
-                losses = {"a": a.square().mean(), "b": (b - 1).square().mean()}
-                if (
-                    parallel
-                    and options == {"source": "features"}
-                    and (wrap.keys() & {"static_graph", "find_unused_parameters"})
-                ):
-                    with pytest.raises(ValueError, match="DistributedDataParallel returns copies"):
-                        balancer.backward(losses, shared=inner.trunk.parameters(), features=z)
-                    return
-                balancer.backward(losses, shared=inner.trunk.parameters(), features=z)
-                optimizer.step()
-            results.append([p.detach().clone() for p in inner.parameters()])
-        torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-@pytest.mark.slow
-def test_sharded_parameters_are_refused_by_name(tmp_path):
-    program = tmp_path / "sharded.py"
-    program.write_text(
-        textwrap.dedent("""
-        import torch, balance, torch.distributed as dist
-        from torch import nn
-        from torch.distributed.fsdp import fully_shard
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        for source, given, which in (
-            ("features", True, "all"), ("features", False, "all"), ("parameters", True, "all"), ("features", False, "trunk")
-        ):
-            trunk, heads = nn.Linear(4, 8), nn.ModuleDict({"a": nn.Linear(8, 1), "b": nn.Linear(8, 1)})
-            model = nn.ModuleList([trunk, heads])
-            fully_shard(trunk), [fully_shard(h) for h in heads.values() if which == "all"]
-            shared = list(trunk.parameters())
-            z = trunk(torch.randn(16, 4))
-            losses = {t: (h(z) - k).square().mean() for k, (t, h) in enumerate(heads.items())}
-            try:
-                balance.Balancer(("a", "b"), gradient="nashmtl", source=source).backward(
-                    losses, shared=shared if given else None, features=z if source == "features" else None)
-                print("accepted")
-            except (TypeError, RuntimeError) as error:
-                print("refused", "DTensor" in str(error) and "balance.Splitter" in str(error))
-            assert all(p.grad is None for p in model.parameters())
-        results = []
-        for sharded in (False, True):
-            torch.manual_seed(0)
-            model = nn.ModuleDict({"trunk": nn.Linear(4, 8), "a": nn.Linear(8, 1), "b": nn.Linear(8, 1)})
-            if sharded:
-                [fully_shard(module) for module in model.values()]
-            views = balance.Splitter(("a", "b"), gradient="nashmtl")(model["trunk"](torch.ones(16, 4)))
-            sum((model[t](views[t]) - k).square().mean() for k, t in enumerate("ab")).backward()
-            results.append([p.grad.to_local() if sharded else p.grad for p in model.parameters()])
-        print("splitter", all(torch.allclose(a, b) for a, b in zip(*results)))
-        losses = {t: (h(trunk(torch.ones(16, 4))) - k).square().mean() for k, (t, h) in enumerate(heads.items())}
-        balance.Balancer(("a", "b"), loss="uw").backward(losses, shared=shared)
-        print("plain", all(p.grad is not None for p in model.parameters()))
-        """)
-    )
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=300)
-    assert done.stdout.splitlines() == ["refused True"] * 4 + ["splitter True", "plain True"], done.stdout + done.stderr
-
-
-def test_without_a_gradient_balancer_any_graph_will_do():
+def test_plain_step_takes_any_graph():
     model, x = network(OPERATIONS["overwrites"][0])
     Balancer(("a", "b"), loss="uw").backward(model.losses(model(x)))
     assert model.first.weight.grad is not None

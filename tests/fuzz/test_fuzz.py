@@ -102,7 +102,7 @@ def passes(example):
 
 @pytest.fixture(scope="module")
 def passing():
-    """Those of the fixed examples that pass."""
+    """Fixed examples that pass."""
     found = []
 
     @seed(0)

@@ -1,0 +1,196 @@
+"""All engines compute equal gradients, whatever passes they run."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from balance import Balancer
+from balance.engine.engine import Engine
+from balance.engine.graph import trace
+from balance.engine.partition import partition_graph
+from tests.engine.definition import WAYS, Opaque, assert_close, grads, in_proportion, many_losses, reference, rows
+from tests.networks import NETWORKS, TASKS, Wide, named, network, thin_layer
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(way.values()))
+@pytest.mark.parametrize("hint", [False, True], ids=["", "features"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_engine_computes_the_definition(name, hint, way):
+    model = network(name)
+    G, _ = reference(model)
+    _, expected = reference(model, in_proportion(G))
+    model.zero_grad()
+    balancer = Balancer(TASKS, gradient=in_proportion, heads="unweighted", **way)
+    z, losses = model.losses()
+    report = balancer.backward(named(losses), shared=model.trunk.parameters(), features=z if hint else None)
+    torch.testing.assert_close(report.gramian, G, rtol=1e-10, atol=1e-14)
+    assert_close(model, expected, rtol=1e-9, atol=1e-13)
+    for parameter in model.parameters():
+        assert parameter.requires_grad or parameter.grad is None
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", ["mlp", "resnet", "transformer"])
+def test_engines_agree_in_single_precision(name):
+    results = []
+    for way in WAYS:
+        model = network(name, torch.float32)
+        z, losses = model.losses()
+        report = Balancer(TASKS, gradient="imtl", **way).backward(named(losses), shared=model.trunk.parameters(), features=z)
+        results.append((report.gramian, grads(model)))
+    for gramian, gradients in results[1:]:
+        torch.testing.assert_close(gramian, results[0][0], rtol=2e-5, atol=1e-9)
+        for parameter, gradient in gradients.items():
+            torch.testing.assert_close(gradient, results[0][1][parameter], rtol=1e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("memory", ["jacobian", "gramian"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_engine_equals_torchjd(name, memory):
+    torchjd = pytest.importorskip("torchjd")
+    from torchjd.aggregation import IMTLG
+    from torchjd.autojac import jac_to_grad, mtl_backward
+
+    assert torchjd is not None
+    model, other = network(name), network(name)
+    z, losses = model.losses()
+    Balancer(TASKS, gradient="imtl", heads="unweighted", memory=memory).backward(
+        named(losses), shared=model.trunk.parameters(), features=z
+    )
+    z, losses = other.losses()
+    reached = [p for p in other.trunk.parameters() if p.requires_grad]
+    reached = [p for p in reached if id(p) in {id(leaf) for leaf in trace(losses).leaves}]
+    own = [[*head.parameters(), *(other.common.parameters() if k < 2 else ())] for k, head in enumerate(other.heads)]
+    mtl_backward(losses, features=z, shared_params=reached, tasks_params=own)
+    jac_to_grad(reached, IMTLG())
+    theirs = grads(other)
+    for parameter, gradient in grads(model).items():
+        if gradient is None:
+            assert theirs[parameter] is None
+        else:
+            torch.testing.assert_close(gradient, theirs[parameter], rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("memory", ["jacobian", "gramian"])
+def test_operation_that_cannot_be_batched_warns_once_and_runs_in_sequence(memory):
+    results = []
+    for engine in ("loop", "batched"):
+        torch.manual_seed(0)
+        layer, x = thin_layer()
+        balancer = Balancer(2, gradient="mgda", engine=engine, memory=memory)
+        for step in range(2):
+            layer.zero_grad()
+            z = Opaque.apply(layer(x))
+            arguments = {"shared": layer.parameters(), "features": z}
+            if engine == "batched" and step == 0:
+                with pytest.warns(UserWarning, match="cannot be batched") as record:
+                    balancer.backward(torch.stack(many_losses(z, 2)), **arguments)
+                assert [warning.filename for warning in record] == [__file__]
+            else:
+                balancer.backward(torch.stack(many_losses(z, 2)), **arguments)
+        results.append(layer.weight.grad)
+    torch.testing.assert_close(*results)
+
+
+def test_automatic_engine_is_batched_on_an_accelerator_with_few_activations():
+    """Batched on an accelerator, if features are given and the trunk has more parameters than activations."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for batch, hint, device, expected in [
+        (20, True, cuda, True),
+        (20, False, cuda, False),
+        (20, True, cpu, False),
+        (2000, True, cuda, False),
+    ]:
+        model = Wide(batch=batch)
+        z, losses = model.losses()
+        parts = partition_graph("parameters", list(losses.values()), model.trunk.parameters(), z if hint else None, None, [])
+        assert Engine("auto", "jacobian")._is_batched(parts, device) == expected
+        assert Engine("batched", "jacobian")._is_batched(parts, device)
+        assert not Engine("loop", "jacobian")._is_batched(parts, device)
+
+
+def test_batched_pass_of_plain_layers_does_not_warn():
+    model = network("mlp")
+    z, losses = model.losses()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Balancer(TASKS, gradient="mgda", engine="batched").backward(named(losses), shared=model.trunk.parameters(), features=z)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(way.values()))
+@pytest.mark.parametrize("how", ["checkpoint", "compile"])
+def test_engine_on_checkpointed_and_compiled_trunks(how, way):
+    """Activations may be computed again, and operations may be hidden in one node."""
+    results = []
+    for wrap in (False, True):
+        torch.manual_seed(0)
+        trunk, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), torch.randn(4, 64)
+        heads = [nn.Linear(64, 2) for _ in TASKS]
+        if not wrap:
+            z = trunk(x)
+        elif how == "checkpoint":
+            z = checkpoint(trunk, x, use_reentrant=False)
+        else:
+            z = torch.compile(trunk, backend="aot_eager")(x)
+        losses = named([(k + 1) * head(z).square().mean() for k, head in enumerate(heads)])
+        Balancer(TASKS, gradient="imtl", **way).backward(losses, shared=trunk.parameters(), features=z)
+        results.append([p.grad for module in (trunk, *heads) for p in module.parameters()])
+    for plain, wrapped in zip(*results, strict=True):
+        torch.testing.assert_close(wrapped, plain)
+
+
+@pytest.mark.parametrize("engine", ["loop", "batched"])
+@pytest.mark.parametrize("hint", [False, True])
+def test_measure_on_a_part_weighs_all_shared_parameters(engine, hint):
+    model = network("mlp")
+    last = list(model.trunk[6].parameters())
+    losses = model.losses()[1]
+    J = rows(losses, last)
+    weights = in_proportion(J @ J.T)
+    _, expected = reference(model, weights)
+    model.zero_grad()
+    visits = []
+
+    def watch(module, inputs, output):
+        output.register_hook(lambda _: visits.append(0))
+
+    watched = model.trunk[0].register_forward_hook(watch)
+    z, losses = model.losses()
+    report = Balancer(TASKS, gradient=in_proportion, heads="unweighted", engine=engine).backward(
+        named(losses), shared=model.trunk.parameters(), features=z if hint else None, measure=last
+    )
+    watched.remove()
+    torch.testing.assert_close(report.gramian, J @ J.T)
+    assert_close(model, expected)
+    assert visits == [0]  # the passes of the tasks stopped before
+
+
+def test_measure_on_everything_is_the_exact_step():
+    results = []
+    for measure in (False, True):
+        model = network("resnet")
+        _, losses = model.losses()
+        shared = list(model.trunk.parameters())
+        Balancer(TASKS, gradient="nashmtl").backward(named(losses), shared=shared, **({"measure": shared} if measure else {}))
+        results.append(grads(model))
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(gradient, results[1][name], rtol=1e-8, atol=1e-12)
+
+
+def test_gradients_add_up_and_keep_the_scale():
+    """Two steps add up, and a scale factor passes through."""
+    for memory in ("jacobian", "gramian"):
+        model = network("mlp")
+        shared = list(model.trunk.parameters())
+        balancer = Balancer(TASKS, gradient="pcgrad", memory=memory, seed=1)
+        balancer.backward(named(model.losses()[1]), shared=shared)
+        once = grads(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        balancer = Balancer(TASKS, gradient="pcgrad", memory=memory, seed=1)
+        balancer.backward(named(model.losses()[1]), shared=shared, scaler=scaler)
+        for name, gradient in grads(model).items():
+            torch.testing.assert_close(gradient, 9 * once[name])
