@@ -103,12 +103,12 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
 )
 def test_entropy_and_heat_capacity_are_the_measured_ones(molecule, wavenumbers, entropy, capacity):
     numbers, positions = molecule
-    found = thermochemistry(WAVENUMBER * np.array(wavenumbers, dtype=float), positions, masses_of(numbers))
-    assert CALORIES * found.entropy - R / 4.184 * np.log(2) == pytest.approx(entropy, rel=0.003)
-    assert CALORIES * found.heat_capacity == pytest.approx(capacity, rel=0.005)
-    assert found.zero_point == pytest.approx(WAVENUMBER * sum(wavenumbers) / 2)
-    assert found.enthalpy - found.energy == pytest.approx(BOLTZMANN * 298.15)
-    assert found.free_energy == pytest.approx(found.enthalpy - 298.15 * found.entropy)
+    computed = thermochemistry(WAVENUMBER * np.array(wavenumbers, dtype=float), positions, masses_of(numbers))
+    assert CALORIES * computed.entropy - R / 4.184 * np.log(2) == pytest.approx(entropy, rel=0.003)
+    assert CALORIES * computed.heat_capacity == pytest.approx(capacity, rel=0.005)
+    assert computed.zero_point == pytest.approx(WAVENUMBER * sum(wavenumbers) / 2)
+    assert computed.enthalpy - computed.energy == pytest.approx(BOLTZMANN * 298.15)
+    assert computed.free_energy == pytest.approx(computed.enthalpy - 298.15 * computed.entropy)
 
 
 def test_heat_capacity_is_the_slope_of_the_energy():
@@ -134,9 +134,9 @@ def test_frequencies_of_a_spring_and_what_is_left_of_rigid_motions():
     positions = np.array([[0.3, 0.1, 0.0], [0.3, 0.1, 2.4]])
     spring = np.zeros((6, 6))
     spring[np.ix_([2, 5], [2, 5])] = 0.33 * np.array([[1, -1], [-1, 1]])
-    found = frequencies(spring, positions, masses)
-    assert found == pytest.approx(np.sqrt(0.33 * masses.sum() / masses.prod()))
-    assert frequencies(-spring, positions, masses) == pytest.approx(-found)
+    modes = frequencies(spring, positions, masses)
+    assert modes == pytest.approx(np.sqrt(0.33 * masses.sum() / masses.prod()))
+    assert frequencies(-spring, positions, masses) == pytest.approx(-modes)
     noise = np.random.default_rng(0).standard_normal((9, 9))
     assert len(frequencies(noise + noise.T, WATER[1], masses_of(WATER[0]))) == 3
     assert len(frequencies(noise + noise.T, CARBON_DIOXIDE[1], masses_of(CARBON_DIOXIDE[0]))) == 4

@@ -185,8 +185,8 @@ def test_classes_and_inverse_depth_of_cityscapes():
 def test_files_on_disk(tmp_path):
     counts = {"train": 3, "val": 2, "test": 1}
     assert write(tmp_path, counts, height=16, width=24) == 6
-    found = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.npy"))
-    assert found == sorted(
+    files = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.npy"))
+    assert files == sorted(
         f"{split}/{part}/{i}.npy"
         for split, n in counts.items()
         for part in ("image", "label", "depth", "normal")

@@ -50,10 +50,10 @@ def test_a_protocol_is_bound_where_losses_and_metrics_depend_on_it():
 
 
 def test_summaries_are_the_first_lines_of_the_docstrings():
-    found = summaries()
-    assert tuple(found) == names()
-    assert found["digits"] == digits.__doc__.splitlines()[0]
-    assert all(20 < len(line) < 140 for line in found.values())
+    lines = summaries()
+    assert tuple(lines) == names()
+    assert lines["digits"] == digits.__doc__.splitlines()[0]
+    assert all(20 < len(line) < 140 for line in lines.values())
 
 
 def test_heads_take_one_input_or_one_for_each_task():

@@ -124,8 +124,8 @@ def test_sound_metrics_are_over_the_pixels_of_the_whole_data_set(batches):
     expected = segmentation_by_hand(batches) | summary(*pixels)
     assert results(nyuv2.metrics(), batches) == pytest.approx(expected, rel=1e-5, abs=HALF_A_BIN)
     exact = {name: value for name, value in expected.items() if name != "normals/median_angle"}
-    found = results(nyuv2.metrics(), batches)
-    assert {name: found[name] for name in exact} == pytest.approx(exact, rel=1e-5)
+    sound = results(nyuv2.metrics(), batches)
+    assert {name: sound[name] for name in exact} == pytest.approx(exact, rel=1e-5)
 
 
 def test_paper_metrics_average_over_batches(batches):
@@ -235,9 +235,9 @@ def test_nothing_that_counts_and_answers_of_nan_are_both_nan(batches, protocol):
     nothing.update(outputs["normals"], torch.zeros_like(batch[3]))
     assert math.isnan(nothing.compute())
     diverged = {task: torch.full_like(answers, math.nan) for task, answers in outputs.items()}
-    found = results(depth_metrics(protocol) | normal_metrics(protocol), [(outputs, batch), (diverged, batch)])
-    assert all(math.isnan(value) for name, value in found.items() if "within" not in name)
-    assert found["normals/within_30"] == pytest.approx(results(normal_metrics(), [(outputs, batch)])["normals/within_30"] / 2)
+    values = results(depth_metrics(protocol) | normal_metrics(protocol), [(outputs, batch), (diverged, batch)])
+    assert all(math.isnan(value) for name, value in values.items() if "within" not in name)
+    assert values["normals/within_30"] == pytest.approx(results(normal_metrics(), [(outputs, batch)])["normals/within_30"] / 2)
 
 
 def test_a_metric_begins_anew_after_reset(batches):

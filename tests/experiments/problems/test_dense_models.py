@@ -105,8 +105,8 @@ def test_unpooling_puts_values_back_where_they_were():
     assert [tuple(m.shape[1:]) for m in maps.unpooled] == [(8, 5, 4), (6, 11, 9), (4, 22, 18)]
     assert [tuple(m.shape[1:]) for m in maps.decoded] == [(6, 5, 4), (4, 11, 9), (4, 22, 18)]
     deepest, put_back = maps.last[-1][:, :, :4, :4], maps.unpooled[0][:, :, :4, :4]
-    kept = put_back != 0
-    torch.testing.assert_close(put_back[kept], deepest[kept])
+    nonzero = put_back != 0
+    torch.testing.assert_close(put_back[nonzero], deepest[nonzero])
     torch.testing.assert_close(nn.functional.max_pool2d(put_back, 2), nn.functional.max_pool2d(deepest, 2))
 
 

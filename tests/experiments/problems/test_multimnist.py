@@ -189,11 +189,11 @@ def test_losses_have_smoothed_labels_and_the_imbalance(batch):
 def test_metrics(batch):
     labels = targets(batch)
     answers = {"left": batch[1], "right": batch[2].roll(1, dims=1)}
-    found = {
+    accuracies = {
         name: metric(answers[name.partition("/")[0]], labels[name.partition("/")[0]]).item()
         for name, metric in metrics().items()
     }
-    assert found == {"left/accuracy": 1, "right/accuracy": 0}
+    assert accuracies == {"left/accuracy": 1, "right/accuracy": 0}
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -281,8 +281,8 @@ def test_whole_network_pcgrad_is_not_that_of_the_trunk(batch):
     for shared in ("trunk", "everything"):
         torch.manual_seed(0)
         model = build_model(ModelConfig(shared=shared))
-        found = losses(model(batch[0]), batch)
-        report = Balancer(TASKS, gradient="pcgrad").backward(found, shared=model.trunk.parameters())
+        task_losses = losses(model(batch[0]), batch)
+        report = Balancer(TASKS, gradient="pcgrad").backward(task_losses, shared=model.trunk.parameters())
         gramians.append(report.gramian)
     assert gramians[0][0, 1].item() == pytest.approx(gramians[1][0, 1].item(), rel=1e-4)
     assert (gramians[1].diagonal() > 1.01 * gramians[0].diagonal()).all()

@@ -37,16 +37,16 @@ def test_qm9_is_read_from_its_raw_files(tmp_path, monkeypatch):
     no_download(monkeypatch)
     values = expected_targets(write_qm9(tmp_path, count=6, excluded=(3,)))
     splits = load(DataConfig("qm9", str(tmp_path), **SMALL))
-    kept = [0, 1, 3, 4, 5]
+    included = [0, 1, 3, 4, 5]
     assert [len(split) for split in splits] == [3, 1, 1]
-    np.testing.assert_allclose(splits.train.graphs.targets, values[kept], rtol=1e-5)
-    training = values[kept][splits.train.members.tolist()]
-    standardised = (values[kept] - training.mean(0)) / training.std(0, ddof=1)
+    np.testing.assert_allclose(splits.train.graphs.targets, values[included], rtol=1e-5)
+    training = values[included][splits.train.members.tolist()]
+    standardised = (values[included] - training.mean(0)) / training.std(0, ddof=1)
     for split in splits:
         graphs, answers = split[list(range(len(split)))]
         np.testing.assert_allclose(answers, standardised[split.members.tolist()], rtol=1e-4)
         np.testing.assert_allclose(graphs.deviations, training.std(0, ddof=1) * UNITS.numpy(), rtol=1e-5)
-    elements, positions, bonds = pieces(6)[kept[splits.test.members.item()]]
+    elements, positions, bonds = pieces(6)[included[splits.test.members.item()]]
     graph, _ = splits.test[[0]]
     assert graph.x[:, 5].tolist() == elements.tolist()
     distances = np.linalg.norm(positions[:, None] - positions[None], axis=2)

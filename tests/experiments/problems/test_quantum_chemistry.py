@@ -59,10 +59,10 @@ def test_a_batch_is_what_torch_geometric_collates(splits):
     """Against its own collation of graphs that are made one by one."""
     chosen = [5, 0, 77]
     batch, standardised = splits.train[chosen]
-    found = pieces(len(molecules.read().smiles))
+    shipped = pieces(len(molecules.read().smiles))
     graphs = []
     for member in splits.train.members[chosen].tolist():
-        elements, positions, bonds = found[member]
+        elements, positions, bonds = shipped[member]
         n = len(elements)
         order = np.zeros((n, n), dtype=int)
         order[bonds[:, 0], bonds[:, 1]] = order[bonds[:, 1], bonds[:, 0]] = bonds[:, 2]
@@ -186,11 +186,13 @@ def test_a_molecule_is_not_changed_by_its_company(splits):
 def test_losses_are_mean_squared_errors_recomputed_by_numpy(splits):
     batch = splits.train[list(range(20))]
     outputs = {task: torch.randn(20, generator=torch.Generator().manual_seed(k)) for k, task in enumerate(TASKS)}
-    found = losses(outputs, batch)
-    assert tuple(found) == TASKS
+    computed = losses(outputs, batch)
+    assert tuple(computed) == TASKS
     assert TASKS == ("mu", "alpha", "homo", "lumo", "r2", "zpve", "u0", "u", "h", "g", "cv")
     for k, task in enumerate(TASKS):
-        assert found[task].item() == pytest.approx(np.square(outputs[task].numpy() - batch[1][:, k].numpy()).mean(), rel=1e-5)
+        assert computed[task].item() == pytest.approx(
+            np.square(outputs[task].numpy() - batch[1][:, k].numpy()).mean(), rel=1e-5
+        )
 
 
 def test_metrics_are_mean_absolute_errors_in_reported_units(splits):
@@ -200,14 +202,14 @@ def test_metrics_are_mean_absolute_errors_in_reported_units(splits):
     members = splits.train.members
     mean, deviations = raw[members].mean(0), raw[members].std(0)
     wrong = truth + torch.linspace(0.5, 1.5, 200)[:, None] * torch.linspace(0.1, 1, 11)
-    found = metrics()
+    measures = metrics()
     for indices in (list(range(150)), list(range(150, 200))):
         batch = splits.test[indices]
         answers = targets(batch)
         for k, task in enumerate(TASKS):
-            found[f"{task}/mae"].update(((wrong[indices, k] - mean[k]) / deviations[k]).float(), answers[task])
+            measures[f"{task}/mae"].update(((wrong[indices, k] - mean[k]) / deviations[k]).float(), answers[task])
     expected = (wrong - truth).abs().mean(0) * torch.tensor([1, 1, 1e3, 1e3, 1, 1e3, 1e3, 1e3, 1e3, 1e3, 1])
-    assert [metric.compute().item() for metric in found.values()] == pytest.approx(expected.tolist(), rel=1e-4)
+    assert [metric.compute().item() for metric in measures.values()] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
 def test_training_with_a_gradient_balancer_lowers_every_loss(splits):

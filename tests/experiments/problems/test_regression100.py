@@ -42,12 +42,12 @@ def test_one_linear_layer_of_which_each_task_has_a_row(batch):
     model = build_model()
     assert sum(p.numel() for p in model.trunk.parameters()) == 2100
     assert list(model.heads.parameters()) == []
-    found = losses(model(batch[0]), batch)
-    assert tuple(found) == TASKS
+    task_losses = losses(model(batch[0]), batch)
+    assert tuple(task_losses) == TASKS
     assert len(TASKS) == 100
     by_hand = (batch[0] @ model.trunk.weight[7] + model.trunk.bias[7] - batch[1][:, 7]).square().mean()
-    torch.testing.assert_close(found["y07"], by_hand)
-    (gradient,) = torch.autograd.grad(found["y07"], [model.trunk.weight])
+    torch.testing.assert_close(task_losses["y07"], by_hand)
+    (gradient,) = torch.autograd.grad(task_losses["y07"], [model.trunk.weight])
     assert gradient.abs().sum(dim=1).nonzero().flatten().tolist() == [7]
 
 
@@ -73,5 +73,5 @@ def test_gradient_balancers_manage_a_hundred_tasks(batch, method):
 
 def test_metrics(batch):
     answers = targets(batch)
-    found = {name: metric(answers[name[:3]] + 0.5, answers[name[:3]]).item() for name, metric in metrics().items()}
-    assert found == pytest.approx({f"{task}/mse": 0.25 for task in TASKS}, rel=1e-4)
+    errors = {name: metric(answers[name[:3]] + 0.5, answers[name[:3]]).item() for name, metric in metrics().items()}
+    assert errors == pytest.approx({f"{task}/mse": 0.25 for task in TASKS}, rel=1e-4)

@@ -52,8 +52,8 @@ def test_closed_derivatives_are_those_of_autograd():
 
 def test_losses_lie_above_their_bound():
     side = np.linspace(-12, 12, 401)
-    found = values(np.stack(np.meshgrid(side, side), axis=-1), scale=1)
-    assert found.min() > field.LOWER_BOUND + 0.9
+    grid = values(np.stack(np.meshgrid(side, side), axis=-1), scale=1)
+    assert grid.min() > field.LOWER_BOUND + 0.9
 
 
 def test_pareto_set():
@@ -91,8 +91,8 @@ def test_the_experiment_is_the_landscape():
     assert [loss.item() for loss in losses(outputs, batch).values()] == pytest.approx([L[0] + 10.5, L[1] + 21], rel=1e-5)
     assert [p.tolist() for p in model.trunk.parameters()] == [[[9.0, -1.0]]]
     assert list(model.heads.parameters()) == []
-    found = {name: metric(outputs[name[:2]], targets(batch)[name[:2]]).item() for name, metric in metrics().items()}
-    assert found == pytest.approx({"f1/above_bound": 2 * L[0] + 21, "f2/above_bound": L[1] + 21}, rel=1e-5)
+    measured = {name: metric(outputs[name[:2]], targets(batch)[name[:2]]).item() for name, metric in metrics().items()}
+    assert measured == pytest.approx({"f1/above_bound": 2 * L[0] + 21, "f2/above_bound": L[1] + 21}, rel=1e-5)
 
 
 def test_steps_of_the_experiment_are_those_of_the_trajectory():
