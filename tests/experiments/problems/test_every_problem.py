@@ -39,7 +39,7 @@ def test_every_entry_of_its_configuration_has_a_role(name):
 def test_its_data_network_losses_and_metrics_fit_each_other(name, cache, tmp_path):
     cached = [f"data.cache={cache}"] if "cache" in {entry.name for entry in fields(find(name).DataConfig)} else []
     run = prepare(f"--experiment={name}", f"output_dir={tmp_path}", "track=false", *cached, *TINY.get(name, []))
-    problem, batch = run.experiment, run.data.validation[[0, 1 % len(run.data.validation)]]
+    problem, batch = run.problem, run.data.validation[[0, 1 % len(run.data.validation)]]
     assert isinstance(run.model, Network)
     outputs = run.model(batch[0])
     assert tuple(outputs) == problem.TASKS
