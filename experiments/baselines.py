@@ -24,7 +24,7 @@ from experiments.sweep import baseline_jobs, run_all
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from experiments.analysis.comparison import Run
+    from experiments.recording.recorded_run import RecordedRun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def try_writing(file: Path) -> None:
         file.unlink()
 
 
-def text(runs: Sequence[Run], experiment: str, command: str) -> str:
+def text(runs: Sequence[RecordedRun], experiment: str, command: str) -> str:
     """Content of the file: the command, the settings, and for each metric the mean and the value of every seed."""
     tasks = experiments.find(experiment).TASKS
     values: dict[str, dict[int, float]] = {}

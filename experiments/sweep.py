@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from balance.config import build_balancer
 from balance.tracking import Tracker
 from experiments.analysis import baselines as reference
-from experiments.analysis.comparison import OF_METHODS
 from experiments.cli import add_methods, add_output, add_overrides, all_overrides, command_parser, parse_seeds
 from experiments.config.layers import configure, values_by_key
 from experiments.config.schema import RunConfig
 from experiments.problems import base as experiments
+from experiments.recording.recorded_run import METHOD_GROUPS
 from experiments.recording.store import Store, common_of, digest, fingerprint
 from experiments.sweeps import backends as cluster
 from experiments.sweeps import runtime as estimate
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from experiments.analysis.comparison import Run
+    from experiments.recording.recorded_run import RecordedRun
 
 ROOT = str(Path(__file__).resolve().parents[1])
 BACKENDS = ("loky", "ray", "dask")
@@ -171,14 +171,14 @@ def plan(options: argparse.Namespace) -> list[Job]:
     ]
     config = grid[0].config
     runs = recorded(config, create=not options.dry_run)
-    known = reference.find(config.experiment, common_of(config), ()) is not None
+    known = reference.with_settings(config.experiment, common_of(config), ()) is not None
     baselines = [] if known or options.no_baselines else baseline_jobs(common, seeds)
     finished = {run.fingerprint for run in runs if run.finished}
     jobs = {job.fingerprint: job for job in (*baselines, *grid)}  # a baseline may be in the grid too
     return [job.known(finished) for job in jobs.values()]
 
 
-def recorded(config: DictConfig, *, create: bool) -> list[Run]:
+def recorded(config: DictConfig, *, create: bool) -> list[RecordedRun]:
     """Runs that have ended, newest first; none without tracking.
 
     Raises:
@@ -192,7 +192,7 @@ def recorded(config: DictConfig, *, create: bool) -> list[Run]:
 
 def baseline_jobs(overrides: Sequence[str], seeds: Sequence[int]) -> list[Job]:
     """One single-task run for each task and seed, with the overrides that do not belong to the methods."""
-    common = [override for override in overrides if not override.startswith(OF_METHODS)]
+    common = [override for override in overrides if not override.startswith(METHOD_GROUPS)]
     name = values_by_key(overrides).get("experiment", RunConfig.experiment)
     tasks = range(len(experiments.find(name).TASKS))
     return [

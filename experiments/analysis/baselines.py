@@ -1,37 +1,45 @@
-"""What networks reach that learn one task alone: the numbers that delta_m compares with."""
+"""Metrics of networks that were trained on one task only: delta_m compares with them."""
 
 from __future__ import annotations
 
+import statistics
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from experiments.analysis import published_tables as published
-from experiments.analysis.comparison import common_settings, single_task_means
+from experiments.analysis import published_tables
+from experiments.analysis.grouping import newest_runs
 from experiments.problems import base as experiments
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
-    from experiments.analysis.comparison import Run
+    from experiments.recording.recorded_run import RecordedRun, Settings
 
-Settings = tuple[tuple[str, str], ...]  # as Run.common
-KIND = ("protocol", "data.source")  # settings without which numbers mean something else
+DATA_AND_PROTOCOL = ("protocol", "data.source")  # baselines with other values of these settings are never used
 
 
-class Reference(NamedTuple):
-    """Single-task value of each metric, and where it is from, in words."""
+class Baselines(NamedTuple):
+    """Single-task value of each metric, and its origin in words."""
 
     metrics: dict[str, float]
     origin: str
 
 
-def read_file(file: Path) -> tuple[Reference, dict[str, str]]:
-    """The numbers of a baselines file, and the settings they were measured with.
+class BaselinesFile(NamedTuple):
+    """Content of a file that ``experiments/baselines.py`` wrote."""
+
+    baselines: Baselines
+    settings: dict[str, str]
+
+
+def read_file(file: Path) -> BaselinesFile:
+    """Read a file of baselines.
 
     Raises:
-        ValueError: If it is not there, or not such a file.
+        ValueError: If the file does not exist, or has another form.
     """
     try:
         content: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -39,96 +47,117 @@ def read_file(file: Path) -> tuple[Reference, dict[str, str]]:
         settings = {key: str(value) for key, value in content.get("settings", {}).items()}
     except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} must be a file as experiments/baselines.py writes it, but: {error}") from None
-    return Reference(metrics, f"the file {file.name} of single-task networks"), settings
+    return BaselinesFile(Baselines(metrics, f"the file {file.name} of single-task networks"), settings)
 
 
-def shipped(experiment: str) -> tuple[Reference, dict[str, str]] | None:
-    """What is in the experiment's own ``baselines.yaml``; None where it has none."""
+def shipped(experiment: str) -> BaselinesFile | None:
+    """Return the content of the experiment's ``baselines.yaml``; None without such a file."""
     file = experiments.FOLDER / experiment / "baselines.yaml"
     return read_file(file) if file.exists() else None
 
 
-def shipped_for(experiment: str, common: Settings) -> Reference | None:
-    """What the experiment's own file has for these settings; None if it was measured with others."""
-    own = shipped(experiment)
-    return own[0] if own is not None and dict(common) == own[1] else None
-
-
-def of_paper(experiment: str, common: Settings) -> Reference | None:
-    """The published single-task numbers, for runs of the published protocol on the data set itself; else None."""
+def published(experiment: str, common: Settings) -> Baselines | None:
+    """Return the published single-task metrics for runs of the published protocol on the official data; else None."""
     settings = dict(common)
-    on_disk = experiments.find(experiment).ON_DISK
-    if settings.get("protocol") != "paper" or settings.get("data.source") != on_disk or experiment not in published.names():
+    official = experiments.find(experiment).ON_DISK
+    if settings.get("protocol") != "paper" or settings.get("data.source") != official:
         return None
-    fitting = [table for table in published.of(experiment) if not table.differences(settings)]
-    table = fitting[0] if fitting else published.load(experiment)
+    if experiment not in published_tables.names():
+        return None
+    same_settings = [t for t in published_tables.for_experiment(experiment) if not t.differences(settings)]
+    table = same_settings[0] if same_settings else published_tables.load(experiment)
     metrics = {name.lower(): table.factors[name] * value for name, value in table.baselines.items()}
-    return Reference(metrics, "the published single-task networks") if metrics else None
+    return Baselines(metrics, "the published single-task networks") if metrics else None
 
 
-def for_run(experiment: str, common: Settings) -> Reference | None:
-    """What a run can be compared with while it trains, without a look at other runs.
+def for_run(experiment: str, common: Settings) -> Baselines | None:
+    """Return the baselines that a run is compared with while it trains, without access to other runs.
 
-    The experiment's own numbers also hold where settings such as the number of epochs differ, and say so; but not for other
-    data, another network or another protocol.
+    The experiment's own file is also used where settings such as the number of epochs differ, which the origin then states. It
+    is not used for other data, another network or another protocol.
     """
-    own = shipped(experiment)
-    if own is None:
-        return of_paper(experiment, common)
-    found, settings = own
-    if any(value != settings.get(key) for key, value in common if key in KIND or key.startswith("model.")):
-        return of_paper(experiment, common)
-    remark = "" if settings == dict(common) else ", which were measured with other settings"
-    return found._replace(origin=f"single-task baselines{remark}")
+    file = shipped(experiment)
+    if file is None or _is_other_problem(common, file.settings):
+        return published(experiment, common)
+    remark = "" if file.settings == dict(common) else ", which were measured with other settings"
+    return file.baselines._replace(origin=f"single-task baselines{remark}")
 
 
-def find(experiment: str, common: Settings, runs: Iterable[Run]) -> Reference | None:
-    """Numbers that were measured with the same settings: of the experiment's file, else of recorded runs, else of the papers.
+def _is_other_problem(common: Settings, settings: dict[str, str]) -> bool:
+    return any(value != settings.get(key) for key, value in common if key in DATA_AND_PROTOCOL or key.startswith("model."))
+
+
+def with_settings(experiment: str, common: Settings, runs: Iterable[RecordedRun]) -> Baselines | None:
+    """Return baselines with exactly these settings: from the experiment's file, else from recorded runs, else from papers.
 
     Args:
-        experiment: Its name.
+        experiment: Name of the experiment.
         common: Settings that do not belong to the methods.
         runs: Recorded runs, newest first.
     """
-    own = shipped_for(experiment, common)
-    if own is not None:
-        return own
-    alone = single_task_means(runs, common, experiments.find(experiment).TASKS)
-    return Reference(alone, "the recorded runs of single-task networks") if alone else of_paper(experiment, common)
+    file = shipped(experiment)
+    if file is not None and dict(common) == file.settings:
+        return file.baselines
+    means = single_task_means(runs, common, experiments.find(experiment).TASKS)
+    if means:
+        return Baselines(means, "the recorded runs of single-task networks")
+    return published(experiment, common)
 
 
-def for_table(experiment: str, compared: Sequence[Run], every: Sequence[Run]) -> Reference:
-    """The one reference of a table: for the settings that most of its runs have, among those that have one.
+def single_task_means(runs: Iterable[RecordedRun], common: Settings, tasks: Sequence[str]) -> dict[str, float]:
+    """Return mean test metrics of the finished single-task runs with these settings; empty unless every task has a run.
 
     Args:
-        experiment: Its name.
+        runs: Any runs, newest first.
+        common: Settings that do not belong to the methods.
+        tasks: Names of the tasks, in the order of ``loss.main_task``.
+    """
+    values: dict[str, list[float]] = defaultdict(list)
+    for run in newest_runs([run for run in runs if run.finished and run.is_single_task and run.common == common]):
+        task = tasks[int(run.settings["loss.main_task"])]
+        for name, value in run.metrics.items():
+            if name.partition("/")[0] == task:
+                values[name].append(value)
+    trained = {name.partition("/")[0] for name in values}
+    return {name: statistics.fmean(numbers) for name, numbers in values.items()} if trained == set(tasks) else {}
+
+
+def for_table(experiment: str, compared: Sequence[RecordedRun], recorded: Sequence[RecordedRun]) -> Baselines:
+    """Return the baselines of a table: for the settings that most of its runs have, among the settings with baselines.
+
+    Args:
+        experiment: Name of the experiment.
         compared: Runs of the table.
-        every: All recorded runs, newest first.
+        recorded: All recorded runs, newest first.
 
     Raises:
-        ValueError: If there are no single-task networks with any of the settings.
+        ValueError: If no single-task networks have any of the settings.
     """
-    candidates = common_settings(compared)
+    candidates = most_common_settings(compared)
     for common in candidates:
-        reference = find(experiment, common, every)
-        if reference is not None:
-            return (
-                reference
-                if len(candidates) == 1
-                else reference._replace(origin=f"{reference.origin} ({_differing(common, candidates)})")
-            )
+        baselines = with_settings(experiment, common, recorded)
+        if baselines is not None and len(candidates) == 1:
+            return baselines
+        if baselines is not None:
+            return baselines._replace(origin=f"{baselines.origin} ({_different(common, candidates)})")
     raise ValueError(
-        "delta_m needs single-task networks with the settings of the compared runs, but there are none for "
-        f"{_shown(candidates[0], experiment)}. sweep.py measures them; or give --baselines=FILE, or --baselines=none for a "
-        "table without delta_m."
+        "delta_m needs single-task networks with the settings of the compared runs, but none have "
+        f"{_remarkable(candidates[0], experiment)}. Measure them with sweep.py, or give --baselines=FILE, or --baselines=none "
+        "for a table without delta_m."
     )
 
 
-def _differing(common: Settings, candidates: Sequence[Settings]) -> str:
+def most_common_settings(runs: Iterable[RecordedRun]) -> list[Settings]:
+    """Return the different `RecordedRun.common` of the finished runs, the most frequent first."""
+    return [common for common, _ in Counter(run.common for run in runs if run.finished).most_common()]
+
+
+def _different(common: Settings, candidates: Sequence[Settings]) -> str:
     return ", ".join(f"{key}={value}" for key, value in common if any(dict(other).get(key) != value for other in candidates))
 
 
-def _shown(common: Settings, experiment: str) -> str:
-    """The settings that differ from those of the experiment's own file; all where it has none."""
-    own: Mapping[str, str] = {} if (found := shipped(experiment)) is None else found[1]
-    return ", ".join(f"{key}={value}" for key, value in common if own.get(key) != value) or "its defaults"
+def _remarkable(common: Settings, experiment: str) -> str:
+    """Return the settings that differ from those of the experiment's file; all settings without a file."""
+    file = shipped(experiment)
+    known = {} if file is None else file.settings
+    return ", ".join(f"{key}={value}" for key, value in common if known.get(key) != value) or "its defaults"

@@ -1,4 +1,4 @@
-"""A comparison and its figures -> one HTML page that needs nothing else."""
+"""One self-contained HTML page with a comparison and its figures."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from typing import TYPE_CHECKING, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import rc_context
 
-from experiments.analysis import published as papers
-from experiments.analysis.comparison import CONFIDENCE, ENOUGH_SEEDS
-from experiments.analysis.figures.figures import CAPTIONS
-from experiments.analysis.tables import number_format, sheet
+from experiments.analysis import published_comparison
+from experiments.analysis.figures.gallery import CAPTIONS
+from experiments.analysis.statistics import CONFIDENCE, ENOUGH_SEEDS
+from experiments.analysis.tables import number_format, text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from experiments.analysis.comparison import Comparison, Estimate, Row, Verdict
-    from experiments.analysis.formats import Sheet
-    from experiments.analysis.published import Beside
+    from experiments.analysis.comparison import Comparison, Row
+    from experiments.analysis.formats import TextTable
+    from experiments.analysis.published_comparison import PublishedComparison
+    from experiments.analysis.statistics import Estimate, Verdict
 
-LARGEST_SVG = 400_000  # bytes; beyond that the smaller of SVG and PNG is taken
+LARGEST_SVG = 400_000  # bytes; a larger figure becomes PNG if that is smaller
 
 
 class Picture(NamedTuple):
-    """A figure as the page has it: image in a data URI, caption, alternative text, width in inches."""
+    """A figure of the page: image in a data URI, caption, width in inches."""
 
     name: str
     uri: str
@@ -40,21 +41,21 @@ class Picture(NamedTuple):
 def html(
     comparison: Comparison,
     figures: Mapping[str, Figure],
-    tables: Sequence[Beside] = (),
+    tables: Sequence[PublishedComparison] = (),
     *,
     title: str,
     command: str | None = None,
     created: datetime | None = None,
 ) -> str:
-    """The page.
+    """Return the page.
 
     Args:
-        comparison: What to report.
-        figures: By name, in the order of the page; a name that begins as one of `CAPTIONS` gets that caption.
-        tables: Published results, which get a section of their own.
+        comparison: The comparison to report.
+        figures: Figures by name, in the order of the page; a name that begins with a key of `CAPTIONS` gets that caption.
+        tables: Published results, which get separate sections.
         title: Heading of the page.
-        command: What made it, to be run again.
-        created: When; None for now.
+        command: Command that made the page.
+        created: Time of creation; None for now.
     """
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -63,14 +64,13 @@ def html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made = sheet(comparison)
     return templates.get_template("report.html").render(
         title=title,
         answer=_unbroken(answer(comparison)),
         comparison=comparison,
-        results=_unbroken_header(made),
-        published=[{"of": of, "sheet": _unbroken_header(papers.sheet(of)), "notes": papers.notes(of)} for of in tables],
-        here=papers.HERE,
+        results=_unbroken_header(text_table(comparison)),
+        published=[_section(published) for published in tables],
+        local_prefix=published_comparison.LOCAL_PREFIX,
         pictures=[_picture(name, figure) for name, figure in figures.items()],
         enough=ENOUGH_SEEDS,
         confidence=f"{100 * CONFIDENCE:g} %",
@@ -79,8 +79,13 @@ def html(
     )
 
 
+def _section(published: PublishedComparison) -> dict[str, object]:
+    table = _unbroken_header(published_comparison.text_table(published))
+    return {"comparison": published, "table": table, "notes": published_comparison.notes(published)}
+
+
 def answer(comparison: Comparison) -> str:
-    """Which method is best and what can be told apart from it, in plain sentences."""
+    """Return the best method, and the methods that cannot be distinguished from it, in sentences."""
     rows = [(row, row.delta_m) for row in comparison.rows if row.delta_m is not None]
     finite = [(row, estimate) for row, estimate in rows if math.isfinite(estimate.mean)]
     if not rows:
@@ -90,12 +95,12 @@ def answer(comparison: Comparison) -> str:
     best, estimate = min(finite, key=lambda pair: pair[1].mean)
     others = [(row, other) for row, other in finite if row is not best]
     broken = [row.label for row, other in rows if not math.isfinite(other.mean)]
+    start = f"{best.label} is best" if others else f"{best.label} is the only method with a result"
     sentences = [
-        f"{best.label} is best" if others else f"{best.label} is the only method with a result",
+        f"{start}: delta_m {_in_words(estimate)}, that is, {_relative_to_single_task(estimate)}.",
         *_by_verdict(others, len(best.runs)),
         f"Not finite: {', '.join(broken)}." if broken else "",
     ]
-    sentences[0] += f": delta_m {_in_words(estimate)}, that is, {_beside_single_task(estimate)}."
     return " ".join(filter(None, sentences))
 
 
@@ -103,8 +108,8 @@ def _answer_without_baselines(comparison: Comparison) -> str:
     best = min(comparison.rows, key=lambda row: row.mean_rank)
     rank = f"{best.mean_rank:.2f} among {len(comparison.rows)} methods"
     return (
-        f"{best.label} has the best mean rank: {rank}. Without single-task baselines there is no delta_m; what can be told "
-        "apart on each metric is in the table."
+        f"{best.label} has the best mean rank: {rank}. Without single-task baselines there is no delta_m; the table states "
+        "for each metric which methods can be distinguished."
     )
 
 
@@ -115,15 +120,15 @@ def _in_words(estimate: Estimate) -> str:
     return f"{write(estimate.mean)} % ({spread})"
 
 
-def _beside_single_task(estimate: Estimate) -> str:
+def _relative_to_single_task(estimate: Estimate) -> str:
     low, high = estimate.interval
     side = "worse" if estimate.mean > 0 else "better"
     doubt = ", which may be chance" if low <= 0 <= high else ""
-    return f"its metrics are on average {side} than those of networks that learn one task alone{doubt}"
+    return f"its metrics are on average {side} than the metrics of single-task networks{doubt}"
 
 
 def _by_verdict(others: list[tuple[Row, Estimate]], seeds: int) -> list[str]:
-    """A sentence for each verdict that some of the other rows have."""
+    """Return a sentence for each verdict that some of the other rows have."""
     labels: dict[Verdict, list[str]] = {verdict: [] for verdict in ("best", "alike", "worse", "unclear")}
     for row, estimate in others:
         labels[estimate.verdict].append(row.label)
@@ -138,21 +143,21 @@ def _by_verdict(others: list[tuple[Row, Estimate]], seeds: int) -> list[str]:
     return [sentence for sentence, needed in sentences.items() if needed]
 
 
-def _unbroken_header(sheet: Sheet) -> Sheet:
-    return sheet._replace(header=[_unbroken(name) for name in sheet.header])
+def _unbroken_header(table: TextTable) -> TextTable:
+    return table._replace(header=[_unbroken(name) for name in table.header])
 
 
 def _unbroken(text: str) -> str:
-    """The text without line breaks before a sign or within a pair of methods."""
+    """Return the text without line breaks before a sign or within a pair of methods."""
     for words in (" %", " ±", " ↑", " ↓", " + "):
         text = text.replace(words, words.replace(" ", "\N{NO-BREAK SPACE}"))
     return text
 
 
 def _picture(name: str, figure: Figure) -> Picture:
-    """The figure as SVG, or as PNG where that is much smaller."""
+    """Return the figure as SVG, or as PNG if the SVG is large and the PNG is smaller."""
     svg, png = io.BytesIO(), io.BytesIO()
-    with rc_context({"svg.hashsalt": "balance"}):  # the same figure makes the same page
+    with rc_context({"svg.hashsalt": "balance"}):  # equal figures make equal pages
         figure.savefig(svg, format="svg", metadata={"Date": None})
     kind, image = "svg+xml", svg.getvalue()
     if len(image) > LARGEST_SVG:

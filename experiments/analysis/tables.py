@@ -1,4 +1,4 @@
-"""A comparison -> table: for the terminal, for Markdown and LaTeX, and with all digits for CSV and JSON."""
+"""A comparison as a table: rounded for the terminal, Markdown and LaTeX, and with all digits for CSV and JSON."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from experiments.analysis.formats import MISSING, Cell, Sheet, latex, markdown, terminal
+from experiments.analysis.formats import MISSING, Cell, TextTable, latex, markdown, terminal
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from experiments.analysis.comparison import Comparison, Estimate, Row
+    from experiments.analysis.comparison import Comparison, Row
+    from experiments.analysis.statistics import Estimate
 
 Format = Literal["table", "markdown", "latex", "csv", "json"]
 
 SINGLE_TASK = "single-task networks"
 METRICS_IN_TERMINAL = 6  # more columns would leave each a letter wide
-ESTIMATED = ("mean", "standard_error", "low", "high", "verdict", "seeds", "values", "run_ids")
-COLUMNS = ("method", "loss_method", "gradient_method", "quantity", *ESTIMATED)  # of CSV
+STATISTICS = ("mean", "standard_error", "low", "high", "verdict", "seeds", "values", "run_ids")
+COLUMNS = ("method", "loss_method", "gradient_method", "quantity", *STATISTICS)  # of CSV
 
 
 @overload
@@ -31,21 +32,42 @@ def render(comparison: Comparison, form: Literal["table"]) -> Table: ...
 @overload
 def render(comparison: Comparison, form: Literal["markdown", "latex", "csv", "json"]) -> str: ...
 def render(comparison: Comparison, form: Format) -> Table | str:
-    """The comparison in one of the formats; ``csv`` and ``json`` have all digits, the others are rounded and have a legend."""
+    """Return the comparison in one of the formats.
+
+    ``csv`` and ``json`` have all digits. The other formats are rounded and have a legend.
+    """
     forms: dict[str, Callable[[Comparison], Table | str]] = {
         "table": lambda whole: terminal(for_terminal(whole)),
-        "markdown": lambda whole: markdown(sheet(whole)),
-        "latex": lambda whole: latex(sheet(whole)),
+        "markdown": lambda whole: markdown(text_table(whole)),
+        "latex": lambda whole: latex(text_table(whole)),
         "csv": lambda whole: csv_text(csv_lines(whole)),
         "json": lambda whole: json_text(json_content(whole)),
     }
     return forms[form](comparison)
 
 
-def cells(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
-    """Header and rows; where baselines are known, the last row is that of the single-task networks.
+def text_table(comparison: Comparison) -> TextTable:
+    """Return the table before it is written in one of the forms."""
+    header, lines = cells(comparison)
+    return TextTable(header, lines, len(comparison.rows), legend(comparison))
 
-    Columns that no row has anything in are left out.
+
+def for_terminal(comparison: Comparison, most_metrics: int = METRICS_IN_TERMINAL) -> TextTable:
+    """Return the table with at most so many metrics."""
+    shown = replace(comparison, metrics=comparison.metrics[:most_metrics])
+    table, hidden = text_table(shown), len(comparison.metrics) - len(shown.metrics)
+    return table._replace(legend=table.legend + remark_on_hidden(hidden))
+
+
+def remark_on_hidden(metrics: int) -> str:
+    """Return a sentence about the number of metrics that the terminal has no room for; empty for none."""
+    return f" {metrics} further metrics are in the other formats." if metrics else ""
+
+
+def cells(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
+    """Return header and lines; with baselines, the last line is for the single-task networks.
+
+    Columns without any content are left out.
     """
     rows = comparison.rows
     columns: dict[str, list[Cell]] = {
@@ -58,9 +80,9 @@ def cells(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
         columns["95 % interval"] = [*_intervals(drops), Cell("")]
     columns["mean rank ↓"] = _numbers([row.mean_rank for row in rows], decimals=2)
     for name in comparison.metrics:
-        arrow = "↑" if name in comparison.higher_is_better else "↓"
         baseline = (comparison.baselines or {}).get(name, math.nan)
-        columns[f"{name} {arrow}"] = _estimates([row.metrics.get(name) for row in rows], baseline)
+        header = f"{name} {direction(name, comparison.higher_is_better)}"
+        columns[header] = _estimates([row.metrics.get(name) for row in rows], baseline)
     columns["time / ls"] = _numbers([row.time for row in rows], decimals=2)
     columns["memory MiB"] = _numbers([row.memory for row in rows])
     columns = {name: column for name, column in columns.items() if any(cell.text != MISSING for cell in column[: len(rows)])}
@@ -68,57 +90,63 @@ def cells(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
     return list(columns), lines if comparison.baselines else lines[:-1]
 
 
-def sheet(comparison: Comparison) -> Sheet:
-    """The table in no form yet."""
-    header, lines = cells(comparison)
-    return Sheet(header, lines, len(comparison.rows), legend(comparison))
+def direction(metric: str, higher_is_better: frozenset[str]) -> str:
+    """Return an arrow up if the metric should be large, else an arrow down."""
+    return "↑" if metric in higher_is_better else "↓"
 
 
 def legend(comparison: Comparison) -> str:
-    """What the signs and columns of the table mean."""
+    """Explain the signs and columns of the table."""
     header, lines = cells(comparison)
-    verdicts = {cell.verdict for line in lines for cell in line}
-    signs = ["mean ± standard error over seeds"]
-    signs += ["bold: best mean"] if "best" in verdicts else []
-    signs += ["≈: not distinguishable from the best"] if "alike" in verdicts else []
-    signs += ["?: too few seeds to tell it from the best"] if "unclear" in verdicts else []
-    sentences = ["; ".join(signs).capitalize() + "."]
+    sentences = [_legend_of_signs({cell.verdict for line in lines for cell in line})]
     if "delta_m % ↓" in header:
         source = f" ({comparison.baselines_from})" if comparison.baselines_from else ""
         sentences.append(f"delta_m: mean relative drop against single-task networks{source}; below 0 beats them.")
     if "mean rank ↓" in header:
         sentences.append(f"Mean rank: among these {len(comparison.rows)} methods only.")
     if "time / ls" in header:
-        sentences.append("time / ls: duration of a training step relative to that of ls.")
+        sentences.append("time / ls: duration of a training step relative to ls.")
     if "memory MiB" in header:
-        sentences.append("memory: what a step needs beside parameters and the optimizer's state.")
+        sentences.append("memory: needs of a step in addition to parameters and the optimizer's state.")
     return " ".join(sentences)
+
+
+def _legend_of_signs(verdicts: set[Any]) -> str:
+    signs = ["mean ± standard error over seeds"]
+    signs += ["bold: best mean"] if "best" in verdicts else []
+    signs += ["≈: not distinguishable from the best"] if "alike" in verdicts else []
+    signs += ["?: too few seeds to distinguish it from the best"] if "unclear" in verdicts else []
+    return "; ".join(signs).capitalize() + "."
 
 
 def number_format(
     numbers: Iterable[float], errors: Iterable[float] = (), decimals: int | None = None
 ) -> Callable[[float], str]:
-    """How to write the numbers of one column: all with the same digits after the point.
+    """Return a function that writes the numbers of one column, all with equally many digits after the point.
 
     Args:
-        numbers: Of the column.
+        numbers: Numbers of the column.
         errors: Their standard errors, whose median decides: it gets two digits if it starts with 1 or 2, else one, and one
-            more where the smallest would become zero. Without errors, the largest number gets three digits.
-        decimals: Digits after the point, if that is known already.
+            more if the smallest error would become zero. Without errors, the largest number gets three digits.
+        decimals: Digits after the point, if they are fixed.
 
     Returns:
         A function from a number to its text; NaN and infinity stay words.
     """
     largest = max((abs(number) for number in numbers if math.isfinite(number)), default=0.0)
-    sizes = [error for error in errors if math.isfinite(error) and error > 0]
     if decimals is None:
-        size = statistics.median(sizes) if sizes else largest
-        exponent = math.floor(math.log10(size)) if size > 0 else 0
-        decimals = (int(size < 3 * 10.0**exponent) if sizes else 2) - exponent
-        decimals += bool(sizes) and round(min(sizes), decimals) == 0
+        decimals = _decimals([error for error in errors if math.isfinite(error) and error > 0], largest)
     notation = "e" if decimals > 6 or largest >= 1e7 else "f"
     digits = 2 if notation == "e" else max(decimals, 0)
     return lambda number: f"{round(number, digits) + 0.0 if notation == 'f' else number:.{digits}{notation}}"  # no "-0.0"
+
+
+def _decimals(errors: Sequence[float], largest: float) -> int:
+    """Return the digits after the point for positive errors, or for the largest number without errors."""
+    size = statistics.median(errors) if errors else largest
+    exponent = math.floor(math.log10(size)) if size > 0 else 0
+    decimals = (int(size < 3 * 10.0**exponent) if errors else 2) - exponent
+    return decimals + (bool(errors) and round(min(errors), decimals) == 0)
 
 
 def _seeds(row: Row) -> str:
@@ -126,14 +154,14 @@ def _seeds(row: Row) -> str:
 
 
 def _estimates(estimates: Sequence[Estimate | None], baseline: float) -> list[Cell]:
-    """A column of means with standard errors, the baseline last."""
-    write = _format_of(estimates)
+    """Return a column of means with standard errors, the baseline last."""
+    write = _format_for(estimates)
     return [*(_estimate(estimate, write) for estimate in estimates), Cell(MISSING if math.isnan(baseline) else write(baseline))]
 
 
-def _format_of(estimates: Sequence[Estimate | None]) -> Callable[[float], str]:
-    known = [estimate for estimate in estimates if estimate is not None and math.isfinite(estimate.mean)]
-    return number_format([estimate.mean for estimate in known], [estimate.error for estimate in known])
+def _format_for(estimates: Sequence[Estimate | None]) -> Callable[[float], str]:
+    finite = [estimate for estimate in estimates if estimate is not None and math.isfinite(estimate.mean)]
+    return number_format([estimate.mean for estimate in finite], [estimate.error for estimate in finite])
 
 
 def _estimate(estimate: Estimate | None, write: Callable[[float], str]) -> Cell:
@@ -146,45 +174,27 @@ def _estimate(estimate: Estimate | None, write: Callable[[float], str]) -> Cell:
 
 
 def _intervals(estimates: Sequence[Estimate | None]) -> list[Cell]:
-    """A column of intervals, with the digits of the means."""
-    write = _format_of(estimates)
+    """Return a column of intervals, with the digits of the means."""
+    write = _format_for(estimates)
     ends = [estimate.interval if estimate and math.isfinite(estimate.mean) else (math.nan, math.nan) for estimate in estimates]
     return [Cell(f"{write(low)} to {write(high)}" if math.isfinite(low) else MISSING) for low, high in ends]
 
 
 def _numbers(numbers: Sequence[float], decimals: int | None = None) -> list[Cell]:
-    """A column of numbers that have no error, nothing last."""
+    """Return a column of numbers without errors; its last cell is empty."""
     write = number_format(numbers, decimals=decimals)
     return [*(Cell(MISSING if math.isnan(number) else write(number)) for number in numbers), Cell("")]
 
 
-def for_terminal(comparison: Comparison, most_metrics: int = METRICS_IN_TERMINAL) -> Sheet:
-    """With the first metrics only."""
-    shown = replace(comparison, metrics=comparison.metrics[:most_metrics])
-    made, hidden = sheet(shown), len(comparison.metrics) - len(shown.metrics)
-    return made._replace(legend=made.legend + further(hidden))
-
-
-def further(hidden: int) -> str:
-    """What to say of metrics that the terminal has no room for."""
-    return f" {hidden} further metrics are in the other formats." if hidden else ""
-
-
 def csv_lines(comparison: Comparison) -> list[dict[str, Any]]:
-    """A line for each method and quantity; what holds several values has blanks between them, in the order of the seeds."""
+    """Return a line for each method and quantity; several values in a field are separated by blanks, in the order of seeds."""
     lines: list[dict[str, Any]] = []
     for row in comparison.rows:
         ids = {run.seed: run.run_id for run in row.runs}
         method = {"method": row.label, "loss_method": row.loss_method, "gradient_method": row.gradient_method}
         for name, estimate in ({"delta_m": row.delta_m} | dict(row.metrics)).items():
             if estimate is not None:
-                of_seeds = {
-                    "seeds": estimate.values.keys(),
-                    "values": map(float, estimate.values.values()),
-                    "run_ids": (ids.get(seed, "") for seed in estimate.values),
-                }
-                joined = {key: " ".join(map(str, values)) for key, values in of_seeds.items()}
-                lines.append(method | {"quantity": name} | summary(estimate) | joined)
+                lines.append(method | {"quantity": name} | summary(estimate) | _joined_values(estimate, ids))
         for name, number in (("mean_rank", row.mean_rank), ("time", row.time), ("memory", row.memory)):
             lines.append(method | {"quantity": name, "mean": number})
     for name, number in (comparison.baselines or {}).items():
@@ -192,8 +202,17 @@ def csv_lines(comparison: Comparison) -> list[dict[str, Any]]:
     return lines
 
 
+def _joined_values(estimate: Estimate, run_ids: Mapping[int, str]) -> dict[str, str]:
+    fields = {
+        "seeds": estimate.values.keys(),
+        "values": map(float, estimate.values.values()),
+        "run_ids": (run_ids.get(seed, "") for seed in estimate.values),
+    }
+    return {key: " ".join(map(str, values)) for key, values in fields.items()}
+
+
 def csv_text(lines: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
-    """The lines with a header; what a line does not have is empty."""
+    """Return the lines with a header; a missing field is empty."""
     written = io.StringIO()
     writer = csv.DictWriter(written, columns, lineterminator="\n")
     writer.writeheader()
@@ -202,40 +221,41 @@ def csv_text(lines: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMN
 
 
 def json_content(comparison: Comparison) -> dict[str, Any]:
-    """All that the comparison holds."""
+    """Return the whole content of the comparison."""
     return {
         "experiment": comparison.experiment,
         "metrics": [{"name": name, "higher_is_better": name in comparison.higher_is_better} for name in comparison.metrics],
         "baselines": comparison.baselines,
         "baselines_from": comparison.baselines_from,
         "mean_ranks_are_among": [row.label for row in comparison.rows],  # without them the ranks mean nothing
-        "rows": [
-            {
-                "method": row.label,
-                "loss_method": row.loss_method,
-                "gradient_method": row.gradient_method,
-                "runs": [{"run_id": run.run_id, "seed": run.seed} for run in row.runs],
-                "seeds": row.seeds,
-                "failed": row.failed,
-                "delta_m": row.delta_m and with_values(row.delta_m),
-                "mean_rank": row.mean_rank,
-                "metrics": {name: with_values(estimate) for name, estimate in row.metrics.items()},
-                "time": row.time,
-                "memory": row.memory,
-            }
-            for row in comparison.rows
-        ],
+        "rows": [_json_row(row) for row in comparison.rows],
         "notes": comparison.notes,
     }
 
 
-def json_text(content: Mapping[str, Any]) -> str:
-    """The content; NaN and infinity, which JSON does not have, are null."""
+def _json_row(row: Row) -> dict[str, Any]:
+    return {
+        "method": row.label,
+        "loss_method": row.loss_method,
+        "gradient_method": row.gradient_method,
+        "runs": [{"run_id": run.run_id, "seed": run.seed} for run in row.runs],
+        "seeds": row.seeds,
+        "failed": row.failed,
+        "delta_m": row.delta_m and summary_with_values(row.delta_m),
+        "mean_rank": row.mean_rank,
+        "metrics": {name: summary_with_values(estimate) for name, estimate in row.metrics.items()},
+        "time": row.time,
+        "memory": row.memory,
+    }
+
+
+def json_text(content: Any) -> str:
+    """Return the content as JSON; NaN and infinity, which JSON lacks, become null."""
     return json.dumps(_without_nan(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def summary(estimate: Estimate) -> dict[str, Any]:
-    """What is told of an estimate, with all digits."""
+    """Return mean, standard error, interval and verdict with all digits."""
     low, high = estimate.interval
     return {
         "mean": estimate.mean,
@@ -246,8 +266,8 @@ def summary(estimate: Estimate) -> dict[str, Any]:
     }
 
 
-def with_values(estimate: Estimate) -> dict[str, Any]:
-    """That, and the value of each seed."""
+def summary_with_values(estimate: Estimate) -> dict[str, Any]:
+    """Return the summary and the value of each seed."""
     return summary(estimate) | {"values": {str(seed): value for seed, value in estimate.values.items()}}
 
 

@@ -12,14 +12,14 @@ import numpy as np
 
 from balance.config import flatten
 from balance.tracking import connect, tracking_uri, without_password
-from experiments.analysis.comparison import OF_METHODS, Run
+from experiments.recording.recorded_run import METHOD_GROUPS, RecordedRun
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from omegaconf import DictConfig
 
-    from experiments.analysis.comparison import Comparison, Row
+    from experiments.recording.recorded_run import Settings
 
 # Entries of a configuration that do not decide the result of a run; what is in the files of data.path, data.source says
 BOOKKEEPING = frozenset(
@@ -59,7 +59,7 @@ class Store:
             token = page.token or None
         return found
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[RecordedRun]:
         """Runs of the trainer that have ended, newest first."""
         return [as_run(run) for run in self.search("attributes.status != 'RUNNING'") if "loss_method" in run.data.params]
 
@@ -67,14 +67,14 @@ class Store:
         """Fingerprints of the runs that came to their end."""
         return {run.fingerprint for run in self.runs() if run.finished}
 
-    def chosen(self, run_ids: Sequence[str]) -> list[Run]:
+    def chosen(self, run_ids: Sequence[str]) -> list[RecordedRun]:
         """Runs by id; the id of a sweep stands for all its runs.
 
         Raises:
             ValueError: If an id is unknown.
         """
         ended = {run.run_id: run for run in self.runs()}
-        found: dict[str, Run] = {}
+        found: dict[str, RecordedRun] = {}
         for run_id in run_ids:
             children = [run.info.run_id for run in self.search(f"tags.`mlflow.parentRunId` = '{run_id}'")]
             wanted = [ended[child] for child in (run_id, *children) if child in ended]
@@ -93,36 +93,35 @@ class Store:
         condition = f"tags.sweep = '{plan}'" if plan else "tags.kind = 'sweep'"
         return next(iter(self.search(condition)), None)
 
-    def sweep_of(self, runs: Sequence[Run]) -> Any:
+    def sweep_of(self, runs: Sequence[RecordedRun]) -> Any:
         """The MLflow run of the sweep that all these runs belong to; None if there is none."""
         parents = {self.client.get_run(run.run_id).data.tags.get("mlflow.parentRunId") for run in runs}
         parent = parents.pop() if len(parents) == 1 else None
         return None if parent is None else self.client.get_run(parent)
 
-    def curves(self, row: Row) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Steps (T,) and means over seeds (T,) of what the runs of a row logged while they trained."""
+    def curves(self, run_ids: Iterable[str], prefixes: tuple[str, ...] = CURVES) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return steps (T,) and means over the runs (T,) of the metrics that the runs logged during training, by name.
+
+        Args:
+            run_ids: Identifiers of the runs in MLflow.
+            prefixes: Beginnings of the names of the metrics.
+        """
         histories: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for run in row.runs:
-            for key in self.client.get_run(run.run_id).data.metrics:
-                if key.startswith(CURVES):
-                    for point in self.client.get_metric_history(run.run_id, key):
-                        histories[key][point.step].append(point.value)
+        for run_id in run_ids:
+            for key in filter(lambda key: key.startswith(prefixes), self.client.get_run(run_id).data.metrics):
+                for point in self.client.get_metric_history(run_id, key):
+                    histories[key][point.step].append(point.value)
         return {
             key: (np.array(sorted(history)), np.array([np.mean(history[step]) for step in sorted(history)]))
             for key, history in histories.items()
         }
 
 
-def curves_of(store: Store, comparison: Comparison) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Curves of every row, by its label."""
-    return {row.label: store.curves(row) for row in comparison.rows}
-
-
-def as_run(run: Any) -> Run:
+def as_run(run: Any) -> RecordedRun:
     """What a comparison needs of an MLflow run."""
     params, metrics = run.data.params, run.data.metrics
     gradient = params.get("gradient_method")
-    return Run(
+    return RecordedRun(
         run_id=run.info.run_id,
         loss_method=params["loss_method"],
         gradient_method=None if gradient in (None, "None") else gradient,
@@ -157,13 +156,13 @@ def deciding(config: DictConfig) -> dict[str, Any]:
 
 
 def settings_of(config: DictConfig) -> dict[str, str]:
-    """`Run.settings` of the run that a configuration describes."""
+    """`RecordedRun.settings` of the run that a configuration describes."""
     return {key: str(value) for key, value in deciding(config).items() if key not in OF_A_ROW}
 
 
-def common_of(config: DictConfig) -> tuple[tuple[str, str], ...]:
-    """`Run.common` of the run that a configuration describes."""
-    return tuple(sorted((key, value) for key, value in settings_of(config).items() if not key.startswith(OF_METHODS)))
+def common_of(config: DictConfig) -> Settings:
+    """`RecordedRun.common` of the run that a configuration describes."""
+    return tuple(sorted((key, value) for key, value in settings_of(config).items() if not key.startswith(METHOD_GROUPS)))
 
 
 def fingerprint(config: DictConfig) -> str:

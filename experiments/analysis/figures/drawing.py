@@ -1,4 +1,4 @@
-"""What all figures share: one look for each row, axes that suit their numbers, lines with no more points than can be seen."""
+"""Drawing that all figures share: the style of each row, axes that suit their numbers, downsampled curves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Curves = Mapping[str, Mapping[str, Series]]  # label of a row -> "loss/<task>", 
 Dash = tuple[float, tuple[float, ...]]
 
 WIDTH = 7.0  # inches, the text width of a paper: 8 pt stay 8 pt there
-POINTS = 60  # of a line: means over that many stretches leave the course of training, not the noise of single batches
+POINTS = 60  # points of a curve: their means show the course of training, not the noise of single batches
 
 # Okabe and Ito without yellow, which is lost on white; the last four are for tables of many methods
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F7F7F", "#5D3A9B")
@@ -66,15 +66,15 @@ STYLE: Any = {  # Any, since matplotlib 3.11 lists all keys in the type and earl
 }
 
 
-class Look(NamedTuple):
-    """How a row is drawn, in every figure.
+class RowStyle(NamedTuple):
+    """Number, color, dash and marker of a row, the same in every figure.
 
     Attributes:
-        number: Of the row in the table, from 1.
+        number: Position of the row in the table, from 1.
         name: Number and label, for legends.
-        color: Tells the loss balancer.
-        dash: Of lines; tells the gradient balancer.
-        marker: Of points; tells the gradient balancer.
+        color: Color, by loss balancer.
+        dash: Dash of lines, by gradient balancer.
+        marker: Marker of points, by gradient balancer.
     """
 
     number: int
@@ -89,58 +89,82 @@ class Look(NamedTuple):
         return Line2D([], [], color=self.color, linestyle=self.dash, label=self.name)
 
 
-def looks(rows: Sequence[Row]) -> dict[str, Look]:
-    """By label. Rows that share both methods, and differ in settings, get a colour each."""
+def row_styles(rows: Sequence[Row]) -> dict[str, RowStyle]:
+    """Return the styles by label. Rows with equal methods and different settings get a color each."""
     times = Counter((row.loss_method, row.gradient_method) for row in rows)
     hues = [row.loss_method if times[row.loss_method, row.gradient_method] == 1 else row.label for row in rows]
     colors = list(dict.fromkeys(hues))
-    gradients = list(dict.fromkeys([None, *(row.gradient_method for row in rows)]))  # none is always the solid line
-    found = {}
+    gradients = list(dict.fromkeys([None, *(row.gradient_method for row in rows)]))  # no balancer: always the solid line
+    styles = {}
     for number, (row, hue) in enumerate(zip(rows, hues, strict=True), start=1):
         color, kind = colors.index(hue) % len(COLORS), gradients.index(row.gradient_method) % len(DASHES)
-        found[row.label] = Look(number, f"{number}  {wrapped(row.label, 36)}", COLORS[color], DASHES[kind], MARKERS[kind])
-    return found
+        name = f"{number}  {wrapped(row.label, 36)}"
+        styles[row.label] = RowStyle(number, name, COLORS[color], DASHES[kind], MARKERS[kind])
+    return styles
 
 
-def scale(axes: Axes, side: Literal["x", "y"], values: Iterable[float]) -> str:
-    """Make an axis logarithmic if all values are positive and spread over more than a factor of ten; name of the scale."""
+def choose_scale(axes: Axes, side: Literal["x", "y"], values: Iterable[float]) -> str:
+    """Make an axis logarithmic if all values are positive and spread over more than a factor of ten.
+
+    Returns:
+        The name of the scale.
+    """
     axis = axes.xaxis if side == "x" else axes.yaxis
     finite = [value for value in values if math.isfinite(value)]
     if not finite or min(finite) <= 0 or max(finite) < 10 * min(finite):
         axis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
         return "linear"
     axes.set(**{f"{side}scale": "log"})
-    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0) if max(finite) < 100 * min(finite) else (1.0,), numticks=6))
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    label_logarithms(axis, few=max(finite) >= 100 * min(finite), most=6)
     axis.set_minor_formatter(ticker.NullFormatter())
     return "log"
 
 
-def count_steps(axis: Axis) -> None:
-    """Few and short numbers for an axis of training steps."""
+def label_logarithms(axis: Axis, *, few: bool, most: int) -> None:
+    """Label a logarithmic axis with plain numbers: powers of ten, and their multiples by 2 and 5 unless few are wanted."""
+    axis.set_major_locator(ticker.LogLocator(subs=(1.0,) if few else (1.0, 2.0, 5.0), numticks=most))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def label_steps(axis: Axis) -> None:
+    """Label an axis of training steps with few and short numbers."""
     axis.set_major_locator(ticker.MaxNLocator(3, integer=True, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(ticker.EngFormatter(sep=""))
 
 
-def size_below(handles: Sequence[Artist]) -> tuple[int, float]:
-    """Columns of a legend below the axes that is as wide as the page, and its height in inches."""
+def legend_size(handles: Sequence[Artist]) -> tuple[int, float]:
+    """Return the columns of a legend as wide as the page, and its height in inches; 1 and 0 without handles."""
     lines = [line for handle in handles for line in str(handle.get_label()).split("\n")]
+    if not lines:
+        return 1, 0.0
     columns = max(1, int(WIDTH / (0.5 + 0.068 * max(map(len, lines)))))
     return columns, 0.2 + 0.16 * math.ceil(len(lines) / columns)
 
 
-def thinned(steps: Array, values: Array) -> Series:
-    """Means over equal stretches where there are more points than can be seen; what is not finite is left out of them."""
-    there = np.isfinite(values)
+def downsampled(steps: Array, values: Array) -> Series:
+    """Return means over equal stretches of a series with more points than `POINTS`; values that are not finite are left out."""
+    finite = np.isfinite(values)
     if len(values) <= POINTS:
-        return steps, np.where(there, values, math.nan)
+        return steps, np.where(finite, values, math.nan)
     starts = np.linspace(0, len(values), POINTS, endpoint=False).astype(int)
-    counts = np.add.reduceat(there.astype(float), starts)
-    sums = np.add.reduceat(np.where(there, values, 0.0), starts)
+    counts = np.add.reduceat(finite.astype(float), starts)
+    sums = np.add.reduceat(np.where(finite, values, 0.0), starts)
     means = np.divide(sums, counts, out=np.full(POINTS, math.nan), where=counts > 0)
     return np.add.reduceat(steps, starts) / np.diff([*starts, len(steps)]), means
 
 
+def without_outliers(values: Iterable[float]) -> tuple[float, float]:
+    """Return the range of the values, without the few that would squeeze all others into a tenth of the axis."""
+    inside = sorted(values)
+    while len(inside) > 2:
+        cut = int(np.diff(inside).argmax()) + 1
+        rest = max(inside[:cut], inside[cut:], key=len)
+        if 2 * len(rest) <= len(inside) or not 0 < rest[-1] - rest[0] < 0.1 * (inside[-1] - inside[0]):
+            break
+        inside = rest
+    return inside[0], inside[-1]
+
+
 def wrapped(text: str, width: int) -> str:
-    """The text in lines of at most ``width`` characters."""
+    """Return the text in lines of at most ``width`` characters."""
     return "\n".join(textwrap.wrap(text, width)) or text

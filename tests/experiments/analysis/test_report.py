@@ -6,13 +6,14 @@ from html.parser import HTMLParser
 import pytest
 from matplotlib.figure import Figure
 
-from experiments.analysis import published as papers
-from experiments.analysis import published_tables as published
-from experiments.analysis.comparison import Run, compare
-from experiments.analysis.figures import figures
+from experiments.analysis import published_comparison, published_tables
+from experiments.analysis.comparison import compare
+from experiments.analysis.figures import gallery
+from experiments.analysis.figures.delta_m import delta_m
 from experiments.analysis.report import answer, html
 from experiments.analysis.tables import cells, legend
-from tests.made_up import comparison, curves, estimate, realistic, row, two_rows
+from experiments.recording.recorded_run import RecordedRun
+from tests.experiments.analysis.synthetic import comparison, curves, estimate, realistic, row, two_rows
 
 NAN = float("nan")
 VOID = {"meta", "img", "wbr", "br", "link", "input", "hr"}
@@ -61,7 +62,7 @@ def report(of, drawn=None, **options):
 def long():
     """The report of a full comparison."""
     of = realistic()
-    return of, *report(of, figures.every_figure(of, curves(of)), command="python compare.py --html")
+    return of, *report(of, gallery.every_figure(of, curves(of)), command="python compare.py --html")
 
 
 def test_nothing_is_loaded_from_elsewhere(long):
@@ -78,7 +79,7 @@ def test_figures_are_inside_with_captions(long):
     _, text, page = long
     assert len(text) < 1_500_000
     assert [attrs["id"] for tag, attrs in page.tags if tag == "figure"] == ["delta_m", "pareto", "cost", "curves", "conflicts"]
-    for k, (image, caption) in enumerate(zip(page.images, figures.CAPTIONS.values(), strict=True), start=1):
+    for k, (image, caption) in enumerate(zip(page.images, gallery.CAPTIONS.values(), strict=True), start=1):
         kind, _, content = image["src"].partition(";base64,")
         decoded = base64.b64decode(content, validate=True)
         assert kind == "data:image/svg+xml"
@@ -95,7 +96,7 @@ def test_a_large_figure_becomes_png(monkeypatch):
         axes.plot([k % 7, 1], [k, k + 1])
     _, page = report(two_rows(), {"pareto_2": figure, "other": Figure()})
     assert page.images[0]["src"].startswith("data:image/png;base64,iVBOR")
-    assert page.images[0]["alt"] == "What is won on one metric and lost on another: means over seeds with their standard errors"
+    assert page.images[0]["alt"] == "Gain on one metric against loss on another: means over seeds with their standard errors"
     assert page.images[1]["src"].startswith("data:image/svg+xml")
     assert page.images[1]["alt"] == "other"
 
@@ -143,17 +144,17 @@ def test_notes_time_and_what_is_left_out():
 
 def of_nyuv2(**settings):
     """Runs whose metrics are those of the published single-task networks, and the published table beside them."""
-    table = published.load("nyuv2")
+    table = published_tables.load("nyuv2")
     values = {name: printed.value for name, printed in table.in_experiment_units(table.single_task).items()}
-    runs = [Run("id", "famo", None, 0, settings, values)]
+    runs = [RecordedRun("id", "famo", None, 0, settings, values)]
     compared = compare(runs, experiment="nyuv2", higher_is_better=table.higher_is_better, baselines=values)
-    return compared, [papers.beside(table, compared)]
+    return compared, [published_comparison.compare_with_published(table, compared)]
 
 
 def test_published_results_have_a_section_of_their_own():
     compared, tables = of_nyuv2(**{"data.source": "files", "data.protocol": "sound"})
     text, page = report(compared, tables=tables)
-    made = papers.sheet(tables[0])
+    made = published_comparison.text_table(tables[0])
     head, *body = page.rows[3 : 3 + 1 + len(made.lines)]  # behind the header, the method and the single-task networks
     assert [plain(text) for _, text in head] == made.header
     assert [[plain(text) for _, text in line] for line in body] == [[cell.text for cell in line] for line in made.lines]
@@ -161,7 +162,7 @@ def test_published_results_have_a_section_of_their_own():
     classes = [attrs.get("class") for tag, attrs in page.tags if tag == "tr"][4 : 4 + len(made.lines)]
     assert classes.count("here") == 1
     assert classes[-2:] == ["single-task", "single-task"]
-    for words in (tables[0].title, made.legend, *papers.notes(tables[0]), tables[0].relation):
+    for words in (tables[0].title, made.legend, *published_comparison.notes(tables[0]), tables[0].relation):
         assert words in page
     assert 'class="relation"' in text
     assert 'class="warning"' not in text
@@ -190,7 +191,7 @@ def test_everything_is_escaped():
 
 def test_the_same_comparison_makes_the_same_page():
     of, when = two_rows(), datetime(2024, 5, 17)
-    pages = [html(of, {"delta_m": figures.delta_m(of)}, title="A", created=when) for _ in range(2)]
+    pages = [html(of, {"delta_m": delta_m(of)}, title="A", created=when) for _ in range(2)]
     assert pages[0] == pages[1]
 
 

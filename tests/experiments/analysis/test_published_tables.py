@@ -5,11 +5,11 @@ from scipy.stats import rankdata
 
 import balance
 from balance.metrics import delta_m, mean_rank
-from experiments.analysis import published_tables as published
+from experiments.analysis import published_tables
 from experiments.config import schema as settings
 from experiments.problems import celeba, cityscapes, nyuv2
 
-TABLES = {name: published.load(name) for name in published.names()}
+TABLES = {name: published_tables.load(name) for name in published_tables.names()}
 ROWS = [
     pytest.param(table, row, id=f"{name}-{method}")
     for name, table in TABLES.items()
@@ -163,15 +163,15 @@ def test_metrics_and_settings_are_those_of_the_experiment(name):
 def test_a_run_with_the_defaults_of_the_experiment_is_on_other_data(name):
     table = TABLES[name]
     defaults = {f"data.{key}": str(value) for key, value in vars(in_code(table.experiment).DataConfig()).items()}
-    assert not table.comparable(defaults)
-    assert not table.comparable({})
+    assert not table.has_data_of(defaults)
+    assert not table.has_data_of({})
     real = {
         "nyuv2": {"data.source": "files"},
         "cityscapes": {"data.source": "files"},
         "celeba": {"data.source": "celeba"},
         "quantum_chemistry": {"data.source": "qm9"},
     }[table.experiment]
-    assert table.comparable(defaults | real)
+    assert table.has_data_of(defaults | real)
 
 
 def test_differences_from_the_settings_of_the_papers():
@@ -203,11 +203,11 @@ def test_what_the_experiments_report_as_shares_are_shares(name):
 
 
 def test_names_of_methods_are_registered_here():
-    for loss, gradient in published.METHODS.values():
+    for loss, gradient in published_tables.METHODS.values():
         assert loss in balance.loss_balancers
         assert gradient is None or gradient in balance.gradient_balancers
     for table in (TABLES["nyuv2"], TABLES["cityscapes"]):
-        assert published.METHODS.keys() <= table.methods.keys()
+        assert published_tables.METHODS.keys() <= table.methods.keys()
 
 
 def test_digits_are_counted_as_printed():
@@ -231,25 +231,23 @@ def test_digits_are_counted_as_printed():
     ],
 )
 def test_a_file_with_a_mistake_is_refused_by_name(tmp_path, old, new, message):
-    text = (published.PROBLEMS / "cityscapes" / "published.yaml").read_text(encoding="utf-8")
+    text = (published_tables.PROBLEMS / "cityscapes" / "published.yaml").read_text(encoding="utf-8")
     assert old in text
     file = tmp_path / "broken.yaml"
     file.write_text(text.replace(old, new, 1), encoding="utf-8")
     with pytest.raises(ValueError, match=message) as error:
-        published.read_file(file)
+        published_tables.read_file(file)
     assert "broken.yaml" in str(error.value)
 
 
 def test_tables_of_an_experiment():
-    assert published.experiments() == ("celeba", "cityscapes", "metaworld", "nyuv2", "quantum_chemistry")
-    assert [table.setting for table in published.of("quantum_chemistry")] == ["paper", "retuned"]
-    assert [table.data for table in published.of("metaworld")] == ["Meta-World MT10"]
-    with pytest.raises(
-        ValueError, match=r"'digits' are kept here\. There are some of celeba, cityscapes, metaworld, nyuv2, quantum"
-    ):
-        published.of("digits")
+    assert published_tables.experiments() == ("celeba", "cityscapes", "metaworld", "nyuv2", "quantum_chemistry")
+    assert [table.setting for table in published_tables.for_experiment("quantum_chemistry")] == ["paper", "retuned"]
+    assert [table.data for table in published_tables.for_experiment("metaworld")] == ["Meta-World MT10"]
+    with pytest.raises(ValueError, match=r"'digits' are available\. Available: celeba, cityscapes, metaworld, nyuv2, quantum"):
+        published_tables.for_experiment("digits")
 
 
 def test_an_unknown_table_is_refused():
     with pytest.raises(ValueError, match="Did you mean 'nyuv2'"):
-        published.load("nyu2")
+        published_tables.load("nyu2")

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from experiments.analysis.tables import MISSING, Cell, cells, legend, number_format, render
-from tests.made_up import comparison, estimate, realistic, row, two_rows
+from tests.experiments.analysis.synthetic import comparison, estimate, realistic, row, two_rows
 
 NAN = math.nan
 ROUGH = "a<b> & c_d 50% $x$ #1 {e} ~f ^g \\h |i| *j* -5"

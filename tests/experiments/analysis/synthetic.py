@@ -1,10 +1,12 @@
-"""Comparisons that nobody measured, for tests of tables, figures and reports."""
+"""Synthetic comparisons, for tests of tables, figures and reports."""
 
 from itertools import combinations
 
 import numpy as np
 
-from experiments.analysis.comparison import Comparison, Estimate, Row, Run
+from experiments.analysis.comparison import Comparison, Row
+from experiments.analysis.statistics import Estimate
+from experiments.recording.recorded_run import RecordedRun
 
 TASKS = ("left", "right", "sum", "reconstruction")
 METRICS = {"left/accuracy": 0.97, "right/accuracy": 0.96, "sum/mae": 1.4, "reconstruction/rmse": 0.15}
@@ -21,7 +23,7 @@ def estimate(*values, verdict="unclear"):
 def row(label="ls", *, seeds=3, failed=0, metrics=None, delta_m=None, mean_rank=1.0, time=1.0, memory=2.5):
     loss, _, gradient = label.split(" ")[0], *label.partition(" + ")[1:]
     runs = tuple(
-        Run(
+        RecordedRun(
             f"{loss}{gradient}{seed}",
             loss,
             gradient or None,
@@ -40,7 +42,7 @@ def comparison(*rows, metrics=(), higher=HIGHER, baselines=BASELINES, **others):
 
 
 def two_rows():
-    """The best, and one that cannot be told from it; every number can be checked by hand."""
+    """The best row, and a row that cannot be distinguished from it; every number can be checked by hand."""
     first = {
         "left/accuracy": estimate(0.96, 0.97, 0.98, verdict="alike"),
         "sum/mae": estimate(1.25, 1.5, 1.75, verdict="best"),
@@ -66,7 +68,7 @@ def two_rows():
 
 
 def realistic(pairs=(*PAIRS, ("scaleinvls", "mgda")), seeds=3, tasks=TASKS, baselines=True):
-    """Many rows: the earlier one stands, the better."""
+    """Many rows: the earlier, the better."""
     rng = np.random.default_rng(0)
     names = [name for name in METRICS if name.partition("/")[0] in tasks] or [f"{task}/mae" for task in tasks]
     rows = []
@@ -86,7 +88,7 @@ def realistic(pairs=(*PAIRS, ("scaleinvls", "mgda")), seeds=3, tasks=TASKS, base
 
 
 def curves(of, tasks=TASKS, points=200):
-    """What the runs of a comparison might have logged."""
+    """Curves that the runs of a comparison might have logged."""
     rng = np.random.default_rng(1)
     steps = np.arange(points) * 10.0
     logged = {}

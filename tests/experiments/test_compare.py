@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from balance.tracking import Tracker
 from experiments import compare, sweep
-from experiments.analysis import published_tables as published
+from experiments.analysis import published_tables
 from experiments.problems import base as experiment
 from experiments.sweeps import runtime as estimate
 
@@ -118,7 +118,7 @@ def test_baselines_from_a_file_and_none(printed, tmp_path):
 def recorded(tmp_path_factory):
     """Runs of famo on nyuv2, as if the trainer had made them: two on the files of NYUv2, two on scenes."""
     folder = tmp_path_factory.mktemp("recorded")
-    table = published.load("nyuv2")
+    table = published_tables.load("nyuv2")
     alone = {name: printed.value for name, printed in table.in_experiment_units(table.single_task).items()}
     for source, seed in product(("files", "scenes"), (0, 1)):
         params = {"loss_method": "famo", "gradient_method": None, "seed": seed, "data.source": source, "train.epochs": 3}
@@ -167,15 +167,15 @@ def test_published_results_and_runs_on_other_data(recorded, nyuv2, form):
         found = list(csv.DictReader(io.StringIO(told)))
         assert {(line["method"], line["data"]) for line in found if not line["source"]} == {("famo", "data.source=scenes")}
     else:
-        assert "Not comparable with the runs here: those are on other data (data.source=scenes), these on NYUv2." in told
+        assert "Not comparable with the runs here, which have other data (data.source=scenes) than this table (NYUv2)." in told
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_published_results_without_runs(nyuv2, form, tmp_path):
     told = nyuv2(tmp_path, f"--format={form}", "train.epochs=3")
     assert "mlflow.db does not exist" in told.err
-    assert "there is no report" in told.err
-    for name in published.load("nyuv2").methods:
+    assert "No report is written" in told.err
+    for name in published_tables.load("nyuv2").methods:
         assert name in told.out
     assert list(tmp_path.iterdir()) == []
 
@@ -186,7 +186,7 @@ def test_published_results_where_nothing_has_finished(nyuv2, tmp_path):
         Tracker("nyuv2", tmp_path, name="", tags={}, params={"loss_method": "ls", "seed": 0}),
     ):
         raise KeyboardInterrupt
-    assert "There are no finished runs of 'nyuv2'" in nyuv2(tmp_path).err
+    assert "No finished runs of 'nyuv2'" in nyuv2(tmp_path).err
 
 
 def test_published_results_of_what_has_no_experiment(capfd):
@@ -207,11 +207,11 @@ def test_published_results_are_in_the_report(recorded, nyuv2, tmp_path):
 def test_mistakes_beside_published_results(recorded, capfd, tmp_path):
     words = ("--experiment=nyuv2", "--published")
     assert "mlflow.db does not exist" in refused(capfd, *words, f"--output_dir={tmp_path}", "--runs", "0123")  # who names runs
-    assert "no finished runs of 'nyuv2' with train.epochs=9" in refused(
+    assert "No finished runs of 'nyuv2' with train.epochs=9" in refused(
         capfd, *words, f"--output_dir={recorded}", "train.epochs=9"
     )
     none = refused(capfd, "--published", f"--output_dir={tmp_path}")
-    assert "No published results of 'digits' are kept here. There are some of celeba, cityscapes, metaworld, nyuv2," in none
+    assert "No published results of 'digits' are available. Available: celeba, cityscapes, metaworld, nyuv2," in none
 
 
 @pytest.mark.parametrize(("width", "most"), [(100, 3), (130, 6), (60, 0)])
@@ -237,9 +237,9 @@ def refused(capsys, *words):
     ("words", "message"),
     [
         (["--runs", "0123"], "There is no run '0123'"),
-        (["train.epochs=7"], "no finished runs of 'digits' with train.epochs=7"),
+        (["train.epochs=7"], "No finished runs of 'digits' with train.epochs=7"),
         (["train.epoch=1"], "Unknown setting 'train.epoch'. Did you mean 'train.epochs'?"),
-        (["--pareto=sum/mae"], "--pareto needs two metrics"),
+        (["--pareto=sum/mae"], "--pareto must be two metrics"),
         (["--pareto=sum/mae,left/acuracy"], "Did you mean 'left/accuracy'?"),
         (["--baselines=missing.yaml"], "missing.yaml must be a file as experiments/baselines.py writes it"),
         (["--format=word"], "invalid choice: 'word'"),
@@ -266,7 +266,7 @@ def test_missing_baselines_are_told_with_the_way_out(swept, tmp_path, capsys):
     for run in client.search_runs([experiment], "tags.kind = 'baseline' and params.`loss.main_task` = '0'"):
         client.delete_run(run.info.run_id)
     error = refused(capsys, f"--output_dir={tmp_path}")
-    assert "there are none for" in error
+    assert "but none have" in error
     assert "train.epochs=1" in error
     assert "--baselines=none" in error
 

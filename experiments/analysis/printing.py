@@ -1,0 +1,86 @@
+"""Tables on standard output: of recorded runs, and of published results."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.measure import Measurement
+
+from experiments.analysis import formats, published_comparison, published_export
+from experiments.analysis.tables import METRICS_IN_TERMINAL, for_terminal, render
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from experiments.analysis.comparison import Comparison
+    from experiments.analysis.formats import TextTable
+    from experiments.analysis.published_comparison import PublishedComparison
+    from experiments.analysis.tables import Format
+
+
+def print_tables(name: str, compared: Comparison | None, tables: Sequence[PublishedComparison], form: Format) -> None:
+    """Print the table of the runs and the published tables, with their notes except in formats for programs.
+
+    Args:
+        name: Name of the experiment.
+        compared: Recorded runs, if any.
+        tables: Published tables.
+        form: Format of all tables.
+    """
+    if tables and form == "json":
+        print(published_export.as_json(name, compared, tables))
+    elif tables and form == "csv":
+        print(published_export.as_csv(compared, tables))
+    else:
+        if compared is not None:
+            print_comparison(compared, form)
+        for k, published in enumerate(tables):
+            if form != "latex" and (compared is not None or k > 0):
+                print()
+            _print_published(published, form)
+
+
+def print_comparison(compared: Comparison, form: Format) -> None:
+    """Print the table of the runs, with its notes except in formats for programs."""
+    if form == "table":
+        _print_fitting(partial(for_terminal, compared))
+    else:
+        print(render(compared, form))
+    if form in ("table", "markdown"):
+        _print_notes(compared.notes)
+
+
+def _print_published(published: PublishedComparison, form: Format) -> None:
+    if form == "latex":
+        print(formats.latex(published_comparison.table_for_latex(published)))
+        return
+    if published.relation:
+        print(published.relation, end="\n\n" if form == "markdown" else "\n")
+    if form == "table":
+        _print_fitting(partial(published_comparison.text_table, published))
+    else:
+        print(formats.markdown(published_comparison.text_table(published)))
+    _print_notes(published_comparison.notes(published))
+
+
+def _print_fitting(make: Callable[[int], TextTable]) -> None:
+    """Print a table with as many metrics as fit the terminal; a file gets as many as the widest terminal.
+
+    Args:
+        make: Returns the table with at most so many metrics.
+    """
+    console = Console()
+    wide = console.options.update(max_width=1000)
+    for most_metrics in range(METRICS_IN_TERMINAL, -1, -1):
+        table = formats.terminal(make(most_metrics))
+        width = Measurement.get(console, wide, table).maximum
+        if width <= console.width or not console.is_terminal:
+            break
+    (console if console.is_terminal else Console(width=max(console.width, width))).print(table)
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"- {note}")
