@@ -1,6 +1,6 @@
-"""Measure an experiment's single-task baselines, one network for each task and seed, and write them to a file.
+"""Train the single-task networks of an experiment, one for each task and seed, and write their metrics to a file.
 
-python experiments/baselines.py --experiment=digits --seeds=3 --output=experiments/digits/baselines.yaml
+python experiments/baselines.py --experiment=digits --seeds=3 --output=experiments/problems/digits/baselines.yaml
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,53 +17,61 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
-from experiments.cli import add_output, add_overrides, all_overrides, command_parser, parse_seeds
+from experiments.cli import add_output, add_overrides, all_overrides, command_parser, parse_seeds, run_command
 from experiments.problems import base as experiments
 from experiments.recording.store import Store
-from experiments.sweep import baseline_jobs, run_all
+from experiments.sweeps.execute import run_jobs
+from experiments.sweeps.plan import baseline_jobs
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
+    from experiments.cli import Work
     from experiments.recording.recorded_run import RecordedRun
+    from experiments.sweeps.job import Job
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: 0 if all runs finished, 1 if some failed, 2 for a mistake in the command."""
+    """Run the command line; return 0 if all runs finished, 1 if some failed, 2 for a mistake, 130 after Ctrl-C."""
+    interrupted = "Interrupted. The same command resumes from here."
+    return run_command(build_parser(), arguments, prepare_work, interrupted=interrupted)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return a parser with flags for seeds and the file; all other options are entries of the trainer's configuration."""
     parser = command_parser(__doc__)
     add_output(parser)
-    parser.add_argument("--seeds", default="3", metavar="N", help="how many, such as 3, or which: 4,7 (default: 3)")
+    parser.add_argument("--seeds", default="3", metavar="N", help="number, such as 3, or list of seeds: 4,7 (default: 3)")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at a time (default: number of cores)"
     )
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="YAML file to write")
     add_overrides(parser, "for every run, such as train.epochs=3")
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        jobs = baseline_jobs(all_overrides(options), parse_seeds(options.seeds))
-        config = jobs[0].config
-        if not config.track:
-            raise ValueError("Baselines are read from the recorded runs, but track=false.")
-        store = Store(config.experiment, config.output_dir, create=True)
-        try_writing(options.output)  # a file that cannot be written costs no run
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        parser.error(str(error))
-    finished = store.finished()
-    outcomes = run_all([job.known(finished) for job in jobs], options.jobs, "loky", Console(soft_wrap=True))
-    if any(outcome.error for _, outcome in outcomes):
-        return 1
-    wanted = {job.fingerprint for job in jobs}
-    runs = [run for run in store.runs() if run.finished and run.fingerprint in wanted]
-    command = f"python experiments/baselines.py --experiment={config.experiment} --seeds={options.seeds}"
-    options.output.write_text(text(runs, config.experiment, " ".join([command, *options.overrides])), encoding="utf-8")
-    return 0
+    return parser
 
 
-def try_writing(file: Path) -> None:
-    """Leaves nothing behind: the runs look for the experiment's own file, and an empty one would be damaged.
+def prepare_work(options: argparse.Namespace) -> Work:
+    """Return the work of the command: to train the planned runs and to write the file.
 
     Raises:
-        OSError: If it cannot be written.
+        ValueError: If an option is wrong.
+        OSError: If the file or the tracking store cannot be written.
+    """
+    jobs = baseline_jobs(all_overrides(options), parse_seeds(options.seeds))
+    config = jobs[0].config
+    if not config.track:
+        raise ValueError("track must be true, but got track=false. Baselines are read from the recorded runs.")
+    store = Store(config.experiment, config.output_dir, create=True)
+    check_writable(options.output)  # before any run, which would be wasted
+    return partial(train_and_write, jobs, store, options)
+
+
+def check_writable(file: Path) -> None:
+    """Check that a file can be written, and leave nothing behind: the runs would read an empty file of baselines.
+
+    Raises:
+        OSError: If the file cannot be written.
     """
     new = not file.exists()
     file.touch()
@@ -70,8 +79,22 @@ def try_writing(file: Path) -> None:
         file.unlink()
 
 
-def text(runs: Sequence[RecordedRun], experiment: str, command: str) -> str:
-    """Content of the file: the command, the settings, and for each metric the mean and the value of every seed."""
+def train_and_write(jobs: Sequence[Job], store: Store, options: argparse.Namespace) -> int:
+    """Run the jobs and write their metrics; return the exit code."""
+    finished = store.finished()
+    outcomes = run_jobs([job.with_state(finished) for job in jobs], options.jobs, "loky", Console(soft_wrap=True))
+    if any(outcome.error for _, outcome in outcomes):
+        return 1
+    fingerprints = {job.fingerprint for job in jobs}
+    runs = [run for run in store.runs() if run.finished and run.fingerprint in fingerprints]
+    flags = [f"--experiment={store.experiment}", f"--seeds={options.seeds}", *options.overrides]
+    command = " ".join(["python experiments/baselines.py", *flags])
+    options.output.write_text(file_content(runs, store.experiment, command), encoding="utf-8")
+    return 0
+
+
+def file_content(runs: Sequence[RecordedRun], experiment: str, command: str) -> str:
+    """Return the command, the settings, and for each metric the mean and the value of every seed, as YAML."""
     tasks = experiments.find(experiment).TASKS
     values: dict[str, dict[int, float]] = {}
     for run in runs:

@@ -101,7 +101,7 @@ def test_a_sweep_and_its_report_on_a_server_with_postgresql(server, tmp_path):
     address, artifacts = server
     words = ["--loss_method=ls,uw", "--gradient_method=none,pcgrad", "--seeds=2", "--jobs=2", *TINY]
     swept = command("sweep.py", *words, folder=tmp_path, address=address).stdout
-    assert "16 runs finished, 0 failed, 0 were there" in swept
+    assert "16 runs finished, 0 failed, 0 were finished before" in swept
     again = command("sweep.py", *words, folder=tmp_path, address=address).stdout
     assert "0 runs to do, 16 are finished already" in again
     table = command("compare.py", "--format=markdown", folder=tmp_path, address=address).stdout

@@ -1,4 +1,4 @@
-"""joblib's backends on a running Ray or Dask cluster."""
+"""Backends of joblib on a running Ray or Dask cluster."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 @contextmanager
 def connected(backend: str, address: str | None) -> Iterator[int]:
-    """Let joblib run on the cluster while this context lasts; gives the number of runs that it takes at a time.
+    """Let joblib run on the cluster in this context; yield the number of runs that the cluster takes at a time.
 
     Args:
         backend: ``"ray"`` or ``"dask"``.
-        address: Of the running cluster; None: as ``RAY_ADDRESS`` or ``DASK_SCHEDULER_ADDRESS`` says, or Ray on this machine.
+        address: Address of the running cluster. None: value of ``RAY_ADDRESS`` or ``DASK_SCHEDULER_ADDRESS``, or Ray on this
+            machine.
 
     Raises:
-        ValueError: If the library is not installed, no address is known, or a Dask worker would run several at a time.
+        ValueError: If the library is not installed, the address is missing, or a Dask worker would run several jobs at a time.
         OSError: If the cluster does not answer.
     """
     with _ray(address) if backend == "ray" else _dask(address) as workers:
@@ -31,18 +32,18 @@ def connected(backend: str, address: str | None) -> Iterator[int]:
 
 @contextmanager
 def _ray(address: str | None) -> Iterator[int]:
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default, of which it warns
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; without it, Ray warns
     try:
         import ray  # noqa: PLC0415
         from ray.util.joblib import register_ray  # noqa: PLC0415
     except ImportError:
         raise ValueError("--backend=ray needs Ray. Use pip install 'mtl-balance[ray]'.") from None
     try:
-        _knock(address or os.environ.get("RAY_ADDRESS") or "auto")
+        _check_reachable(address or os.environ.get("RAY_ADDRESS") or "auto")
         ray.init(address=address or "auto", log_to_driver=False, logging_level="error")
     except (OSError, RuntimeError, ValueError) as error:
-        told = str(error).splitlines()[0]
-        raise OSError(f"The Ray cluster does not answer: {told} Start one with 'ray start --head'.") from None
+        reason = str(error).splitlines()[0]
+        raise OSError(f"The Ray cluster does not answer: {reason} Start one with 'ray start --head'.") from None
     try:
         register_ray()
         with parallel_config(backend="ray"):
@@ -51,12 +52,17 @@ def _ray(address: str | None) -> Iterator[int]:
         ray.shutdown()
 
 
-def _knock(address: str) -> None:
-    """Raise within seconds where nobody listens; Ray by itself tries for minutes."""
+def _check_reachable(address: str) -> None:
+    """Check within seconds that something listens at an address; Ray itself tries for minutes.
+
+    Raises:
+        ValueError: If the address has another form.
+        OSError: If nothing listens.
+    """
     if address not in ("auto", "local"):
         host, _, port = address.removeprefix("ray://").rpartition(":")
         if not (host and port.isdigit()):
-            raise ValueError(f"its address must be HOST:PORT, but is '{address}'.")
+            raise ValueError(f"its address must be HOST:PORT, but got '{address}'.")
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
@@ -75,13 +81,22 @@ def _dask(address: str | None) -> Iterator[int]:
         raise OSError(f"The Dask scheduler at {address} does not answer: {str(error).splitlines()[0]}") from None
     with client:
         threads = [worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
-        if not threads:
-            raise ValueError(
-                f"The Dask scheduler at {address} has no workers. Start some with 'dask worker {address} --nthreads 1'."
-            )
-        if max(threads) > 1:  # runs would share one process, and with it torch's seed and number of threads
-            raise ValueError(
-                f"Each Dask worker must run one thing at a time, but one has {max(threads)} threads. Use --nthreads 1."
-            )
+        _check_dask_workers(threads, address)
         with parallel_config(backend="dask"):
             yield len(threads)
+
+
+def _check_dask_workers(threads: list[int], address: str) -> None:
+    """Check that the scheduler has workers, and that no worker runs two jobs in one process.
+
+    Two jobs in one process would share torch's seed and number of threads.
+
+    Raises:
+        ValueError: If the scheduler has no workers, or a worker has several threads.
+    """
+    if not threads:
+        raise ValueError(
+            f"The Dask scheduler at {address} has no workers. Start some with 'dask worker {address} --nthreads 1'."
+        )
+    if max(threads) > 1:
+        raise ValueError(f"Each Dask worker must have one thread, but got {max(threads)} threads. Use --nthreads 1.")

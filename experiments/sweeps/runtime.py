@@ -1,10 +1,11 @@
-"""How long runs will take, from a few of their steps."""
+"""Estimated duration of runs, from a few of their steps."""
 
 from __future__ import annotations
 
 import math
 import os
 import warnings
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,39 +19,50 @@ from experiments.training.run import build
 from experiments.training.step import build_optimizer, train_step
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from omegaconf import DictConfig
 
-BUDGET = 1.0  # seconds to spend on the steps of one pair of methods, and on its evaluation
+BUDGET = 1.0  # seconds for the steps of one pair of methods, and for its evaluation
 
 
-def seconds_of(configs: Sequence[DictConfig], workers: int) -> dict[str, float]:
-    """Time of each run in seconds, by fingerprint; one seed of each pair of methods is tried, with the threads it will have.
+def estimate_seconds(configs: Sequence[DictConfig], workers: int) -> dict[str, float]:
+    """Return the time of each run in seconds, by fingerprint.
 
-    NaN for methods that fail.
+    One seed of each pair of methods is timed, with the threads that it will have. Methods that fail have NaN.
 
     Args:
-        configs: Of the runs.
+        configs: Configurations of the runs.
         workers: Runs at a time.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    known: dict[tuple[str, str | None], float] = {}
-    try:
+    seconds: dict[tuple[str, str | None], float] = {}
+    with _threads(max(1, (os.cpu_count() or 1) // workers)):
         for config in configs:
-            if (methods := (config.loss_method, config.gradient_method)) not in known:
-                try:
-                    known[methods] = of_a_run(config)
-                except Exception:  # noqa: BLE001 - a method that fails is told when its run fails, and stops no other
-                    known[methods] = math.nan
+            methods = (config.loss_method, config.gradient_method)
+            if methods not in seconds:
+                seconds[methods] = _seconds_or_nan(config)
+    return {fingerprint(config): seconds[config.loss_method, config.gradient_method] for config in configs}
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
-    return {fingerprint(config): known[config.loss_method, config.gradient_method] for config in configs}
 
 
-def of_a_run(config: DictConfig) -> float:
-    """Time of a run in seconds, from some of its steps and one evaluation; nothing is written."""
+def _seconds_or_nan(config: DictConfig) -> float:
+    try:
+        return estimate_run(config)
+    except Exception:  # noqa: BLE001 - a method that fails is reported when its run fails, and stops no other run
+        return math.nan
+
+
+def estimate_run(config: DictConfig) -> float:
+    """Return the time of a run in seconds, from some of its steps and one evaluation; nothing is written."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         run = build(config)
@@ -59,6 +71,6 @@ def of_a_run(config: DictConfig) -> float:
     batch = to_device(run.data.train[list(range(min(config.train.batch_size, size)))], config.device)
     steps = math.ceil(size / config.train.batch_size)
     timed = partial(measure, repeats=10, budget=BUDGET, device=config.device)
-    of_a_step = timed(lambda: train_step(run, optimizer, batch)).seconds
-    of_an_evaluation = timed(lambda: evaluate(run, run.data.validation)).seconds
-    return float(config.train.epochs * (steps * of_a_step + of_an_evaluation))
+    of_step = timed(lambda: train_step(run, optimizer, batch)).seconds
+    of_evaluation = timed(lambda: evaluate(run, run.data.validation)).seconds
+    return float(config.train.epochs * (steps * of_step + of_evaluation))

@@ -1,0 +1,82 @@
+"""One run of the trainer in a sweep."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from balance.config import build_balancer
+from experiments.analysis.grouping import method_label
+from experiments.config.layers import configure
+from experiments.problems import base as experiments
+from experiments.recording.store import fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from omegaconf import DictConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the trainer in a sweep.
+
+    Attributes:
+        overrides: Entries of the trainer's configuration, such as ``seed=0``.
+        config: Configuration with these entries.
+        fingerprint: Hash of the configuration.
+        finished: Whether a finished run with this configuration is recorded.
+    """
+
+    overrides: tuple[str, ...]
+    config: DictConfig
+    fingerprint: str
+    finished: bool = False
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the run trains one task only."""
+        return bool(self.config.loss_method == "stl")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the trained tasks."""
+        tasks = experiments.find(self.config.experiment).TASKS
+        return (tasks[self.config.loss.main_task],) if self.is_baseline else tasks
+
+    @property
+    def label(self) -> str:
+        """Methods as in a table; for a baseline, ``stl`` and its task."""
+        if self.is_baseline:
+            return f"stl {self.tasks[0]}"
+        return method_label(self.config.loss_method, self.config.gradient_method)
+
+    def with_state(self, finished: Collection[str]) -> Job:
+        """Return the job with its state, given the fingerprints of all finished runs."""
+        return replace(self, finished=self.fingerprint in finished)
+
+
+def make_job(overrides: Sequence[str]) -> Job:
+    """Return the job with these entries of the trainer's configuration, which are checked.
+
+    Raises:
+        ValueError: If a name, a key or a value is wrong.
+        TypeError: If an option has the wrong type.
+    """
+    config = configure(overrides)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # balancer_warnings() returns them once for all jobs
+        build_balancer(config, experiments.find(config.experiment).TASKS)
+    folder = Path(config.output_dir).expanduser().resolve()  # workers may have other working directories
+    return Job((*overrides, f"output_dir={folder}"), config, fingerprint(config))
+
+
+def balancer_warnings(jobs: Sequence[Job]) -> list[str]:
+    """Return the warnings of the library about the methods of the jobs, each once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for job in {job.label: job for job in jobs}.values():
+            build_balancer(job.config, experiments.find(job.config.experiment).TASKS)
+    return list(dict.fromkeys(str(warning.message) for warning in caught))

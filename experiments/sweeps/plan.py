@@ -1,0 +1,93 @@
+"""The runs that a sweep consists of, and which of them are finished."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from experiments.analysis import baselines
+from experiments.config.layers import values_by_key
+from experiments.config.schema import RunConfig
+from experiments.problems import base as experiments
+from experiments.recording.recorded_run import METHOD_GROUPS
+from experiments.recording.store import Store, common_of
+from experiments.sweeps.job import make_job
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from omegaconf import DictConfig
+
+    from experiments.recording.recorded_run import RecordedRun
+    from experiments.sweeps.job import Job
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A grid of runs.
+
+    Attributes:
+        pairs: Loss balancer and gradient balancer of each configuration.
+        seeds: Seeds of each configuration.
+        overrides: Overrides for all runs.
+        with_baselines: Whether single-task networks are trained if they are missing.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+    seeds: tuple[int, ...]
+    overrides: tuple[str, ...]
+    with_baselines: bool = True
+
+
+def plan(sweep: Sweep, *, create: bool) -> list[Job]:
+    """Return the runs of a sweep, missing single-task baselines first.
+
+    Args:
+        sweep: The grid.
+        create: Whether a missing tracking store is created.
+
+    Raises:
+        ValueError: If the configuration of any run is wrong; nothing has run then.
+        OSError: If the tracking store cannot be used.
+    """
+    grid = [
+        make_job([f"loss_method={loss}", f"gradient_method={gradient}", f"seed={seed}", *sweep.overrides])
+        for (loss, gradient), seed in itertools.product(sweep.pairs, sweep.seeds)
+    ]
+    recorded = recorded_runs(grid[0].config, create=create)
+    single_task = missing_baselines(sweep.overrides, sweep.seeds) if sweep.with_baselines else []
+    finished = {run.fingerprint for run in recorded if run.finished}
+    jobs = {job.fingerprint: job for job in (*single_task, *grid)}  # a baseline may be in the grid too
+    return [job.with_state(finished) for job in jobs.values()]
+
+
+def recorded_runs(config: DictConfig, *, create: bool) -> list[RecordedRun]:
+    """Return the runs that have ended, newest first; none without tracking.
+
+    Raises:
+        OSError: If the tracking store cannot be used.
+    """
+    try:
+        return Store(config.experiment, config.output_dir, create=create).runs() if config.track else []
+    except FileNotFoundError:
+        return []
+
+
+def missing_baselines(overrides: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """Return the single-task runs with these overrides; none if files or papers have baselines for them."""
+    config = make_job(_single_task_overrides(overrides, 0, seeds[0])).config
+    known = baselines.with_settings(config.experiment, common_of(config), ())
+    return baseline_jobs(overrides, seeds) if known is None else []
+
+
+def baseline_jobs(overrides: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """Return a single-task run for each task and seed, without the overrides that belong to methods."""
+    name = values_by_key(overrides).get("experiment", RunConfig.experiment)
+    tasks = range(len(experiments.find(name).TASKS))
+    return [make_job(_single_task_overrides(overrides, k, seed)) for k, seed in itertools.product(tasks, seeds)]
+
+
+def _single_task_overrides(overrides: Sequence[str], task: int, seed: int) -> list[str]:
+    common = [override for override in overrides if not override.startswith(METHOD_GROUPS)]
+    return ["loss_method=stl", f"loss.main_task={task}", f"seed={seed}", *common]
