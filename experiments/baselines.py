@@ -18,7 +18,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
 from experiments.cli import add_output, add_overrides, all_overrides, command_parser, parse_seeds, run_command
-from experiments.problems import base as experiments
+from experiments.problems import base as problems
 from experiments.recording.store import Store
 from experiments.sweeps.execute import run_jobs
 from experiments.sweeps.plan import baseline_jobs
@@ -95,7 +95,7 @@ def train_and_write(jobs: Sequence[Job], store: Store, options: argparse.Namespa
 
 def file_content(runs: Sequence[RecordedRun], experiment: str, command: str) -> str:
     """Return the command, the settings, and for each metric the mean and the value of every seed, as YAML."""
-    tasks = experiments.find(experiment).TASKS
+    tasks = problems.find(experiment).TASKS
     values: dict[str, dict[int, float]] = {}
     for run in runs:
         task = tasks[int(run.settings["loss.main_task"])]
@@ -109,7 +109,7 @@ def file_content(runs: Sequence[RecordedRun], experiment: str, command: str) -> 
         "metrics": {name: {"mean": round(statistics.fmean(row), 6), "runs": row} for name, row in rows.items()},
     }
     dumped = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)
-    return f"# Test metrics of networks trained on one task alone\n{dumped}"
+    return f"# Test metrics of networks trained on one task only\n{dumped}"
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from omegaconf import OmegaConf
-
 from balance import gradient_balancers, loss_balancers
 from experiments.problems import base as problems
 
@@ -105,11 +103,6 @@ def all_overrides(options: argparse.Namespace) -> list[str]:
     """Return the flags of a command line as overrides, followed by its overrides."""
     flags = {flag: getattr(options, flag, None) for flag in FLAGS}
     return [f"{flag}={value}" for flag, value in flags.items() if value is not None] + list(options.overrides)
-
-
-def as_recorded(value: str) -> str:
-    """Return the value of an override in the form that MLflow shows: ``1e-3`` is ``0.001``."""
-    return str(OmegaConf.from_dotlist([f"value={value}"]).value)
 
 
 def parse_seeds(words: str) -> list[int]:

@@ -17,14 +17,15 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
 from balance.messages import unknown
-from experiments.analysis import baselines, comparison, published_tables, report
-from experiments.analysis.figures import gallery
-from experiments.analysis.printing import print_tables
+from experiments.analysis import baselines, comparison, published_tables
+from experiments.analysis.printing import print_tables, print_tables_per
 from experiments.analysis.published_comparison import compare_with_published
+from experiments.analysis.report_files import write_figure_per_setting, write_report
+from experiments.analysis.selection import reason_for_no_runs, select_runs, split_runs
 from experiments.analysis.tables import Format
-from experiments.cli import add_output, add_overrides, as_recorded, command_parser, mistakes_refused, run_command
+from experiments.cli import add_output, add_overrides, command_parser, mistakes_refused, run_command
 from experiments.config.layers import values_by_key
-from experiments.problems import base as experiments
+from experiments.problems import base as problems
 from experiments.recording.store import Store
 
 if TYPE_CHECKING:
@@ -36,8 +37,24 @@ if TYPE_CHECKING:
     from experiments.recording.recorded_run import RecordedRun
 
 
+class Result(NamedTuple):
+    """Compared runs.
+
+    Attributes:
+        store: Store of the runs.
+        runs: The runs.
+        comparisons: Their comparison by value of the setting ``--per``; one comparison, with an empty key, without it.
+        published: Their relation to published tables.
+    """
+
+    store: Store
+    runs: Sequence[RecordedRun]
+    comparisons: Mapping[str, Comparison]
+    published: Sequence[PublishedComparison]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0 with a table, 2 for a mistake in the command or nothing to compare."""
+    """Run the command line; return 0 with a table, 2 for a mistake or without runs to compare, 130 after Ctrl-C."""
     parser = build_parser()
     words = sys.argv[1:] if arguments is None else list(arguments)
     command = f"python experiments/compare.py {shlex.join(words)}"
@@ -65,6 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"also print the results of papers, available for {', '.join(published_tables.experiments())}",
     )
     parser.add_argument(
+        "--per", metavar="KEY", help="one table for each value of this setting, such as data.imbalance, and one figure of all"
+    )
+    parser.add_argument(
         "--pareto", metavar="METRIC,METRIC", help="axes of the Pareto plot (default: metrics on which methods disagree most)"
     )
     parser.add_argument(
@@ -85,89 +105,48 @@ def prepare_work(options: argparse.Namespace, *, parser: argparse.ArgumentParser
     filters = _filters(options)
     output_dir = options.output_dir or filters.pop("output_dir", "runs")
     name = options.experiment or filters.pop("experiment", "digits")
+    if options.published and options.per is not None:
+        raise ValueError("--published must not be combined with --per. Give one of the two.")
     tables = published_tables.for_experiment(name) if options.published else ()
-    if tables and not options.runs and (missing := reason_for_no_runs(name, output_dir)):
+    if tables and not options.runs and (reason := reason_for_no_runs(name, output_dir)):
         published = [compare_with_published(table, None) for table in tables]
-        return partial(show_published, name, published, options.format, missing)
-    experiments.find(name)
+        return partial(show_published, name, published, options.format, reason)
+    problems.find(name)
     store = Store(name, output_dir)
-    runs, recorded = select_runs(store, options.runs, filters)
-    compared = compare(name, runs, recorded, options.baselines)
-    options.pareto = _pareto_axes(options.pareto, compared)
+    recorded = store.runs()
+    runs = select_runs(store, recorded, options.runs, filters)
+    comparisons = compare_per(name, runs, recorded, options)
+    first = next(iter(comparisons.values()))
+    options.pareto = _pareto_axes(options.pareto, first)
     options.output = Path(options.output or Path(output_dir) / name / "comparison").expanduser().resolve()
-    result = Result(store, runs, compared, [compare_with_published(table, compared) for table in tables])
+    result = Result(store, runs, comparisons, [compare_with_published(table, first) for table in tables])
     return partial(show, result, options, parser=parser, command=command)
 
 
-class Result(NamedTuple):
-    """Runs and their comparison, with each other and with published tables."""
-
-    store: Store
-    runs: Sequence[RecordedRun]
-    comparison: Comparison
-    published: Sequence[PublishedComparison]
-
-
-def show_published(name: str, published: Sequence[PublishedComparison], form: Format, reason: str) -> int:
-    """Print published results, and the reason why no runs are compared; return the exit code."""
-    print_tables(name, None, published, form)
-    Console(stderr=True, soft_wrap=True).print(f"{reason} No report is written.", markup=False)
-    return 0
-
-
-def show(result: Result, options: argparse.Namespace, *, parser: argparse.ArgumentParser, command: str) -> int:
-    """Print the table and, unless only the table is wanted, write the report; return the exit code."""
-    print_tables(result.comparison.experiment, result.comparison, result.published, options.format)
-    if options.table_only:
-        return 0
-    with mistakes_refused(parser):
-        files = write_report(result, options.pareto, options.output, command)
-    status = Console(stderr=True, soft_wrap=True)
-    status.print(f"Report: {files[0]}", markup=False)
-    sweep = result.store.sweep_of(result.runs) if options.runs else result.store.sweep()
-    if sweep is not None:
-        for file in files:  # and no other files that the folder may contain
-            result.store.client.log_artifact(sweep.info.run_id, str(file), "comparison")
-        status.print(f"and among the artifacts of the MLflow run '{sweep.info.run_name}', in comparison/", markup=False)
-    return 0
-
-
-def reason_for_no_runs(name: str, output_dir: str) -> str:
-    """Return the reason why no recorded run can be compared; empty if some can.
+def compare_per(
+    name: str, runs: Sequence[RecordedRun], recorded: Sequence[RecordedRun], options: argparse.Namespace
+) -> dict[str, Comparison]:
+    """Return the comparison of the runs for each value of the setting ``--per``, or one with an empty key without it.
 
     Raises:
-        OSError: If the server does not answer.
+        ValueError: If no run has the setting, no baselines exist, or the runs cannot be compared.
     """
-    if name not in experiments.names():
-        return f"No recorded runs of '{name}': it is not among the experiments ({', '.join(experiments.names())})."
-    try:
-        store = Store(name, output_dir)
-    except FileNotFoundError as error:
-        return str(error)
-    if any(run.finished and not run.is_single_task for run in store.runs()):
-        return ""
-    return f"No finished runs of '{name}' in {store.place}."
+    if options.per is None:
+        return {"": compare(name, runs, recorded, options.baselines)}
+    return {
+        value: compare(name, group, recorded, options.baselines, title=f"{options.per}={value}")
+        for value, group in split_runs(runs, options.per, recorded).items()
+    }
 
 
-def select_runs(
-    store: Store, run_ids: Sequence[str] | None, filters: Mapping[str, str]
-) -> tuple[list[RecordedRun], list[RecordedRun]]:
-    """Return the runs to compare, without single-task networks, and all recorded runs.
-
-    Raises:
-        ValueError: If an id or a setting is unknown, or no finished run is left.
-    """
-    recorded = store.runs()
-    runs = [run for run in (store.chosen(run_ids) if run_ids else recorded) if not run.is_single_task]
-    for key, value in filters.items():
-        runs = [run for run in runs if _setting(run, key, recorded) == as_recorded(value)]
-    if not any(run.finished for run in runs):
-        condition = f" with {', '.join(f'{key}={value}' for key, value in filters.items())}" if filters else ""
-        raise ValueError(f"No finished runs of '{store.experiment}'{condition} in {store.place}. Use sweep.py to train some.")
-    return runs, recorded
-
-
-def compare(name: str, runs: Sequence[RecordedRun], recorded: Sequence[RecordedRun], baselines_file: str | None) -> Comparison:
+def compare(
+    name: str,
+    runs: Sequence[RecordedRun],
+    recorded: Sequence[RecordedRun],
+    baselines_file: str | None,
+    *,
+    title: str = "",
+) -> Comparison:
     """Return the table of the runs.
 
     Args:
@@ -175,6 +154,7 @@ def compare(name: str, runs: Sequence[RecordedRun], recorded: Sequence[RecordedR
         runs: Runs to compare.
         recorded: All recorded runs.
         baselines_file: File of single-task metrics, ``"none"`` for a table without delta_m, or None for recorded baselines.
+        title: Text above the table.
 
     Raises:
         ValueError: If no baselines exist, or the runs cannot be compared.
@@ -188,38 +168,55 @@ def compare(name: str, runs: Sequence[RecordedRun], recorded: Sequence[RecordedR
     return comparison.compare(
         runs,
         experiment=name,
-        higher_is_better=experiments.find(name).HIGHER_IS_BETTER,
+        higher_is_better=problems.find(name).HIGHER_IS_BETTER,
         baselines=None if known is None else known.metrics,
         baselines_from="" if known is None else known.origin,
+        title=title,
     )
 
 
-def write_report(result: Result, axes: tuple[str, str] | None, folder: Path, command: str) -> list[Path]:
-    """Write the page and the figures.
+def show_published(name: str, published: Sequence[PublishedComparison], form: Format, reason: str) -> int:
+    """Print published results, and the reason why no runs are compared; return the exit code."""
+    print_tables(name, None, published, form)
+    Console(stderr=True, soft_wrap=True).print(f"{reason} No report is written.", markup=False)
+    return 0
 
-    Args:
-        result: Content of the page.
-        axes: Metrics of the Pareto plot; None for a default.
-        folder: Folder for the files.
-        command: Command that made the page.
 
-    Returns:
-        The files, the page first.
+def show(result: Result, options: argparse.Namespace, *, parser: argparse.ArgumentParser, command: str) -> int:
+    """Print the tables and, without ``--table_only``, write the report; return the exit code."""
+    if options.per is None:
+        compared = result.comparisons[""]
+        print_tables(compared.experiment, compared, result.published, options.format)
+    else:
+        print_tables_per(options.per, result.comparisons, options.format)
+    if options.table_only:
+        return 0
+    with mistakes_refused(parser):
+        files = write_files(result, options, command)
+    status = Console(stderr=True, soft_wrap=True)
+    status.print(f"Report: {files[0]}", markup=False)
+    sweep = result.store.sweep_of(result.runs) if options.runs else result.store.sweep()
+    if sweep is not None:
+        for file in files:  # and no other files that the folder may contain
+            place = Path("comparison") / file.parent.relative_to(options.output)
+            result.store.client.log_artifact(sweep.info.run_id, str(file), place.as_posix())
+        status.print(f"and among the artifacts of the MLflow run '{sweep.info.run_name}', in comparison/", markup=False)
+    return 0
+
+
+def write_files(result: Result, options: argparse.Namespace, command: str) -> list[Path]:
+    """Write a page with figures for each comparison, and a figure of all if there are several; return the files.
 
     Raises:
         OSError: If the folder cannot be written.
     """
-    compared = result.comparison
-    curves = {row.label: result.store.curves(run.run_id for run in row.runs) for row in compared.rows}
-    figures = gallery.every_figure(compared, curves, axes)
-    page = folder / "report.html"
-    title = f"Comparison of methods on {compared.experiment}"
-    try:
-        files = gallery.save(figures, folder)
-        page.write_text(report.html(compared, figures, result.published, title=title, command=command), encoding="utf-8")
-    except OSError as error:
-        raise OSError(f"--output: cannot write to {folder} ({error.strerror}). Choose another folder.") from None
-    return [page, *files]
+    files = []
+    for value, compared in result.comparisons.items():
+        folder = options.output if options.per is None else options.output / f"{options.per}={value.replace('/', '_')}"
+        files += write_report(compared, result.published, result.store, folder, axes=options.pareto, command=command)
+    if options.per is not None:
+        files += write_figure_per_setting(options.per, result.comparisons, result.store, options.output)
+    return files
 
 
 def _filters(options: argparse.Namespace) -> dict[str, str]:
@@ -230,13 +227,6 @@ def _filters(options: argparse.Namespace) -> dict[str, str]:
     words = [*options.overrides, *(word for word in options.runs or () if "=" in word)]
     options.runs = [word for word in options.runs or () if "=" not in word]
     return values_by_key(words)
-
-
-def _setting(run: RecordedRun, key: str, recorded: Sequence[RecordedRun]) -> str | None:
-    special = {"loss_method": run.loss_method, "gradient_method": str(run.gradient_method), "seed": str(run.seed)}
-    if key not in special and not any(key in other.settings for other in recorded):
-        raise ValueError(unknown("setting", key, {*special, *(key for other in recorded for key in other.settings)}))
-    return special.get(key, run.settings.get(key))
 
 
 def _pareto_axes(words: str | None, compared: Comparison) -> tuple[str, str] | None:

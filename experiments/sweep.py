@@ -32,7 +32,8 @@ from experiments.config.layers import values_by_key
 from experiments.sweeps.backends import connected
 from experiments.sweeps.console import show_plan
 from experiments.sweeps.execute import execute
-from experiments.sweeps.plan import Sweep, plan
+from experiments.sweeps.plan import Configuration, Sweep, plan
+from experiments.sweeps.sweep_file import check_overrides, configurations, read_sweep_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_output(parser)
     add_methods(parser, several=True)
     parser.add_argument(
-        "--seeds", default="1", metavar="N", help="number, such as 3 for 0, 1, 2, or list of seeds: 4,7 (default: 1)"
+        "--file", type=Path, metavar="FILE", help="YAML file with named configurations, in place of experiment and methods"
+    )
+    parser.add_argument(
+        "--seeds", metavar="N", help="number, such as 3 for 0, 1, 2, or list of seeds: 4,7 (default: 1, or as in the file)"
     )
     parser.add_argument(
         "--jobs", type=int, metavar="N", help="runs at a time (default: number of cores, of the cluster if one is used)"
@@ -95,14 +99,36 @@ def read_sweep(options: argparse.Namespace) -> Sweep:
     """Return the grid that the options describe.
 
     Raises:
-        ValueError: If an option is wrong.
+        ValueError: If an option or the sweep file is wrong.
     """
     for key in values_by_key(options.overrides).keys() & GRID_FLAGS:
         raise ValueError(f"{key} must be a list in a sweep, but got {key}=.... Use {GRID_FLAGS[key]}.")
+    return _sweep_of_methods(options) if options.file is None else _sweep_in_file(options)
+
+
+def _sweep_of_methods(options: argparse.Namespace) -> Sweep:
     losses, gradients = _names(options.loss_method, "ls"), _names(options.gradient_method, "none")
     overrides = all_overrides(argparse.Namespace(**vars(options) | {"loss_method": None, "gradient_method": None}))
-    pairs = tuple(itertools.product(losses, gradients))
-    return Sweep(pairs, tuple(parse_seeds(options.seeds)), tuple(overrides), not options.no_baselines)
+    pairs = tuple(itertools.starmap(Configuration, itertools.product(losses, gradients)))
+    seeds = parse_seeds(options.seeds or "1")
+    return Sweep(pairs, tuple(seeds), tuple(overrides), with_baselines=not options.no_baselines)
+
+
+def _sweep_in_file(options: argparse.Namespace) -> Sweep:
+    for flag in ("experiment", "loss_method", "gradient_method"):
+        if getattr(options, flag) is not None:
+            raise ValueError(f"--{flag} must not be given with --file, which sets it. Change the file.")
+    content = read_sweep_file(options.file)
+    overrides = all_overrides(options)
+    check_overrides(content, overrides)
+    merged = values_by_key([f"experiment={content.experiment}", *content.overrides, *overrides])
+    return Sweep(
+        tuple(configurations(content)),
+        tuple(parse_seeds(options.seeds or content.seeds)),
+        tuple(f"{key}={value}" for key, value in merged.items()),
+        tuple(itertools.product(*([f"{key}={value}" for value in values] for key, values in content.grid.items()))),
+        with_baselines=not options.no_baselines,
+    )
 
 
 def show_and_execute(jobs: Sequence[Job], options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

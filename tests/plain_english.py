@@ -58,13 +58,7 @@ ABBREVIATED = re.compile(r"\b(e\.g|i\.e|et al|eqs?|cf|vs|secs?|figs?|no|approx|r
 
 # Files and folders ("…/") that are not yet clean, to be emptied.
 # fmt: off
-TO_DO: set[str] = {
-    "experiments/README.md", "experiments/analysis/", "experiments/baselines.py",
-    "experiments/compare.py",
-    "experiments/problems/multimnist/",
-    "experiments/recording/", "experiments/sweep.py", "experiments/sweeps/",
-    "tests/",
-}
+TO_DO: set[str] = set()
 # fmt: on
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from experiments.analysis import published_tables
 from experiments.analysis.grouping import newest_runs
-from experiments.problems import base as experiments
+from experiments.problems import base as problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -52,14 +52,14 @@ def read_file(file: Path) -> BaselinesFile:
 
 def shipped(experiment: str) -> BaselinesFile | None:
     """Return the content of the experiment's ``baselines.yaml``; None without such a file."""
-    file = experiments.FOLDER / experiment / "baselines.yaml"
+    file = problems.FOLDER / experiment / "baselines.yaml"
     return read_file(file) if file.exists() else None
 
 
 def published(experiment: str, common: Settings) -> Baselines | None:
     """Return the published single-task metrics for runs of the published protocol on the official data; else None."""
     settings = dict(common)
-    official = experiments.find(experiment).ON_DISK
+    official = problems.find(experiment).ON_DISK
     if settings.get("protocol") != "paper" or settings.get("data.source") != official:
         return None
     if experiment not in published_tables.names():
@@ -98,7 +98,7 @@ def with_settings(experiment: str, common: Settings, runs: Iterable[RecordedRun]
     file = shipped(experiment)
     if file is not None and dict(common) == file.settings:
         return file.baselines
-    means = single_task_means(runs, common, experiments.find(experiment).TASKS)
+    means = single_task_means(runs, common, problems.find(experiment).TASKS)
     if means:
         return Baselines(means, "the recorded runs of single-task networks")
     return published(experiment, common)
@@ -157,7 +157,7 @@ def _different(common: Settings, candidates: Sequence[Settings]) -> str:
 
 
 def _remarkable(common: Settings, experiment: str) -> str:
-    """Return the settings that differ from those of the experiment's file; all settings without a file."""
+    """Return the settings that differ from the settings in the experiment's file; all settings without a file."""
     file = shipped(experiment)
     known = {} if file is None else file.settings
     return ", ".join(f"{key}={value}" for key, value in common if known.get(key) != value) or "its defaults"

@@ -63,6 +63,7 @@ class Comparison:
         baselines: Single-task value of each metric; None for a table without delta_m.
         baselines_from: Origin of the baselines, in words.
         notes: Limits of the table, in sentences: missing or failed seeds, settings that differ.
+        title: Text above the table; empty for none.
     """
 
     experiment: str
@@ -72,6 +73,7 @@ class Comparison:
     baselines: Mapping[str, float] | None = None
     baselines_from: str = ""
     notes: tuple[str, ...] = field(default=())
+    title: str = ""
 
 
 class _Metrics(NamedTuple):
@@ -89,6 +91,7 @@ def compare(
     higher_is_better: Collection[str],
     baselines: Mapping[str, float] | None,
     baselines_from: str = "",
+    title: str = "",
 ) -> Comparison:
     """Return the table of some runs.
 
@@ -98,6 +101,7 @@ def compare(
         higher_is_better: Names of the metrics that should be large.
         baselines: Single-task value of each metric; None for a table without delta_m.
         baselines_from: Origin of the baselines, in words.
+        title: Text above the table.
 
     Raises:
         ValueError: If no run is finished, two runs have different data, or a baseline is missing or zero.
@@ -111,7 +115,8 @@ def compare(
     groups = group_by_label([*finished, *newest_runs([run for run in runs if not run.finished])])
     rows = _judged(_rows(groups, _Metrics(names, higher_is_better, baselines)), higher_is_better)
     notes = _notes(rows, [label for label, group in groups.items() if not any(run.finished for run in group)])
-    return Comparison(experiment, rows, names, frozenset(higher_is_better) & set(names), baselines, baselines_from, notes)
+    higher = frozenset(higher_is_better) & set(names)
+    return Comparison(experiment, rows, names, higher, baselines, baselines_from, notes, title)
 
 
 def _rows(groups: Mapping[str, Sequence[RecordedRun]], metrics: _Metrics) -> list[Row]:

@@ -9,10 +9,19 @@ from rich.console import Console
 from rich.measure import Measurement
 
 from experiments.analysis import formats, published_comparison, published_export
-from experiments.analysis.tables import METRICS_IN_TERMINAL, for_terminal, render
+from experiments.analysis.tables import (
+    COLUMNS,
+    METRICS_IN_TERMINAL,
+    csv_lines,
+    csv_text,
+    for_terminal,
+    json_content,
+    json_text,
+    render,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from experiments.analysis.comparison import Comparison
     from experiments.analysis.formats import TextTable
@@ -40,6 +49,26 @@ def print_tables(name: str, compared: Comparison | None, tables: Sequence[Publis
             if form != "latex" and (compared is not None or k > 0):
                 print()
             _print_published(published, form)
+
+
+def print_tables_per(key: str, comparisons: Mapping[str, Comparison], form: Format) -> None:
+    """Print one table for each value of a setting.
+
+    Args:
+        key: The setting.
+        comparisons: Comparison of the runs with each value of the setting.
+        form: Format of all tables; CSV has a further column for the setting, JSON an object with the values as keys.
+    """
+    if form == "csv":
+        lines = [{key: value, **line} for value, compared in comparisons.items() for line in csv_lines(compared)]
+        print(csv_text(lines, (key, *COLUMNS)))
+    elif form == "json":
+        print(json_text({"per": key, "comparisons": {value: json_content(made) for value, made in comparisons.items()}}))
+    else:
+        for k, compared in enumerate(comparisons.values()):
+            if k > 0:
+                print()
+            print_comparison(compared, form)
 
 
 def print_comparison(compared: Comparison, form: Format) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from balance.metrics import delta_m
 from experiments.analysis.formats import MISSING, Cell, TextTable
-from experiments.analysis.published_tables import METHODS
+from experiments.analysis.published_tables import registered_methods
 from experiments.analysis.statistics import Estimate
 from experiments.analysis.tables import SINGLE_TASK, direction, remark_on_hidden
 
@@ -42,7 +42,7 @@ class PublishedComparison(NamedTuple):
 
     @property
     def comparable(self) -> bool | None:
-        """Whether the runs have the data of the table; None without runs."""
+        """True if the runs have the data of the table; None without runs."""
         return self.runs is not None if self.relation else None
 
     @property
@@ -173,10 +173,11 @@ def _columns(table: PublishedTable, lines: Sequence[_Line], metrics: Sequence[st
 def _method_lines(published: PublishedComparison) -> Iterator[_Line]:
     """Yield the published methods, each followed by the runs with its methods; then the other runs."""
     table, local = published.table, list(published.runs.rows) if published.runs else []
+    methods = registered_methods()
     for name, row in table.methods.items():
         ranks = [_rank(table, ranking, name) for ranking in table.rankings]
         yield _Line(name, row.source, _delta_m(table, name), ranks, _published_texts(table, row))
-        same = [mine for mine in local if (mine.loss_method, mine.gradient_method) == METHODS.get(name)]
+        same = [mine for mine in local if (mine.loss_method, mine.gradient_method) == methods.get(name)]
         yield from (_local_line(table, mine) for mine in same)
         local = [mine for mine in local if mine not in same]
     yield from (_local_line(table, mine) for mine in local)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from experiments.analysis.published_comparison import against_published, rows_with_single_task
-from experiments.analysis.published_tables import METHODS
+from experiments.analysis.published_tables import registered_methods
 from experiments.analysis.tables import (
     COLUMNS,
     csv_lines,
@@ -124,5 +124,5 @@ def _json_number(printed: PrintedNumber) -> dict[str, float | None]:
 
 def _methods(name: str) -> dict[str, str | None]:
     """Return loss and gradient method of a published method; None where it is not registered here."""
-    loss, gradient = METHODS.get(name, (None, None))
+    loss, gradient = registered_methods().get(name, (None, None))
     return {"loss_method": loss, "gradient_method": gradient}

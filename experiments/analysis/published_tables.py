@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from balance import gradient_balancers, loss_balancers
 from balance.messages import unknown
 from balance.metrics import delta_m, mean_rank
 
@@ -20,23 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PROBLEMS = Path(__file__).resolve().parents[1] / "problems"
-
-# Names of methods in the tables -> loss_method and gradient_method here
-METHODS: Mapping[str, tuple[str, str | None]] = {
-    "LS": ("ls", None),
-    "SI": ("scaleinvls", None),
-    "RLW": ("rlw", None),
-    "DWA": ("dwa", None),
-    "UW": ("uw", None),
-    "FAMO": ("famo", None),
-    "GO4Align": ("go4align", None),
-    "MGDA": ("ls", "mgda"),
-    "PCGrad": ("ls", "pcgrad"),
-    "GradDrop": ("ls", "graddrop"),
-    "CAGrad": ("ls", "cagrad"),
-    "IMTL-G": ("ls", "imtl"),
-    "Nash-MTL": ("ls", "nashmtl"),
-}
 
 
 class PrintedNumber(NamedTuple):
@@ -71,7 +55,7 @@ class PublishedRanking(NamedTuple):
     first: int  # the best rank
     ranked_as: dict[str, str]  # methods that were ranked with the numbers of another method
     decimals: dict[str, int]  # digits that were ranked, by metric; empty for the digits of the rows
-    disagrees: dict[str, str]  # method -> reason why its mean rank does not follow from the rows
+    disagrees: dict[str, str]  # by method: the reason why its mean rank does not follow from the rows
 
 
 class PublishedTable(NamedTuple):
@@ -105,7 +89,7 @@ class PublishedTable(NamedTuple):
         return any(settings.get(key, other) != other for key, other in self.elsewhere.items())
 
     def differences(self, settings: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-        """Return the settings that differ from those of the papers: the given value, and the value of the papers."""
+        """Return the settings that differ from the papers: the given value, and the value of the papers."""
         return {
             key: (settings[key], theirs) for key, theirs in self.as_published.items() if settings.get(key, theirs) != theirs
         }
@@ -138,6 +122,15 @@ class PublishedTable(NamedTuple):
         sign = -1 if printed.value < 0 else 1
         low, high = sorted((printed.value, printed.value + sign * printed.digit))
         return low, high
+
+
+def registered_methods() -> dict[str, tuple[str, str | None]]:
+    """Return loss method and gradient method by the name of a method in papers, for registered methods with such a name."""
+    methods: dict[str, tuple[str, str | None]] = {}
+    methods |= {loss_balancers.traits(name).label: (name, None) for name in loss_balancers.names()}
+    methods |= {gradient_balancers.traits(name).label: ("ls", name) for name in gradient_balancers.names()}
+    methods.pop("", None)
+    return methods
 
 
 def names() -> tuple[str, ...]:
@@ -185,7 +178,7 @@ def read_file(file: Path) -> PublishedTable:
         ValueError: If the file has another form.
     """
     try:
-        content: Any = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # noqa: S506 (it makes text only)
+        content: Any = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
         return _table(content)
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} must be a published table like the others in {PROBLEMS}, but: {error!r}") from None

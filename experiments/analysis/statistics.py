@@ -28,8 +28,8 @@ class Estimate:
 
     Attributes:
         values: Values by seed.
-        verdict: ``best``: the best mean of the table; ``alike``: not distinguishable from the best; ``worse``; or ``unclear``:
-            too few seeds to decide.
+        verdict: ``best`` for the best mean of the table, ``alike`` if it is not distinguishable from the best, else ``worse``.
+            With too few seeds to decide it is ``unclear``.
     """
 
     values: Mapping[int, float]
@@ -67,8 +67,8 @@ def compare_with_best(values: Mapping[int, float], best: Mapping[int, float], *,
         higher_is_better: Whether the metric should be large.
 
     Returns:
-        ``alike`` if the 95 % interval of the mean difference contains zero, ``worse`` if it does not, and ``unclear`` if the
-        common seeds are too few for either.
+        ``alike`` if the 95 % interval of the mean difference contains zero, else ``worse``; ``unclear`` if the common seeds
+        are too few.
     """
     common = sorted(values.keys() & best.keys())
     sign = -1 if higher_is_better else 1

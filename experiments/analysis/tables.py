@@ -49,7 +49,7 @@ def render(comparison: Comparison, form: Format) -> Table | str:
 def text_table(comparison: Comparison) -> TextTable:
     """Return the table before it is written in one of the forms."""
     header, lines = cells(comparison)
-    return TextTable(header, lines, len(comparison.rows), legend(comparison))
+    return TextTable(header, lines, len(comparison.rows), legend(comparison), comparison.title)
 
 
 def for_terminal(comparison: Comparison, most_metrics: int = METRICS_IN_TERMINAL) -> TextTable:
@@ -126,8 +126,8 @@ def number_format(
 
     Args:
         numbers: Numbers of the column.
-        errors: Their standard errors, whose median decides: it gets two digits if it starts with 1 or 2, else one, and one
-            more if the smallest error would become zero. Without errors, the largest number gets three digits.
+        errors: Their standard errors. The median error gets two digits if it starts with 1 or 2, else one. A further digit
+            follows if the smallest error would become zero. Without errors, the largest number gets three digits.
         decimals: Digits after the point, if they are fixed.
 
     Returns:

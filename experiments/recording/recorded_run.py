@@ -29,6 +29,7 @@ class RecordedRun:
         step_ms: Time of a training step in milliseconds.
         step_mib: Memory that a training step needs in addition to parameters and the optimizer's state, in MiB.
         fingerprint: Hash of configuration and seed.
+        configuration: Name of the configuration in a sweep file; empty without one.
     """
 
     run_id: str
@@ -41,6 +42,7 @@ class RecordedRun:
     step_ms: float = math.nan
     step_mib: float = math.nan
     fingerprint: str = ""
+    configuration: str = ""
 
     @property
     def common(self) -> Settings:
@@ -49,5 +51,5 @@ class RecordedRun:
 
     @property
     def is_single_task(self) -> bool:
-        """Whether the run trained one task only, so that it is a baseline and no row of a table."""
+        """True if the run trained one task only: then it is a baseline and no row of a table."""
         return self.loss_method == "stl"

@@ -1,4 +1,4 @@
-"""What MLflow holds of an experiment: its runs, their curves, its sweeps."""
+"""The runs, curves and sweeps of an experiment in MLflow."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
     from experiments.recording.recorded_run import Settings
 
-# Entries of a configuration that do not decide the result of a run; what is in the files of data.path, data.source says
+# Entries of a configuration that do not decide the result of a run; data.source describes the files of data.path
 BOOKKEEPING = frozenset(
     {
         *("output_dir", "track", "log_every", "log_model", "system_metrics", "balancer.engine", "balancer.memory"),
         *("data.path", "data.cache", "data.workers", "train.num_workers", "train.eval_batch_size"),
     }
 )
-OF_A_ROW = ("experiment", "loss_method", "gradient_method", "seed")  # columns of their own
+SEPARATE = ("experiment", "loss_method", "gradient_method", "seed")  # entries that are fields of a `RecordedRun`
 CURVES = ("loss/", "weight/", "gradient_weight/", "cosine/", "conflicts")
 
 
@@ -38,10 +38,10 @@ class Store:
     Args:
         experiment: Name of the experiment.
         output_dir: Folder of the SQLite file, where no server is named.
-        create: Create what is not there.
+        create: Whether a missing experiment is created.
 
     Raises:
-        OSError: If the server does not answer, or there is no such experiment and it must not be created.
+        OSError: If the server does not answer, or the experiment is missing and must not be created.
     """
 
     def __init__(self, experiment: str, output_dir: str, *, create: bool = False) -> None:
@@ -50,51 +50,51 @@ class Store:
         self.place = without_password(tracking_uri(output_dir))  # for messages
 
     def search(self, condition: str = "") -> list[Any]:
-        """All MLflow runs that fulfil a condition, newest first."""
-        found: list[Any] = []
+        """Return all MLflow runs that fulfil a condition, newest first."""
+        runs: list[Any] = []
         token: str | None = ""
         while token is not None:
             page = self.client.search_runs([self.experiment_id], condition, page_token=token or None)
-            found += page
+            runs += page
             token = page.token or None
-        return found
+        return runs
 
     def runs(self) -> list[RecordedRun]:
-        """Runs of the trainer that have ended, newest first."""
+        """Return the runs of the trainer that have ended, newest first."""
         return [as_run(run) for run in self.search("attributes.status != 'RUNNING'") if "loss_method" in run.data.params]
 
     def finished(self) -> set[str]:
-        """Fingerprints of the runs that came to their end."""
+        """Return the fingerprints of the finished runs."""
         return {run.fingerprint for run in self.runs() if run.finished}
 
     def chosen(self, run_ids: Sequence[str]) -> list[RecordedRun]:
-        """Runs by id; the id of a sweep stands for all its runs.
+        """Return runs by id; the id of a sweep stands for all its runs.
 
         Raises:
             ValueError: If an id is unknown.
         """
         ended = {run.run_id: run for run in self.runs()}
-        found: dict[str, RecordedRun] = {}
+        chosen: dict[str, RecordedRun] = {}
         for run_id in run_ids:
             children = [run.info.run_id for run in self.search(f"tags.`mlflow.parentRunId` = '{run_id}'")]
-            wanted = [ended[child] for child in (run_id, *children) if child in ended]
-            if not wanted:
-                raise ValueError(f"There is no run '{run_id}' of '{self.experiment}' that has ended in {self.place}.")
-            found |= {run.run_id: run for run in wanted}
-        return list(found.values())
+            runs = [ended[child] for child in (run_id, *children) if child in ended]
+            if not runs:
+                raise ValueError(f"No run '{run_id}' of '{self.experiment}' has ended in {self.place}.")
+            chosen |= {run.run_id: run for run in runs}
+        return list(chosen.values())
 
     def close_children(self, run_id: str) -> None:
-        """Mark as KILLED what a sweep that was cut off left RUNNING."""
+        """Mark the runs of an interrupted sweep that are still RUNNING as KILLED."""
         for run in self.search(f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'RUNNING'"):
             self.client.set_terminated(run.info.run_id, "KILLED")
 
     def sweep(self, plan: str = "") -> Any:
-        """The newest MLflow run of a sweep, of that plan if one is given; None if there is none."""
+        """Return the newest MLflow run of a sweep, with this plan if one is given; None without such a run."""
         condition = f"tags.sweep = '{plan}'" if plan else "tags.kind = 'sweep'"
         return next(iter(self.search(condition)), None)
 
     def sweep_of(self, runs: Sequence[RecordedRun]) -> Any:
-        """The MLflow run of the sweep that all these runs belong to; None if there is none."""
+        """Return the MLflow run of the sweep that contains all these runs; None without such a sweep."""
         parents = {self.client.get_run(run.run_id).data.tags.get("mlflow.parentRunId") for run in runs}
         parent = parents.pop() if len(parents) == 1 else None
         return None if parent is None else self.client.get_run(parent)
@@ -118,7 +118,7 @@ class Store:
 
 
 def as_run(run: Any) -> RecordedRun:
-    """What a comparison needs of an MLflow run."""
+    """Convert an MLflow run of the trainer."""
     params, metrics = run.data.params, run.data.metrics
     gradient = params.get("gradient_method")
     return RecordedRun(
@@ -126,7 +126,7 @@ def as_run(run: Any) -> RecordedRun:
         loss_method=params["loss_method"],
         gradient_method=None if gradient in (None, "None") else gradient,
         seed=int(params["seed"]),
-        settings={key: value for key, value in params.items() if decides(key, params) and key not in OF_A_ROW},
+        settings={key: value for key, value in params.items() if decides(key, params) and key not in SEPARATE},
         metrics={
             key.removeprefix("final/"): value
             for key, value in metrics.items()
@@ -136,40 +136,43 @@ def as_run(run: Any) -> RecordedRun:
         step_ms=metrics.get("cost/step_ms", math.nan),
         step_mib=metrics.get("cost/step_mib", math.nan),
         fingerprint=run.data.tags.get("fingerprint", ""),
+        configuration=run.data.tags.get("configuration", ""),
     )
 
 
 def decides(key: str, settings: Mapping[str, Any]) -> bool:
-    """Whether an entry of a configuration decides the result of a run; the papers' averages over batches depend on their size.
+    """Return whether an entry of a configuration decides the result of a run.
+
+    The size of evaluation batches does in the published protocol, which averages over batches.
 
     Args:
-        key: Dotted.
-        settings: The other entries.
+        key: Dotted key.
+        settings: All entries.
     """
     return key not in BOOKKEEPING or (key == "train.eval_batch_size" and settings.get("protocol") == "paper")
 
 
 def deciding(config: DictConfig) -> dict[str, Any]:
-    """The entries of a configuration that decide the result of a run, by dotted key."""
+    """Return the entries of a configuration that decide the result of a run, by dotted key."""
     settings = flatten(config)
     return {key: value for key, value in settings.items() if decides(key, settings)}
 
 
 def settings_of(config: DictConfig) -> dict[str, str]:
-    """`RecordedRun.settings` of the run that a configuration describes."""
-    return {key: str(value) for key, value in deciding(config).items() if key not in OF_A_ROW}
+    """Return `RecordedRun.settings` of the run that a configuration describes."""
+    return {key: str(value) for key, value in deciding(config).items() if key not in SEPARATE}
 
 
 def common_of(config: DictConfig) -> Settings:
-    """`RecordedRun.common` of the run that a configuration describes."""
+    """Return `RecordedRun.common` of the run that a configuration describes."""
     return tuple(sorted((key, value) for key, value in settings_of(config).items() if not key.startswith(METHOD_GROUPS)))
 
 
 def fingerprint(config: DictConfig) -> str:
-    """Short hash that two configurations share if, and only if, they describe the same run."""
+    """Return a short hash, which is equal for two configurations if and only if they describe equal runs."""
     return digest(deciding(config))
 
 
 def digest(content: Mapping[str, Any] | Sequence[Any]) -> str:
-    """Short hash of what JSON can hold."""
+    """Return a short hash of content that JSON can represent."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

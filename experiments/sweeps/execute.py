@@ -11,6 +11,7 @@ from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from balance.tracking import Tracker
+from experiments.config.layers import values_by_key
 from experiments.recording.store import Store, digest
 from experiments.sweeps.console import progress, result_line
 from experiments.sweeps.worker import WorkerOptions, portable_worker
@@ -45,14 +46,34 @@ def execute(jobs: Sequence[Job], workers: int, backend: str, console: Console) -
             "A worker process died, perhaps for lack of memory. The same command resumes from here; --jobs=1 needs less memory."
         )
         return 1
+    finally:
+        record_names(jobs)
     failed = [(job, outcome) for job, outcome in outcomes if outcome.error]
     before = sum(job.finished for job in jobs)
     console.print(f"{len(outcomes) - len(failed)} runs finished, {len(failed)} failed, {before} were finished before")
     for job, outcome in failed:
         console.print(f"failed: {' '.join(job.overrides)}\n        {outcome.error}", style="red", markup=False)
-    config = jobs[0].config
-    console.print(f"Next: python experiments/compare.py --experiment={config.experiment} --output_dir={config.output_dir}")
+    console.print(f"Next: {_next_command(jobs)}")
     return 1 if failed else 0
+
+
+def record_names(jobs: Sequence[Job]) -> None:
+    """Tag the recorded runs of named configurations with the names, so that tables show them."""
+    names = {job.fingerprint: job.name for job in jobs if job.name}
+    if not names or not jobs[0].config.track:
+        return
+    store = store_of(jobs)
+    for run in store.runs():
+        if run.configuration != names.get(run.fingerprint, run.configuration):
+            store.client.set_tag(run.run_id, "configuration", names[run.fingerprint])
+
+
+def _next_command(jobs: Sequence[Job]) -> str:
+    """Return the command that compares the runs, one table for each value of the first key of the grid."""
+    config = jobs[0].config
+    keys = list(dict.fromkeys(key for job in jobs for key in values_by_key(job.cell)))
+    command = f"python experiments/compare.py --experiment={config.experiment} --output_dir={config.output_dir}"
+    return f"{command} --per={keys[0]}" if keys else command
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, backend: str, console: Console) -> list[tuple[Job, Outcome]]:

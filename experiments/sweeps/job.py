@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from balance.config import build_balancer
 from experiments.analysis.grouping import method_label
 from experiments.config.layers import configure
-from experiments.problems import base as experiments
+from experiments.problems import base as problems
 from experiments.recording.store import fingerprint
 
 if TYPE_CHECKING:
@@ -27,39 +27,47 @@ class Job:
         overrides: Entries of the trainer's configuration, such as ``seed=0``.
         config: Configuration with these entries.
         fingerprint: Hash of the configuration.
+        name: Name of the configuration in a sweep file; empty without one.
+        cell: Overrides that distinguish this run from others with an equal name or equal methods.
         finished: Whether a finished run with this configuration is recorded.
     """
 
     overrides: tuple[str, ...]
     config: DictConfig
     fingerprint: str
+    name: str = ""
+    cell: tuple[str, ...] = ()
     finished: bool = False
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the run trains one task only."""
+        """True if the run trains one task only."""
         return bool(self.config.loss_method == "stl")
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the trained tasks."""
-        tasks = experiments.find(self.config.experiment).TASKS
+        tasks = problems.find(self.config.experiment).TASKS
         return (tasks[self.config.loss.main_task],) if self.is_baseline else tasks
 
     @property
     def label(self) -> str:
-        """Methods as in a table; for a baseline, ``stl`` and its task."""
-        if self.is_baseline:
-            return f"stl {self.tasks[0]}"
-        return method_label(self.config.loss_method, self.config.gradient_method)
+        """Name or methods as in a table, for a baseline ``stl`` and its task; followed by the cell."""
+        methods = method_label(self.config.loss_method, self.config.gradient_method)
+        return " ".join([self.name or (f"stl {self.tasks[0]}" if self.is_baseline else methods), *self.cell])
 
     def with_state(self, finished: Collection[str]) -> Job:
         """Return the job with its state, given the fingerprints of all finished runs."""
         return replace(self, finished=self.fingerprint in finished)
 
 
-def make_job(overrides: Sequence[str]) -> Job:
+def make_job(overrides: Sequence[str], name: str = "", cell: tuple[str, ...] = ()) -> Job:
     """Return the job with these entries of the trainer's configuration, which are checked.
+
+    Args:
+        overrides: Entries of the trainer's configuration.
+        name: Name of the configuration.
+        cell: Overrides that the label shows.
 
     Raises:
         ValueError: If a name, a key or a value is wrong.
@@ -68,9 +76,9 @@ def make_job(overrides: Sequence[str]) -> Job:
     config = configure(overrides)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # balancer_warnings() returns them once for all jobs
-        build_balancer(config, experiments.find(config.experiment).TASKS)
+        build_balancer(config, problems.find(config.experiment).TASKS)
     folder = Path(config.output_dir).expanduser().resolve()  # workers may have other working directories
-    return Job((*overrides, f"output_dir={folder}"), config, fingerprint(config))
+    return Job((*overrides, f"output_dir={folder}"), config, fingerprint(config), name, cell)
 
 
 def balancer_warnings(jobs: Sequence[Job]) -> list[str]:
@@ -78,5 +86,5 @@ def balancer_warnings(jobs: Sequence[Job]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for job in {job.label: job for job in jobs}.values():
-            build_balancer(job.config, experiments.find(job.config.experiment).TASKS)
+            build_balancer(job.config, problems.find(job.config.experiment).TASKS)
     return list(dict.fromkeys(str(warning.message) for warning in caught))

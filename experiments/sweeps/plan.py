@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from experiments.analysis import baselines
 from experiments.config.layers import values_by_key
 from experiments.config.schema import RunConfig
-from experiments.problems import base as experiments
+from experiments.problems import base as problems
 from experiments.recording.recorded_run import METHOD_GROUPS
 from experiments.recording.store import Store, common_of
 from experiments.sweeps.job import make_job
@@ -24,19 +24,38 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """A grid of runs.
+class Configuration:
+    """One way to train.
 
     Attributes:
-        pairs: Loss balancer and gradient balancer of each configuration.
+        loss_method: Name, or several names joined by ``+``.
+        gradient_method: Name, or ``"none"``.
+        overrides: Further entries of the trainer's configuration.
+        name: Name in tables; empty for the names of the methods.
+    """
+
+    loss_method: str
+    gradient_method: str
+    overrides: tuple[str, ...] = ()
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A grid of runs: every configuration with every cell and every seed.
+
+    Attributes:
+        configurations: Ways to train.
         seeds: Seeds of each configuration.
         overrides: Overrides for all runs.
+        cells: Combinations of overrides, each for all configurations.
         with_baselines: Whether single-task networks are trained if they are missing.
     """
 
-    pairs: tuple[tuple[str, str], ...]
+    configurations: tuple[Configuration, ...]
     seeds: tuple[int, ...]
     overrides: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...] = ((),)
     with_baselines: bool = True
 
 
@@ -51,15 +70,35 @@ def plan(sweep: Sweep, *, create: bool) -> list[Job]:
         ValueError: If the configuration of any run is wrong; nothing has run then.
         OSError: If the tracking store cannot be used.
     """
-    grid = [
-        make_job([f"loss_method={loss}", f"gradient_method={gradient}", f"seed={seed}", *sweep.overrides])
-        for (loss, gradient), seed in itertools.product(sweep.pairs, sweep.seeds)
-    ]
+    grid = grid_jobs(sweep)
     recorded = recorded_runs(grid[0].config, create=create)
-    single_task = missing_baselines(sweep.overrides, sweep.seeds) if sweep.with_baselines else []
+    single_task = [
+        job
+        for cell in (sweep.cells if sweep.with_baselines else ())
+        for job in missing_baselines([*sweep.overrides, *cell], sweep.seeds, cell)
+    ]
     finished = {run.fingerprint for run in recorded if run.finished}
     jobs = {job.fingerprint: job for job in (*single_task, *grid)}  # a baseline may be in the grid too
     return [job.with_state(finished) for job in jobs.values()]
+
+
+def grid_jobs(sweep: Sweep) -> list[Job]:
+    """Return the runs of a sweep without baselines.
+
+    Raises:
+        ValueError: If the configuration of any run is wrong, or two configurations are equal.
+    """
+    names: dict[str, str] = {}
+    jobs = []
+    for cell, configuration, seed in itertools.product(sweep.cells, sweep.configurations, sweep.seeds):
+        methods = [f"loss_method={configuration.loss_method}", f"gradient_method={configuration.gradient_method}"]
+        overrides = [*methods, f"seed={seed}", *sweep.overrides, *configuration.overrides, *cell]
+        job = make_job(overrides, configuration.name, cell)
+        other = names.setdefault(job.fingerprint, configuration.name)
+        if other != configuration.name:
+            raise ValueError(f"Configurations must differ, but '{other}' and '{configuration.name}' are equal. Remove one.")
+        jobs.append(job)
+    return jobs
 
 
 def recorded_runs(config: DictConfig, *, create: bool) -> list[RecordedRun]:
@@ -74,18 +113,24 @@ def recorded_runs(config: DictConfig, *, create: bool) -> list[RecordedRun]:
         return []
 
 
-def missing_baselines(overrides: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+def missing_baselines(overrides: Sequence[str], seeds: Sequence[int], cell: tuple[str, ...] = ()) -> list[Job]:
     """Return the single-task runs with these overrides; none if files or papers have baselines for them."""
     config = make_job(_single_task_overrides(overrides, 0, seeds[0])).config
     known = baselines.with_settings(config.experiment, common_of(config), ())
-    return baseline_jobs(overrides, seeds) if known is None else []
+    return baseline_jobs(overrides, seeds, cell) if known is None else []
 
 
-def baseline_jobs(overrides: Sequence[str], seeds: Sequence[int]) -> list[Job]:
-    """Return a single-task run for each task and seed, without the overrides that belong to methods."""
+def baseline_jobs(overrides: Sequence[str], seeds: Sequence[int], cell: tuple[str, ...] = ()) -> list[Job]:
+    """Return a single-task run for each task and seed, without the overrides that belong to methods.
+
+    Args:
+        overrides: Overrides of the trainer.
+        seeds: Seeds of each task.
+        cell: Those of the overrides that labels show.
+    """
     name = values_by_key(overrides).get("experiment", RunConfig.experiment)
-    tasks = range(len(experiments.find(name).TASKS))
-    return [make_job(_single_task_overrides(overrides, k, seed)) for k, seed in itertools.product(tasks, seeds)]
+    tasks = range(len(problems.find(name).TASKS))
+    return [make_job(_single_task_overrides(overrides, k, seed), cell=cell) for k, seed in itertools.product(tasks, seeds)]
 
 
 def _single_task_overrides(overrides: Sequence[str], task: int, seed: int) -> list[str]:

@@ -7,11 +7,13 @@ import os
 import warnings
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from balance.config import flatten
 from balance.profiling import measure
+from experiments.problems import base as problems
 from experiments.recording.store import fingerprint
 from experiments.training.data import to_device
 from experiments.training.evaluation import evaluate
@@ -29,19 +31,23 @@ BUDGET = 1.0  # seconds for the steps of one pair of methods, and for its evalua
 def estimate_seconds(configs: Sequence[DictConfig], workers: int) -> dict[str, float]:
     """Return the time of each run in seconds, by fingerprint.
 
-    One seed of each pair of methods is timed, with the threads that it will have. Methods that fail have NaN.
+    One seed of each pair of methods and each network is timed, with the threads that it will have. Methods that fail have NaN.
 
     Args:
         configs: Configurations of the runs.
         workers: Runs at a time.
     """
-    seconds: dict[tuple[str, str | None], float] = {}
+    seconds: dict[tuple[Any, ...], float] = {}
     with _threads(max(1, (os.cpu_count() or 1) // workers)):
         for config in configs:
-            methods = (config.loss_method, config.gradient_method)
-            if methods not in seconds:
-                seconds[methods] = _seconds_or_nan(config)
-    return {fingerprint(config): seconds[config.loss_method, config.gradient_method] for config in configs}
+            if _methods_and_network(config) not in seconds:
+                seconds[_methods_and_network(config)] = _seconds_or_nan(config)
+    return {fingerprint(config): seconds[_methods_and_network(config)] for config in configs}
+
+
+def _methods_and_network(config: DictConfig) -> tuple[Any, ...]:
+    network = (str(value) for key, value in flatten(config).items() if key.startswith("model."))
+    return config.loss_method, config.gradient_method, *network
 
 
 @contextmanager
@@ -71,6 +77,7 @@ def estimate_run(config: DictConfig) -> float:
     batch = to_device(run.data.train[list(range(min(config.train.batch_size, size)))], config.device)
     steps = math.ceil(size / config.train.batch_size)
     timed = partial(measure, repeats=10, budget=BUDGET, device=config.device)
-    of_step = timed(lambda: train_step(run, optimizer, batch)).seconds
+    with problems.by_design():
+        of_step = timed(lambda: train_step(run, optimizer, batch)).seconds
     of_evaluation = timed(lambda: evaluate(run, run.data.validation)).seconds
     return float(config.train.epochs * (steps * of_step + of_evaluation))

@@ -94,7 +94,7 @@ def test_chosen_runs_and_sweeps(swept, printed):
 
 
 def test_only_runs_with_a_setting(printed):
-    made = json.loads(printed("--table_only", "--format=json", "seed=1", "train.lr=3e-3").out)
+    made = json.loads(printed("--table_only", "--format=json", "seed=1", "train.lr=3e-3", "train.epochs=1.0").out)
     assert {tuple(row["seeds"]) for row in made["rows"]} == {(1,)}
     words = ("--table_only", "--format=json", "gradient_method=None")
     assert [row["method"] for row in json.loads(printed(*words).out)["rows"]] == ["ls"]
@@ -224,6 +224,55 @@ def test_a_narrow_terminal_shows_fewer_metrics_and_no_number_is_cut(nyuv2, tmp_p
     assert ("…" in told) == (width == 60)  # not even the ranks have room there
 
 
+@pytest.fixture
+def per_source(tmp_path, capfd):
+    """Compare two methods on each of two sources of data, with validation metrics of two epochs."""
+    accuracies = {("ls", "files"): 0.5, ("uw", "files"): 0.75, ("ls", "scenes"): 0.9, ("uw", "scenes"): 0.8}
+    for (loss, source), seed in product(accuracies, (0, 1)):
+        params = {"loss_method": loss, "gradient_method": None, "seed": seed, "data.source": source}
+        accuracy = accuracies[loss, source] + 0.01 * seed
+        with Tracker("digits", tmp_path, name=loss, tags={}, params=params) as tracker:
+            for step in (1, 2):
+                tracker.log_metrics({f"val/{task}/accuracy": accuracy * step / 2 for task in ("left", "right")}, step)
+            tracker.log_metrics({f"final/{task}/accuracy": accuracy for task in ("left", "right")}, 2)
+
+    def command(*words):
+        capfd.readouterr()
+        assert compare.main(["--per=data.source", "--baselines=none", f"--output_dir={tmp_path}", *words]) == 0
+        return capfd.readouterr().out
+
+    return command
+
+
+def test_one_table_for_each_value_of_a_setting(per_source, tmp_path):
+    shown = per_source("--table_only", "--format=markdown")
+    files, scenes = shown.split("**data.source=scenes**")
+    assert files.startswith("**data.source=files**")
+    for part, best in ((files, "uw"), (scenes, "ls")):
+        rows = [line.split("|")[1].strip() for line in part.splitlines() if line.startswith("| ")]
+        assert rows[2] == best
+    content = json.loads(per_source("--table_only", "--format=json"))
+    assert content["per"] == "data.source"
+    assert {value: made["rows"][0]["method"] for value, made in content["comparisons"].items()} == {
+        "files": "uw",
+        "scenes": "ls",
+    }
+    lines = list(csv.DictReader(io.StringIO(per_source("--table_only", "--format=csv"))))
+    means = {(line["data.source"], line["method"]): line["mean"] for line in lines if line["quantity"] == "left/accuracy"}
+    assert float(means["files", "ls"]) == pytest.approx(0.505)
+    assert len(means) == 4
+
+
+def test_one_page_for_each_value_of_a_setting_and_a_figure_of_all(per_source, tmp_path):
+    per_source(f"--output={tmp_path}/comparison")
+    names = {file.relative_to(tmp_path / "comparison").as_posix() for file in (tmp_path / "comparison").rglob("*.*")}
+    assert {"metrics_per_data.source.png", "metrics_per_data.source.pdf"} < names
+    for source in ("files", "scenes"):
+        assert f"data.source={source}/pareto.pdf" in names
+        page = (tmp_path / "comparison" / f"data.source={source}" / "report.html").read_text(encoding="utf-8")
+        assert f"Comparison of methods on digits, data.source={source}" in page
+
+
 def refused(capsys, *words):
     with pytest.raises(SystemExit) as caught:
         compare.main(list(words))
@@ -236,7 +285,7 @@ def refused(capsys, *words):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--runs", "0123"], "There is no run '0123'"),
+        (["--runs", "0123"], "No run '0123' of 'digits' has ended"),
         (["train.epochs=7"], "No finished runs of 'digits' with train.epochs=7"),
         (["train.epoch=1"], "Unknown setting 'train.epoch'. Did you mean 'train.epochs'?"),
         (["--pareto=sum/mae"], "--pareto must be two metrics"),
@@ -245,6 +294,8 @@ def refused(capsys, *words):
         (["--format=word"], "invalid choice: 'word'"),
         (["--output=/dev/null/here"], "cannot write to /dev/null/here"),
         (["epochs"], "must read key=value"),
+        (["--per=train.epoch"], "Unknown setting 'train.epoch'. Did you mean 'train.epochs'?"),
+        (["--per=seed", "--published"], "--published must not be combined with --per"),
     ],
 )
 def test_mistakes(words, message, swept, capsys):

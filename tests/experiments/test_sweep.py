@@ -98,6 +98,18 @@ def test_an_interrupted_sweep_resumes_and_ends_like_an_undisturbed_one(swept, tm
     assert without_costs(markdown(tmp_path, capfd)) == without_costs(markdown(swept, capfd))
 
 
+def test_names_in_a_sweep_file_are_recorded_with_finished_runs(again, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(loop, "train", lambda *_: pytest.fail("a finished run was repeated"))
+    file = tmp_path / "names.yaml"
+    configurations = {"equal weights": {}, "surgery": {"gradient_method": "pcgrad"}}
+    file.write_text(yaml.safe_dump({"seeds": 2, "overrides": TINY, "configurations": configurations}), encoding="utf-8")
+    assert sweep.main([f"--file={file}", "--jobs=1", f"--output_dir={again}"]) == 0
+    assert "0 runs to do, 12 are finished already" in capfd.readouterr().out
+    table = without_costs(markdown(again, capfd))
+    assert {"equal weights", "surgery", "uw", "uw + pcgrad"} < set(table)
+    assert not {"ls", "ls + pcgrad"} & set(table)
+
+
 def test_a_failed_run_does_not_end_the_sweep_and_is_repeated_by_the_next(again, capfd, monkeypatch):
     train = loop.train
     broken = [True]

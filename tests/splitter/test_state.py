@@ -25,7 +25,7 @@ from tests.splitter.views import (
 
 @pytest.mark.parametrize("rule", [*RULES, None, "normalized"])
 def test_an_absent_task_is_a_smaller_problem(rule):
-    """The normalisation alone keeps dividing by the weights of all tasks."""
+    """Only the normalisation still divides by the weights of all tasks."""
     J = gradients(0, 3)
     found = merged(Splitter(TASKS, gradient=rule), [J[0], None, J[2]])
     expected = merged(Splitter(("a", "c"), gradient=rule), J[[0, 2]])
@@ -171,7 +171,7 @@ def test_safetensors(tmp_path):
 
 
 class Counting(nn.Module):
-    """A rule that moves its state, and then does what it is told."""
+    """A rule that moves its state, and then returns a given result or raises a given error."""
 
     def __init__(self, *results):
         super().__init__()

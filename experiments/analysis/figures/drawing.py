@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 Series = tuple[Array, Array]  # steps (T,), means over seeds (T,)
-Curves = Mapping[str, Mapping[str, Series]]  # label of a row -> "loss/<task>", "cosine/<a>__<b>", "conflicts", ... -> series
+Curves = Mapping[str, Mapping[str, Series]]  # by label of the row, then by name such as "loss/<task>" or "cosine/<a>__<b>"
 Dash = tuple[float, tuple[float, ...]]
 
 WIDTH = 7.0  # inches, the text width of a paper: 8 pt stay 8 pt there
@@ -121,7 +121,7 @@ def choose_scale(axes: Axes, side: Literal["x", "y"], values: Iterable[float]) -
 
 
 def label_logarithms(axis: Axis, *, few: bool, most: int) -> None:
-    """Label a logarithmic axis with plain numbers: powers of ten, and their multiples by 2 and 5 unless few are wanted."""
+    """Label a logarithmic axis with plain numbers: powers of ten, and with ``few=False`` their multiples by 2 and 5."""
     axis.set_major_locator(ticker.LogLocator(subs=(1.0,) if few else (1.0, 2.0, 5.0), numticks=most))
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
 

@@ -12,7 +12,8 @@ The variants of the published comparison are entries of the configuration:
     whole network     gradient_method=pcgrad model.shared=everything
     imbalance         data.imbalance=1000
 
-``python -m experiments.problems.multimnist --output FOLDER --epochs N --seeds S`` trains them all and draws them side by side.
+``python experiments/sweep.py --file=experiments/problems/multimnist/comparison.yaml`` trains them all, and
+``python experiments/compare.py --experiment=multimnist --per=data.imbalance`` draws them next to each other.
 
 Source of data, networks and protocol: repository guillaumeBellec/multitask, its demonstration on Multi-MNIST.
 """

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -110,6 +111,29 @@ def test_settings_make_rows_where_they_differ():
     }
 
 
+def named(name, *arguments, **settings):
+    return replace(run(*arguments, settings=settings), configuration=name)
+
+
+def test_named_configurations_are_labelled_by_their_names():
+    runs = [named("small", **{"model.width": "1"}), named("large", **{"model.width": "9"}), run("uw")]
+    assert {row.label for row in table(runs).rows} == {"small", "large", "uw model.width=None"}
+
+
+def test_runs_of_a_name_with_different_settings_are_different_rows():
+    runs = [named("a", **{"train.lr": rate}) for rate in ("1", "2")] + [named("b", "uw")]
+    assert {row.label for row in table(runs).rows} == {"a train.lr=1", "a train.lr=2", "b"}
+
+
+def test_a_name_of_several_methods_is_followed_by_the_methods():
+    assert {row.label for row in table([named("a"), named("a", "uw")]).rows} == {"a (ls)", "a (uw)"}
+
+
+def test_all_seeds_of_a_configuration_get_its_newest_name():
+    runs = [run(seed=2), replace(run(seed=1), configuration="new"), replace(run(seed=0), configuration="old"), run("uw")]
+    assert {row.label: row.seeds for row in table(runs).rows} == {"new": (0, 1, 2), "uw": (0,)}
+
+
 def test_runs_on_different_data_are_not_compared():
-    with pytest.raises(ValueError, match=r"data\.seed=1 and data\.seed=0"):
+    with pytest.raises(ValueError, match=r"data\.seed=1 and data\.seed=0.*--per=data\.seed"):
         table([run(), run("uw", settings={"data.seed": "1"})])

@@ -20,7 +20,7 @@ VOID = {"meta", "img", "wbr", "br", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """What is in a page, by a parser that insists on matching tags."""
+    """Content of a page, by a parser that insists on matching tags."""
 
     def __init__(self, text):
         super().__init__()
@@ -143,7 +143,7 @@ def test_notes_time_and_what_is_left_out():
 
 
 def of_nyuv2(**settings):
-    """Runs whose metrics are those of the published single-task networks, and the published table beside them."""
+    """Runs with the metrics of the published single-task networks, and the published table next to them."""
     table = published_tables.load("nyuv2")
     values = {name: printed.value for name, printed in table.in_experiment_units(table.single_task).items()}
     runs = [RecordedRun("id", "famo", None, 0, settings, values)]
