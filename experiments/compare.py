@@ -98,6 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
 def prepare_work(options: argparse.Namespace, *, parser: argparse.ArgumentParser, command: str) -> Work:
     """Compare the runs, and return the remaining work: to print and to write.
 
+    Returns:
+        A function that prints and writes the results.
+
     Raises:
         ValueError: If an option is unknown, or no run is left to compare.
         OSError: If the tracking store cannot be read.
@@ -206,6 +209,9 @@ def show(result: Result, options: argparse.Namespace, *, parser: argparse.Argume
 
 def write_files(result: Result, options: argparse.Namespace, command: str) -> list[Path]:
     """Write a page with figures for each comparison, and a figure of all if there are several; return the files.
+
+    Returns:
+        Paths of the files.
 
     Raises:
         OSError: If the folder cannot be written.

@@ -80,6 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
 def diagnose_network(config: DictConfig, num_batches: int, steps: int) -> Diagnosis:
     """Diagnose the network with which the trainer would begin, on its first batches.
 
+    Returns:
+        The diagnosis.
+
     Raises:
         ValueError: If a number is out of range, the device is not available, or the data are fewer than two batches.
     """

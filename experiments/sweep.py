@@ -83,6 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
 def prepare_work(options: argparse.Namespace, *, parser: argparse.ArgumentParser) -> Work:
     """Plan the runs, and return the work: to print and to run the plan.
 
+    Returns:
+        A function that prints the plan and runs it.
+
     Raises:
         ValueError: If an option is wrong.
         OSError: If the tracking store cannot be used.

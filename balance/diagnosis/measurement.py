@@ -89,6 +89,9 @@ class Measurement:
             k: Index of the batch.
             put_aside: Whether to put ``.grad`` of all leaf tensors aside that the losses reach.
 
+        Returns:
+            The report of the step.
+
         Raises:
             ValueError: If a task is missing.
         """

@@ -93,6 +93,9 @@ def recommend(
         end: Statistics after it, on which most of the recommendation rests.
         registries: Registry of the loss balancers, registry of the gradient balancers.
         prices: Prices by name, for each registry.
+
+    Returns:
+        Sentences, and the names of the recommended methods.
     """
     findings = find_problems(start, end)
     problems = [finding.problem for finding in findings if finding.present]

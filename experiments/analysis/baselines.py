@@ -38,6 +38,9 @@ class BaselinesFile(NamedTuple):
 def read_file(file: Path) -> BaselinesFile:
     """Read a file of baselines.
 
+    Returns:
+        Baselines, and the settings of their runs.
+
     Raises:
         ValueError: If the file does not exist, or has another form.
     """

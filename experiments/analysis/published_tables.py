@@ -174,6 +174,9 @@ def _files() -> dict[str, Path]:
 def read_file(file: Path) -> PublishedTable:
     """Read the table in a file. All scalars are read as text, since 0.20 has two digits.
 
+    Returns:
+        The table.
+
     Raises:
         ValueError: If the file has another form.
     """

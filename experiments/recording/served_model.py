@@ -77,6 +77,9 @@ def _save(network: nn.Module, folder: Path, packages: list[str], signature: Mode
         folder: Folder to create.
         packages: Packages that the network needs; the installed versions are recorded.
         signature: Shapes and types of inputs and outputs.
+
+    Returns:
+        MLflow's description of the model.
     """
     with _without_warnings(), _project_by_value():
         import mlflow.pytorch  # noqa: PLC0415

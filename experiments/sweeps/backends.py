@@ -22,6 +22,9 @@ def connected(backend: str, address: str | None) -> Iterator[int]:
         address: Address of the running cluster. None: value of ``RAY_ADDRESS`` or ``DASK_SCHEDULER_ADDRESS``, or Ray on this
             machine.
 
+    Yields:
+        The number of runs that the cluster takes at a time.
+
     Raises:
         ValueError: If the library is not installed, the address is missing, or a Dask worker would run several jobs at a time.
         OSError: If the cluster does not answer.

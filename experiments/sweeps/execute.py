@@ -84,6 +84,9 @@ def run_jobs(jobs: Sequence[Job], workers: int, backend: str, console: Console) 
         workers: Runs at a time.
         backend: Name of joblib's backend, which is connected.
         console: Console for the results.
+
+    Returns:
+        Jobs and outcomes, in the order of their ends.
     """
     unfinished = [job for job in jobs if not job.finished]
     outcomes: list[tuple[Job, Outcome]] = []

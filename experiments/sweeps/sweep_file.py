@@ -54,6 +54,9 @@ class SweepFile:
 def read_sweep_file(file: Path) -> SweepFile:
     """Read a sweep, and check its form.
 
+    Returns:
+        The sweep.
+
     Raises:
         ValueError: If the file cannot be read, or a key or a type is wrong.
     """

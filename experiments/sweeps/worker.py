@@ -75,6 +75,9 @@ def run_job(overrides: Sequence[str], options: WorkerOptions) -> Outcome:
     Args:
         overrides: Entries of the trainer's configuration.
         options: Options of the sweep.
+
+    Returns:
+        The outcome, with the error message of a failed run.
     """
     if options.owner is not None:
         _end_with(options.owner)

@@ -43,6 +43,9 @@ def prepare(config: DictConfig, console: Console | None = None) -> Run:
         config: As `experiments.config.layers.configure` returns it.
         console: Console to print to; None for the terminal.
 
+    Returns:
+        The run, ready to train.
+
     Raises:
         ValueError: If an option is out of range, or the device is not available.
         OSError: If the output folder cannot be written, or the tracking store cannot be used.
@@ -57,6 +60,9 @@ def build(config: DictConfig, console: Console | None = None) -> Run:
     Args:
         config: As `experiments.config.layers.configure` returns it.
         console: Console to print to; None for the terminal.
+
+    Returns:
+        The run, without a folder.
 
     Raises:
         ValueError: If an option is out of range, or the device is not available.
@@ -86,6 +92,9 @@ def check_device(device: str) -> None:
 
 def create_folder(config: DictConfig) -> Path:
     """Create a folder for one run, and the tracking store if it does not exist.
+
+    Returns:
+        The path of the folder.
 
     Raises:
         OSError: If the folder cannot be written, or the tracking store cannot be used.

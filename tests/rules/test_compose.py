@@ -61,7 +61,7 @@ def test_a_reused_step_is_one_backward_pass():
 
 
 def test_weights_are_reused_for_exactly_the_tasks_that_they_were_solved_for():
-    """With an absent task the step is the step of the smaller problem, so weights of different solves never meet in one step."""
+    """With an absent task the step is the step of the smaller problem: weights of two solves never meet in a step."""
     rule = compose.every(3, recorded([[1.0, 2.0], [3.0, 4.0, 5.0], [6.0, 7.0], [8.0], [9.0, 10.0]]), 3)
     weights = []
     for tasks in ([0, 1], [0, 1], None, None, [0, 2], [0], [0, 2]):

@@ -77,7 +77,7 @@ def data(seed=1, batch=16):
 
 
 def merged(splitter, rows):
-    """Return the merged gradient of the features, given the task gradients; ``None`` for a task that is absent. Shapes like the features'."""
+    """Return the merged gradient of the features, given the task gradients, ``None`` for an absent task."""
     rows = dict(zip(splitter.tasks, rows, strict=True))
     like = next(row for row in rows.values() if row is not None)
     x = torch.zeros_like(like, requires_grad=True)

@@ -43,6 +43,9 @@ def every_figure(
         logged: Curves that the runs logged during training; None for no figures of training.
         axes: The two metrics of the Pareto plot; None for the metrics on which the methods disagree most.
 
+    Returns:
+        Figures by name.
+
     Raises:
         ValueError: If one of ``axes`` is not a metric of the comparison.
     """

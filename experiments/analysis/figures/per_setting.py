@@ -81,6 +81,9 @@ def metrics_per_setting(key: str, comparisons: Mapping[str, Comparison], validat
         key: The setting, such as ``data.imbalance``.
         comparisons: Comparison for each value of the setting.
         validation: Validation metrics by run.
+
+    Returns:
+        The figure.
     """
     panels = _panels(key.rpartition(".")[2], comparisons)
     styles = row_styles(list({row.label: row for compared in comparisons.values() for row in compared.rows}.values()))

@@ -62,6 +62,9 @@ class Quantity(NamedTuple):
 def pareto(comparison: Comparison, x: str, y: str) -> Figure | None:
     """Draw two metrics against each other, with the Pareto front of the means; None if no row has both.
 
+    Returns:
+        The figure; None if no row has both metrics.
+
     Raises:
         ValueError: If one of the names is not a metric of the comparison.
     """

@@ -51,6 +51,9 @@ def curves(comparison: Comparison, logged: Curves) -> Figure | None:
 
     Weights of gradients are left out for rows without gradient balancer, where they are one. Of many tasks the first six are
     drawn.
+
+    Returns:
+        The figure; None if nothing was logged.
     """
     tasks = _tasks(comparison, logged)
     shown = tasks[:MOST_TASKS]
@@ -111,6 +114,9 @@ def conflicts(comparison: Comparison, logged: Curves) -> Figure | None:
     """Draw the share of task pairs in conflict, and cosines of every pair, over training; None if nothing was logged.
 
     Of many pairs the thirty with the lowest mean cosine are drawn; of many rows the first twelve, or six with many pairs.
+
+    Returns:
+        The figure; None if nothing was logged.
     """
     tasks = _tasks(comparison, logged)
     of_rows = {row.label: _not_empty(logged.get(row.label, {})) for row in comparison.rows}
