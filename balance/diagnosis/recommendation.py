@@ -1,4 +1,4 @@
-"""Recommendation of methods to compare: registered methods whose remedies are problems that the statistics show."""
+"""Recommendation of methods to compare: registered methods that remedy the problems which the statistics show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Restoration of a model on exit."""
+"""Restoration of a user's model after a diagnosis."""
 
 from __future__ import annotations
 

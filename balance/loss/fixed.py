@@ -1,4 +1,4 @@
-"""Weights that ignore the losses."""
+"""Weights that ignore the losses: ls, stl, rlw."""
 
 from __future__ import annotations
 

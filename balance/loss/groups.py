@@ -1,4 +1,4 @@
-"""Weights shared within groups of tasks."""
+"""GO4Align: weights shared within groups of tasks of similar risk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Improvable gap balancing: larger weights for losses that are large relative to an early epoch."""
+"""IGBv1 and IGBv2, improvable gap balancing: larger weights for losses that are large relative to an early epoch."""
 
 from __future__ import annotations
 

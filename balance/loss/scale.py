@@ -1,4 +1,4 @@
-"""Losses on one scale, by their logarithms."""
+"""Scale-invariant losses: the logarithm of every loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses divided by a noise level that is trained with the model."""
+"""Uncertainty weighting: losses divided by a noise level that is trained with the model."""
 
 from __future__ import annotations
 

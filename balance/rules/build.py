@@ -5,13 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from balance.messages import unknown
 from balance.rules.compose import Chain, seed_composition
 from balance.rules.options import require_callable
-from balance.rules.protocol import Context, adapt_gradient_balancer, adapt_loss_balancer
+from balance.rules.protocol import adapt_gradient_balancer, adapt_loss_balancer, try_out
 from balance.rules.registry import gradient_balancers, loss_balancers
 
 if TYPE_CHECKING:
@@ -78,8 +75,8 @@ def build_gradient_balancer(
     traits = gradient_balancers.traits(rule)
     built = _named(gradient_balancers, rule, options, num_tasks, seed)
     adapted = adapt_gradient_balancer(built, traits.sees, traits.heads, fixed_length=traits.ignores_weights)
-    if adapted.sees == "gramian" and options and not isinstance(built, nn.Module):
-        adapted(torch.eye(num_tasks, dtype=torch.float64, device="cpu"), _any_context(num_tasks))
+    if adapted.sees == "gramian" and options:
+        try_out(adapted, num_tasks)
     return adapted
 
 
@@ -111,7 +108,3 @@ def _chain(names: Sequence[str], options: Mapping[str, Any], num_tasks: int, see
             raise ValueError(unknown("loss balancer in loss_options", name, names))
     rules = [_named(loss_balancers, name, options.get(name), num_tasks, seed) for name in names]
     return rules[0] if len(rules) == 1 else Chain(rules, names, num_tasks)
-
-
-def _any_context(num_tasks: int) -> Context:
-    return Context.of_all(num_tasks, torch.ones(num_tasks, dtype=torch.float64, device="cpu"))

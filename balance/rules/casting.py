@@ -1,4 +1,4 @@
-"""Moves and casts of a module that must not change the state of its rules."""
+"""Moves and casts of a module, which leave the state of its rules unchanged."""
 
 from __future__ import annotations
 

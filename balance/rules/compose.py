@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from balance.rules.options import describe, require_callable
-from balance.rules.protocol import AdaptedGradientBalancer, Context, adapt_gradient_balancer, adapt_loss_balancer
+from balance.rules.protocol import AdaptedGradientBalancer, Context, adapt_gradient_balancer, adapt_loss_balancer, try_out
 from balance.rules.registry import gradient_balancers
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ class Wrapped(NamedTuple):
             )
         rule = gradient_balancers.build(self.rule, num_tasks=self.num_tasks, **self.options, **seed)
         adapted = adapt_gradient_balancer(rule, heads=traits.heads, fixed_length=traits.ignores_weights)
+        if adapted.sees == "gramian" and self.options:
+            try_out(adapted, self.num_tasks)
         return cast("GradientBalancer", adapted)
 
     def __str__(self) -> str:

@@ -198,6 +198,13 @@ def adapt_gradient_balancer(
     return adapted(rule, heads, fixed_length=fixed_length)
 
 
+def try_out(rule: GradientBalancer, num_tasks: int) -> None:
+    """Call a stateless rule once, so that it refuses options out of range when it is built and not at the first step."""
+    if not rule.learns:
+        losses = torch.ones(num_tasks, dtype=torch.float64, device="cpu")
+        rule(torch.eye(num_tasks, dtype=torch.float64, device="cpu"), Context.of_all(num_tasks, losses))
+
+
 class _Adapted(nn.Module):
     """A rule in its author's form, with the keywords that it takes.
 

@@ -1,4 +1,4 @@
-"""Restoration of the state of rules after a failed step."""
+"""Snapshot of the state of rules, restored after a failed step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Task names as a tensor, so that a state_dict holds tensors only."""
+"""Task names in a checkpoint: saved as a tensor, checked when the checkpoint is loaded."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One training step: losses in, ``.grad`` out."""
+"""The stage between losses and optimizer: one training step, losses in, ``.grad`` out."""

@@ -16,8 +16,8 @@ from balance.rules.casting import preserving
 from balance.rules.options import check_type, describe
 from balance.rules.snapshot import Snapshot
 from balance.rules.task_names import check_tasks, encode_tasks
-from balance.stage.accumulation import NotFiniteError
 from balance.stage.arguments import NanPolicy, StepLosses, ZeroPolicy, check_factor, read_losses, task_names
+from balance.stage.ordinary_backward import NotFiniteError
 from balance.stage.own_gradients import OwnGradients, restore
 from balance.stage.plain_step import Outcome, leave_to_scaler, seed_of, take_plain_step
 from balance.stage.reminders import Reminders

@@ -13,8 +13,8 @@ from balance.engine.custom_functions import needs_ordinary_pass
 from balance.engine.gramian import TaskRows, multiply_rows
 from balance.engine.graph import Reachability
 from balance.engine.passes import FeatureOutputs, LossOutputs, weighted_pass
-from balance.stage.accumulation import NotFiniteError, require_finite, run_ordinary_backward
 from balance.stage.loss_weighting import WeightedStep, Weighting, weighted_step
+from balance.stage.ordinary_backward import NotFiniteError, require_finite, run_ordinary_backward
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -153,6 +153,8 @@ def test_state_has_its_values_on_any_default_device():
         (lambda: compose.grouped("mgda", [[0], [1]], 3), "exactly one group"),
         (lambda: compose.grouped("mgda", [[0, 1, 2], []], 3), "exactly one group"),
         (lambda: compose.every(2, "graddrop", 3), "sees the Jacobian"),
+        (lambda: compose.every(2, "nashmtl", 3, max_norm=0.0), "must be positive or None"),
+        (lambda: compose.smoothed("cagrad", 0.5, 3, c=-1.0), "must not be negative"),
         (lambda: compose.every(2, "mdga", 3), "Did you mean 'mgda'"),
         (lambda: Balancer(3, loss=()), "at least one"),
         (lambda: Balancer(3, loss=("scaleinvls", "famo")), "must come first"),

@@ -1,4 +1,4 @@
-"""Checks of the gradients that a step is about to write, and ordinary backward passes that write them."""
+"""Ordinary backward passes, for graphs that require one, and checks that gradients are finite before they are written."""
 
 from __future__ import annotations
 
