@@ -113,6 +113,9 @@ def _context(present: list[int], tasks: Sequence[str]) -> Context:
 @contextmanager
 def _repeating(rule: GradientBalancer | JacobianBalancer, memory: PassMemory) -> Iterator[None]:
     """Start the rule from its state before the first pass over this graph; only that pass may change the state."""
+    if not rule.learns:
+        yield
+        return
     module = cast("nn.Module", rule)
     state: dict[str, Any] = copy.deepcopy(module.state_dict())
     if memory.rule_state is None:
