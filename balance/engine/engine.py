@@ -49,7 +49,7 @@ class Estimate(NamedTuple):
     gramian: int
 
 
-class _Measurement(NamedTuple):
+class _PassPlan(NamedTuple):
     """Passes to run, and the gradients to keep.
 
     Attributes:
@@ -87,7 +87,7 @@ class Engine:
     def __init__(self, choice: EngineChoice, memory: Memory) -> None:
         self.choice, self.memory = choice, memory
         self._function_checks = FunctionChecks()
-        self._is_refused = False  # an operation could not be batched
+        self._batching_failed = False  # because of an operation
         self._batchable: set[frozenset[type]] = set()  # kinds of nodes of graphs that have been batched
 
     def __reduce__(self) -> tuple[type[Engine], tuple[EngineChoice, Memory]]:
@@ -133,8 +133,8 @@ class Engine:
 
     def _measured_at_features(self, outputs: Outputs, partition: Partition, *, as_matrix: bool) -> TaskGradients:
         storage: Storage = "matrix" if as_matrix else "rows"
-        block = _directly(partition.inputs)
-        gradients = self._collected(_Measurement(outputs, partition, [block], partition.heads, storage, retain_graph=True))
+        block = _without_layers(partition.inputs)
+        gradients = self._collected(_PassPlan(outputs, partition, [block], partition.heads, storage, retain_graph=True))
         if gradients.rows is not None and partition.features:
             gradients.outputs = FeatureOutputs(partition.features, gradients.rows)
         return gradients
@@ -142,25 +142,25 @@ class Engine:
     def _measured_at_parameters(self, outputs: Outputs, partition: Partition, *, as_matrix: bool) -> TaskGradients:
         storage: Storage = "matrix" if as_matrix else self._storage(partition)
         if as_matrix:
-            blocks = [_directly(partition.inputs)]
+            blocks = [_without_layers(partition.inputs)]
         else:
             tensors = measured_tensors(partition.lower_graph, partition.inputs, outputs.num_tasks)
             blocks = self._blocks(partition, tensors, storage)
         batched = self._is_batched(partition, outputs.device)
-        measurement = _Measurement(outputs, partition, blocks, partition.heads, storage, batched=batched)
+        plan = _PassPlan(outputs, partition, blocks, partition.heads, storage, batched=batched)
         if partition.features and (batched or (storage == "products" and _has_few_features(partition))):
-            return self._measured_through_features(measurement)
-        return self._collected(measurement)
+            return self._measured_through_features(plan)
+        return self._collected(plan)
 
-    def _measured_through_features(self, measurement: _Measurement) -> TaskGradients:
-        """Run the passes down to the features once, and all passes of the measurement from there."""
-        partition = measurement.partition
+    def _measured_through_features(self, plan: _PassPlan) -> TaskGradients:
+        """Run the passes of a plan in two parts: once down to the features, and from there."""
+        partition = plan.partition
         at_features = partition._replace(inputs=partition.features)
-        upper = self._measured_at_features(measurement.outputs, at_features, as_matrix=False)
+        upper = self._measured_at_features(plan.outputs, at_features, as_matrix=False)
         assert upper.rows is not None
-        gradients = self._collected(measurement._replace(outputs=upper.outputs, heads=[]))
+        gradients = self._collected(plan._replace(outputs=upper.outputs, heads=[]))
         gradients.heads = upper.heads
-        if measurement.storage != "products":
+        if plan.storage != "products":
             upper.rows.by_tensor.clear()
         return gradients
 
@@ -191,56 +191,54 @@ class Engine:
             return False
         return activation_count(partition.lower_graph) <= sum(p.numel() for p in partition.trunk)
 
-    def _collected(self, measurement: _Measurement) -> TaskGradients:
-        """Run the passes of a measurement, block by block of its tensors, with the heads in the first passes."""
-        K, inputs = measurement.outputs.num_tasks, measurement.partition.inputs
-        device = inputs[0].device if inputs else measurement.outputs.device
-        gradients = TaskGradients(measurement.outputs, measurement.partition, [[False] * K for _ in inputs])
-        if measurement.storage == "matrix":
+    def _collected(self, plan: _PassPlan) -> TaskGradients:
+        """Run the passes of a plan, block by block of its tensors."""
+        K, inputs = plan.outputs.num_tasks, plan.partition.inputs
+        device = inputs[0].device if inputs else plan.outputs.device
+        gradients = TaskGradients(plan.outputs, plan.partition, [[False] * K for _ in inputs])
+        if plan.storage == "matrix":
             gradients.allocate_jacobian(device)
-        length = sum(tensor.row_length for block in measurement.blocks for tensor in block)
+        length = sum(tensor.row_length for block in plan.blocks for tensor in block)
         products = InnerProducts(K, length, device, lean=self.memory == "gramian")
-        for number, block in enumerate(measurement.blocks):
-            tensors, rows = self._collected_block(measurement, gradients, number, [tensor.with_inputs() for tensor in block])
+        for number, block in enumerate(plan.blocks):
+            tensors, rows = self._collected_block(plan, gradients, number, [tensor.with_inputs() for tensor in block])
             for tensor, by_task in zip(tensors, rows.by_tensor, strict=True):
                 gradients.reached_by[tensor.position] = [row is not None for row in by_task]
                 products.add(tensor.coordinates(by_task))
-                if measurement.storage == "products":
+                if plan.storage == "products":
                     by_task.clear()
-            if measurement.storage != "products":
+            if plan.storage != "products":
                 gradients.rows, gradients.tensors = rows, tensors
         gradients.gramian = products.total()
         return gradients
 
     def _collected_block(
-        self, measurement: _Measurement, gradients: TaskGradients, number: int, tensors: Sequence[MeasuredTensor]
+        self, plan: _PassPlan, gradients: TaskGradients, number: int, tensors: Sequence[MeasuredTensor]
     ) -> tuple[list[MeasuredTensor], TaskRows]:
         """Run the passes down to one block of tensors; return the tensors, with the indices of sparse gradients, and rows."""
-        K = measurement.outputs.num_tasks
-        heads = measurement.heads if number == 0 else ()
-        is_last = number == len(measurement.blocks) - 1
-        retain_graph = measurement.retain_graph or measurement.storage == "products" or not is_last
+        K = plan.outputs.num_tasks
+        heads = plan.heads if number == 0 else ()
+        is_last = number == len(plan.blocks) - 1
+        retain_graph = plan.retain_graph or plan.storage == "products" or not is_last
         targets = [*(tensor.target for tensor in tensors), *heads]
         rows = TaskRows(K, [[] for _ in tensors])
-        for task, computed in enumerate(self._passes(measurement, targets, retain_graph=retain_graph)):
-            gradients.store(task, computed, tensors, rows, sharers=K if measurement.batched else 1)
+        for task, computed in enumerate(self._passes(plan, targets, retain_graph=retain_graph)):
+            gradients.store(task, computed, tensors, rows, sharers=K if plan.batched else 1)
             if number == 0:
                 gradients.heads.append(heads, computed[len(tensors) :])
         return common_indices(tensors, rows), rows
 
-    def _passes(
-        self, measurement: _Measurement, targets: Sequence[Root], *, retain_graph: bool
-    ) -> Iterable[Sequence[Tensor | None]]:
-        if measurement.batched and not self._is_refused:
-            gradients = self._batched(measurement, targets, retain_graph=retain_graph)
+    def _passes(self, plan: _PassPlan, targets: Sequence[Root], *, retain_graph: bool) -> Iterable[Sequence[Tensor | None]]:
+        if plan.batched and not self._batching_failed:
+            gradients = self._batched(plan, targets, retain_graph=retain_graph)
             if gradients is not None:
-                reached_by = _tasks_reaching(measurement.outputs, measurement.partition, targets)
+                reached_by = _tasks_reaching(plan.outputs, plan.partition, targets)
                 return [_without_zeros(row, [tasks[k] for tasks in reached_by]) for k, row in enumerate(gradients)]
-        passes = sequential_passes(measurement.outputs, targets, retain_graph=retain_graph, disjoint=measurement.is_disjoint)
+        passes = sequential_passes(plan.outputs, targets, retain_graph=retain_graph, disjoint=plan.is_disjoint)
         return with_explained_errors(passes)
 
     def _batched(
-        self, measurement: _Measurement, targets: Sequence[Root], *, retain_graph: bool
+        self, plan: _PassPlan, targets: Sequence[Root], *, retain_graph: bool
     ) -> Sequence[Sequence[Tensor | None]] | None:
         """Run the passes in one batch.
 
@@ -250,19 +248,19 @@ class Engine:
         Raises:
             RuntimeError: If the graph may have been freed in part, so that no other passes can follow.
         """
-        partition = measurement.partition
+        partition = plan.partition
         kinds = frozenset(map(type, (*partition.upper_graph.users, *partition.lower_graph.users)))
         is_known = kinds in self._batchable
         try:
             # A graph of unknown operations is retained, so that sequential passes can follow if one cannot be batched
-            gradients = batched_passes(measurement.outputs, targets, retain_graph=retain_graph or not is_known)
+            gradients = batched_passes(plan.outputs, targets, retain_graph=retain_graph or not is_known)
         except RuntimeError as error:
             if is_known and not retain_graph:
                 raise RuntimeError(
                     f"The backward passes of the tasks cannot be batched at this step, but could before: {error} "
                     "Use engine='loop'."
                 ) from error
-            self._is_refused = True
+            self._batching_failed = True
             message = f"The backward passes of the tasks cannot be batched and run one after the other: {error}".splitlines()[0]
             warn_caller(f"{message} Use engine='loop'.")
             return None
@@ -290,7 +288,7 @@ def _without_zeros(gradients: Sequence[Tensor | None], is_reached: Sequence[bool
     return [gradient if reached else None for gradient, reached in zip(gradients, is_reached, strict=True)]
 
 
-def _directly(tensors: Sequence[Tensor]) -> list[MeasuredTensor]:
+def _without_layers(tensors: Sequence[Tensor]) -> list[MeasuredTensor]:
     return [MeasuredTensor(i, tensor) for i, tensor in enumerate(tensors)]
 
 

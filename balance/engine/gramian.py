@@ -148,6 +148,8 @@ class InnerProducts:
         return self._sum + self._sum.triu(1).T if self._by_row else self._sum.clone()
 
     def _multiply(self) -> None:
+        if not self._filled:
+            return
         J = self._columns[:, : self._filled]
         self._filled = 0
         if not self._by_row:

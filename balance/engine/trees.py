@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
     Returns:
         The structure with the results as leaves. A mapping of a type that torch does not register becomes a dict.
     """
+    if isinstance(structure, Tensor):  # the usual case, which needs no traversal
+        return function(structure)
 
     def visit(leaf: Any) -> Any:
         if isinstance(leaf, Mapping):

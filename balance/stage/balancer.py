@@ -235,8 +235,10 @@ class Balancer(nn.Module):
         if outcome.skipped:  # no rule must learn from such a step
             state.restore()
         else:
-            self.loss_sums[step.indices] += step.host.to(self.loss_sums)
-            self.loss_counts[step.indices] += 1
+            present = step.context.present
+            tasks = slice(None) if present is None else present  # a slice is faster than indices
+            self.loss_sums[tasks] += step.host.to(self.loss_sums)
+            self.loss_counts[tasks] += 1
             self.reminders.after_step(self.loss_balancer)
         return outcome
 
