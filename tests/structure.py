@@ -25,7 +25,7 @@ MEDIAN, LINES, NESTING, FILE = 5, 30, 3, 400
 # Rooms from low to high. A file imports from strictly lower layers and from its own room.
 LAYERS = (
     {"balance.types", "balance.messages", "balance.metrics", "balance.profiling"},
-    {"balance.solvers"},
+    {"balance.solvers", "balance.distributed"},
     {"balance.rules"},
     {"balance.loss", "balance.gradient"},
     {"balance.engine"},

@@ -1,0 +1,74 @@
+"""The processes that train one model together, and sums over them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import distributed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+
+class Ranks:
+    """The processes that train one model together, with a process group used by nothing else.
+
+    The collectives of a stage would otherwise interleave with the collectives of DistributedDataParallel, in a different
+    order on different ranks. The group is created when it is first used, so every rank must reach that point.
+
+    Args:
+        process_group: The data-parallel processes; None: all processes.
+    """
+
+    def __init__(self, process_group: ProcessGroup | None = None) -> None:
+        self._process_group = process_group
+        self._own_group: ProcessGroup | None = None
+        self._parent: ProcessGroup | None = None  # the group that the own group was made from
+
+    def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:
+        return Ranks, ()  # a process group belongs to one process; a copy uses all processes
+
+    @property
+    def size(self) -> int:
+        """Number of processes; 1 without torch.distributed."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return 1
+        return distributed.get_world_size(self._process_group)
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return distributed.get_rank(self._process_group) if self.size > 1 else 0
+
+    @property
+    def group(self) -> ProcessGroup:
+        """The process group of the collectives. The first use on every rank creates it."""
+        parent = self._process_group or distributed.group.WORLD
+        if self._own_group is None or self._parent is not parent:  # torch.distributed may have been restarted
+            assert parent is not None
+            members = distributed.get_process_group_ranks(parent)
+            # Without local synchronization, processes outside of the group would have to take part
+            local = len(members) < distributed.get_world_size()
+            self._own_group = distributed.new_group(members, use_local_synchronization=local)
+            self._parent = parent
+        return self._own_group
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """Return the sum of a tensor over the processes; the tensor itself if there is only one process.
+
+        Args:
+            numbers: A tensor of the same shape and dtype on every rank; overwritten.
+        """
+        if self.size == 1:
+            return numbers
+        total = numbers.to(self.device(numbers))
+        distributed.all_reduce(total, group=self.group)
+        return total.to(numbers.device)
+
+    def device(self, tensor: Tensor) -> torch.device:
+        """Return the device on which a tensor can be communicated: its own, or the accelerator that the backend requires."""
+        if f"{tensor.device.type}:" in distributed.get_backend_config(self.group):
+            return tensor.device
+        return torch.device("cuda", torch.cuda.current_device())
