@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Work
+
+# torch 2.13 has given these functions other names
+_REDUCE_SCATTER: Any = getattr(distributed, "reduce_scatter_single", None) or getattr(
+    distributed, "reduce_scatter_tensor", None
+)
+_ALL_GATHER: Any = getattr(distributed, "all_gather_single", None) or getattr(distributed, "all_gather_into_tensor", None)
 
 
 class Ranks:
@@ -20,9 +26,13 @@ class Ranks:
 
     Args:
         process_group: The data-parallel processes; None: all processes.
+
+    Attributes:
+        has_checked_reduction: Whether the wrapper of the model has been checked once.
     """
 
     def __init__(self, process_group: ProcessGroup | None = None) -> None:
+        self.has_checked_reduction = False
         self._process_group = process_group
         self._own_group: ProcessGroup | None = None
         self._parent: ProcessGroup | None = None  # the group that the own group was made from
@@ -66,6 +76,40 @@ class Ranks:
         total = numbers.to(self.device(numbers))
         distributed.all_reduce(total, group=self.group)
         return total.to(numbers.device)
+
+    def from_first(self, numbers: Tensor) -> Tensor:
+        """Return the numbers of the first rank, so that ranks with unlike processors continue with equal numbers.
+
+        Args:
+            numbers: A tensor of the same shape and dtype on every rank.
+        """
+        if self.size == 1:
+            return numbers
+        agreed = numbers.to(self.device(numbers), copy=True)
+        distributed.broadcast(agreed, distributed.get_global_rank(self.group, 0), group=self.group)
+        return agreed.to(numbers.device)
+
+    def reduce_scatter(self, shard: Tensor, row: Tensor) -> Work:
+        """Begin to sum a row over the processes, of which each gets one shard.
+
+        Args:
+            shard: The shard of this rank, overwritten. Shape (n / processes,).
+            row: Shape (n,).
+
+        Returns:
+            The work, to be waited for.
+        """
+        work: Work = _REDUCE_SCATTER(shard, row, group=self.group, async_op=True)
+        return work
+
+    def all_gather(self, row: Tensor, shard: Tensor) -> None:
+        """Gather a row from the shards of all processes.
+
+        Args:
+            row: Overwritten. Shape (n,).
+            shard: The shard of this rank. Shape (n / processes,).
+        """
+        _ALL_GATHER(row, shard, group=self.group)
 
     def device(self, tensor: Tensor) -> torch.device:
         """Return the device on which a tensor can be communicated: its own, or the accelerator that the backend requires."""

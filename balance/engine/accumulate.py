@@ -6,6 +6,7 @@ DistributedDataParallel. So nothing else in this library writes ``.grad``.
 
 from __future__ import annotations
 
+import itertools
 import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -63,6 +64,43 @@ def accumulate(pairs: Iterable[LeafGradient]) -> None:
     loss = surrogate_loss(pairs)
     if loss is not None:
         loss.backward()  # type: ignore[no-untyped-call]
+
+
+def accumulate_reduced(pairs: Iterable[LeafGradient]) -> None:
+    """Add gradients that are summed over ranks to ``.grad``, without the hooks by which wrappers reduce gradients.
+
+    A wrapper such as DistributedDataParallel registers its hooks on autograd's accumulation nodes. So other accumulation
+    nodes add the gradients here. The hooks that Python code has registered on a leaf act as in an ordinary backward pass.
+
+    Args:
+        pairs: Leaf tensors, each once, and gradients of as many numbers. Frozen leaves are left out.
+    """
+    live = [(leaf, _after_hooks(leaf, cast_to_leaf(gradient, leaf))) for leaf, gradient in pairs if leaf.requires_grad]
+    twins = [leaf.detach().requires_grad_() for leaf, _ in live]
+    for twin, (leaf, _) in zip(twins, live, strict=True):
+        twin.grad = leaf.grad
+    accumulate([(twin, gradient) for twin, (_, gradient) in zip(twins, live, strict=True)])
+    for twin, (leaf, _) in zip(twins, live, strict=True):
+        leaf.grad = twin.grad
+        for hook in list((getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values()):
+            hook(leaf)
+
+
+def _after_hooks(leaf: Tensor, gradient: Tensor) -> Tensor:
+    """Return a gradient as the hooks of its leaf tensor leave it."""
+    for hook in list((leaf._backward_hooks or {}).values()):
+        result = hook(gradient)
+        gradient = gradient if result is None else result
+    return gradient
+
+
+def merged_pairs(*groups: Iterable[LeafGradient]) -> list[LeafGradient]:
+    """Return the sums of the gradients of each leaf tensor over groups of pairs."""
+    sums: dict[int, LeafGradient] = {}
+    for leaf, gradient in itertools.chain(*groups):
+        before = sums.get(id(leaf))
+        sums[id(leaf)] = (leaf, gradient if before is None else gradient_sum(before[1], gradient))
+    return list(sums.values())
 
 
 def gradient_sum(first: Tensor, second: Tensor) -> Tensor:

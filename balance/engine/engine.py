@@ -12,6 +12,7 @@ from balance.engine.custom_functions import FunctionChecks, with_explained_error
 from balance.engine.gramian import InnerProducts, TaskRows
 from balance.engine.graph import Reachability, activation_count, last_uses, unpacks_saved_tensors
 from balance.engine.layers import MeasuredTensor, measured_tensors
+from balance.engine.over_ranks import GlobalGradients, sum_passes
 from balance.engine.passes import FeatureOutputs, LossOutputs, batched_passes, sequential_passes
 from balance.engine.task_gradients import TaskGradients, common_indices
 from balance.messages import warn_caller
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from balance.distributed.ranks import Ranks
+    from balance.engine.gramian import HeadGradients
     from balance.engine.graph import Root
     from balance.engine.partition import Partition
     from balance.engine.passes import Outputs
@@ -60,6 +63,7 @@ class _PassPlan(NamedTuple):
         storage: Gradients to keep.
         retain_graph: A further pass follows.
         batched: The passes of all tasks run in one batch, if possible.
+        ranks: Ranks over which the gradients are summed; None: they stay on this rank.
     """
 
     outputs: Outputs
@@ -69,6 +73,15 @@ class _PassPlan(NamedTuple):
     storage: Storage
     retain_graph: bool = False
     batched: bool = False
+    ranks: Ranks | None = None
+
+    def heads_of(self, number: int) -> Sequence[Tensor]:
+        """Return the heads that are measured with a block, given by its number."""
+        return self.heads if number == 0 else ()
+
+    def retains_after(self, number: int) -> bool:
+        """Return whether the graph is retained after the passes to a block."""
+        return self.retain_graph or self.storage == "products" or number < len(self.blocks) - 1
 
     @property
     def is_disjoint(self) -> bool:
@@ -93,13 +106,23 @@ class Engine:
     def __reduce__(self) -> tuple[type[Engine], tuple[EngineChoice, Memory]]:
         return Engine, (self.choice, self.memory)  # a copy checks its graphs anew
 
-    def measure(self, outputs: LossOutputs, partition: Partition, *, as_matrix: bool) -> TaskGradients:
+    def measure(
+        self,
+        outputs: LossOutputs,
+        partition: Partition,
+        *,
+        as_matrix: bool,
+        retain_graph: bool = False,
+        ranks: Ranks | None = None,
+    ) -> TaskGradients:
         """Compute the gradients of all tasks.
 
         Args:
             outputs: The losses.
             partition: Leaves of the graph.
             as_matrix: Return the Jacobian as one matrix (K, P).
+            retain_graph: Retain the graph after the passes.
+            ranks: Ranks over whose batches the losses are means; None: this process alone.
 
         Returns:
             The gradients of the losses.
@@ -107,15 +130,26 @@ class Engine:
         Raises:
             RuntimeError: If the graph cannot be walked once for each task; ``.grad`` is then as before.
         """
+        with self.guarded(outputs, partition):
+            if partition.source == "features":
+                gradients = self._measured_at_features(outputs, partition, as_matrix=as_matrix)
+                return gradients if ranks is None else GlobalGradients.of(gradients, ranks)
+            return self._measured_at_parameters(outputs, partition, as_matrix=as_matrix, retain_graph=retain_graph, ranks=ranks)
+
+    def guarded(self, outputs: LossOutputs, partition: Partition) -> ExitStack:
+        """Return an open context for passes, in which leaf tensors have no hooks and custom functions are checked.
+
+        Args:
+            outputs: The losses.
+            partition: Leaves of the graph.
+        """
         functions = partition.upper_graph.functions if partition.source == "features" else partition.functions
         leaves, targets = [*partition.trunk, *partition.heads], [*partition.inputs, *partition.heads]
         with ExitStack() as stack:
             stack.enter_context(without_hooks(leaves))
             if functions:
                 stack.enter_context(self._function_checks.guarded(functions, outputs, targets, leaves))
-            if partition.source == "features":
-                return self._measured_at_features(outputs, partition, as_matrix=as_matrix)
-            return self._measured_at_parameters(outputs, partition, as_matrix=as_matrix)
+            return stack.pop_all()
 
     def estimate(self, inputs: Sequence[Tensor], trunk: Sequence[Tensor], num_tasks: int, *, in_blocks: bool) -> Estimate:
         """Return the memory for the gradients of a step.
@@ -139,15 +173,17 @@ class Engine:
             gradients.outputs = FeatureOutputs(partition.features, gradients.rows)
         return gradients
 
-    def _measured_at_parameters(self, outputs: Outputs, partition: Partition, *, as_matrix: bool) -> TaskGradients:
+    def _measured_at_parameters(
+        self, outputs: Outputs, partition: Partition, *, as_matrix: bool, retain_graph: bool, ranks: Ranks | None
+    ) -> TaskGradients:
         storage: Storage = "matrix" if as_matrix else self._storage(partition)
-        if as_matrix:
-            blocks = [_without_layers(partition.inputs)]
+        if as_matrix or ranks is not None:  # the gradients of a layer's outputs on two ranks have no sum
+            tensors = _without_layers(partition.inputs)
         else:
             tensors = measured_tensors(partition.lower_graph, partition.inputs, outputs.num_tasks)
-            blocks = self._blocks(partition, tensors, storage)
+        blocks = [tensors] if as_matrix else self._blocks(partition, tensors, storage)
         batched = self._is_batched(partition, outputs.device)
-        plan = _PassPlan(outputs, partition, blocks, partition.heads, storage, batched=batched)
+        plan = _PassPlan(outputs, partition, blocks, partition.heads, storage, retain_graph, batched, ranks)
         if partition.features and (batched or (storage == "products" and _has_few_features(partition))):
             return self._measured_through_features(plan)
         return self._collected(plan)
@@ -158,8 +194,7 @@ class Engine:
         at_features = partition._replace(inputs=partition.features)
         upper = self._measured_at_features(plan.outputs, at_features, as_matrix=False)
         assert upper.rows is not None
-        gradients = self._collected(plan._replace(outputs=upper.outputs, heads=[]))
-        gradients.heads = upper.heads
+        gradients = self._collected(plan._replace(outputs=upper.outputs, heads=[]), upper.heads)
         if plan.storage != "products":
             upper.rows.by_tensor.clear()
         return gradients
@@ -191,19 +226,32 @@ class Engine:
             return False
         return activation_count(partition.lower_graph) <= sum(p.numel() for p in partition.trunk)
 
-    def _collected(self, plan: _PassPlan) -> TaskGradients:
-        """Run the passes of a plan, block by block of its tensors."""
+    def _collected(self, plan: _PassPlan, heads: HeadGradients | None = None) -> TaskGradients:
+        """Run the passes of a plan, block by block of its tensors.
+
+        Args:
+            plan: The plan.
+            heads: Gradients of the heads, if earlier passes have computed them.
+
+        Returns:
+            The gradients.
+        """
         K, inputs = plan.outputs.num_tasks, plan.partition.inputs
         device = inputs[0].device if inputs else plan.outputs.device
         gradients = TaskGradients(plan.outputs, plan.partition, [[False] * K for _ in inputs])
+        gradients.gramian = torch.zeros(K, K, dtype=torch.float64, device=device)
         if plan.storage == "matrix":
             gradients.allocate_jacobian(device)
+        if heads is not None:
+            gradients.heads = heads
+        if plan.ranks is not None:
+            return self._collected_over_ranks(plan, gradients, plan.ranks)
         length = sum(tensor.row_length for block in plan.blocks for tensor in block)
         products = InnerProducts(K, length, device, lean=self.memory == "gramian")
         for number, block in enumerate(plan.blocks):
             tensors, rows = self._collected_block(plan, gradients, number, [tensor.with_inputs() for tensor in block])
+            gradients.note_reached(tensors, rows)
             for tensor, by_task in zip(tensors, rows.by_tensor, strict=True):
-                gradients.reached_by[tensor.position] = [row is not None for row in by_task]
                 products.add(tensor.coordinates(by_task))
                 if plan.storage == "products":
                     by_task.clear()
@@ -216,17 +264,31 @@ class Engine:
         self, plan: _PassPlan, gradients: TaskGradients, number: int, tensors: Sequence[MeasuredTensor]
     ) -> tuple[list[MeasuredTensor], TaskRows]:
         """Run the passes down to one block of tensors; return the tensors, with the indices of sparse gradients, and rows."""
-        K = plan.outputs.num_tasks
-        heads = plan.heads if number == 0 else ()
-        is_last = number == len(plan.blocks) - 1
-        retain_graph = plan.retain_graph or plan.storage == "products" or not is_last
+        K, heads = plan.outputs.num_tasks, plan.heads_of(number)
         targets = [*(tensor.target for tensor in tensors), *heads]
         rows = TaskRows(K, [[] for _ in tensors])
-        for task, computed in enumerate(self._passes(plan, targets, retain_graph=retain_graph)):
+        for task, computed in enumerate(self._passes(plan, targets, retain_graph=plan.retains_after(number))):
             gradients.store(task, computed, tensors, rows, sharers=K if plan.batched else 1)
-            if number == 0:
-                gradients.heads.append(heads, computed[len(tensors) :])
+            gradients.heads.add(task, heads, computed[len(tensors) :])
         return common_indices(tensors, rows), rows
+
+    def _collected_over_ranks(self, plan: _PassPlan, gradients: TaskGradients, ranks: Ranks) -> GlobalGradients:
+        """Run the passes of a plan, and sum the gradients over ranks meanwhile."""
+        K, sharded = plan.outputs.num_tasks, None
+        for number, block in enumerate(plan.blocks):
+            heads = plan.heads_of(number)
+            targets = [*(tensor.target for tensor in block), *heads]
+            passes = self._passes(plan, targets, retain_graph=plan.retains_after(number))
+            if plan.storage == "matrix":
+                rows = TaskRows(K, [[] for _ in block])
+                for task, computed in enumerate(passes):
+                    gradients.store(task, computed, block, rows, sharers=1)
+                    gradients.heads.add(task, heads, computed[len(block) :])
+                gradients.note_reached(block, rows)
+                continue
+            sharded = sum_passes(passes, gradients, block, heads, ranks)
+            gradients.gramian += sharded.gramian()
+        return GlobalGradients.of(gradients, ranks, sharded if plan.storage == "rows" else None)
 
     def _passes(self, plan: _PassPlan, targets: Sequence[Root], *, retain_graph: bool) -> Iterable[Sequence[Tensor | None]]:
         if plan.batched and not self._batching_failed:

@@ -169,14 +169,17 @@ class HeadGradients:
 
     by_task: list[list[LeafGradient]]
 
-    def append(self, heads: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """Add the gradients of the next task.
+    def add(self, task: int, heads: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Add gradients of a task.
 
         Args:
+            task: Index of the task, at most the number of tasks so far.
             heads: Task-specific parameters.
             gradients: One for each of ``heads``; None where the task does not reach it.
         """
-        self.by_task.append([(head, g) for head, g in zip(heads, gradients, strict=True) if g is not None])
+        if task == len(self.by_task):
+            self.by_task.append([])
+        self.by_task[task] += [(head, g) for head, g in zip(heads, gradients, strict=True) if g is not None]
 
     def lengths(self, device: torch.device) -> Tensor:
         """Return the length of each task's gradients, computed in float32 or wider. Shape (K,), float64."""

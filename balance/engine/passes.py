@@ -39,10 +39,12 @@ class LossOutputs:
     Attributes:
         roots: By task, its loss in the graph; None for a loss without a graph.
         unit: Gradient with which every pass begins: 1, or the scale of mixed precision. Shape ()
+        shares: Factors on the gradients of the tasks, this rank's shares of the samples; None: 1 for each task. Length K.
     """
 
     roots: Sequence[Root | None]
     unit: Tensor
+    shares: Sequence[float] | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -62,18 +64,23 @@ class LossOutputs:
         """Return the beginning of the pass of task k."""
         root = self.roots[k]
         # A Function may change its gradient in place, so every pass gets a copy
-        return Cotangents([], []) if root is None else Cotangents([root], [self.unit.clone()])
+        return Cotangents([], []) if root is None else Cotangents([root], [self._beginning(k).clone()])
 
     def weighted_cotangents(self, weights: Sequence[float]) -> Cotangents:
         """Return the beginning of one pass of the weighted sum of all tasks. ``weights``: length K."""
-        pairs = [(root, self.unit * weight) for root, weight in zip(self.roots, weights, strict=True) if root is not None]
+        beginnings = enumerate(zip(self.roots, weights, strict=True))
+        pairs = [(root, self._beginning(k) * weight) for k, (root, weight) in beginnings if root is not None]
         return Cotangents([root for root, _ in pairs], [value for _, value in pairs])
 
     def batched_cotangents(self) -> Cotangents:
         """Return the beginning of one batched pass of all tasks; values of shape (K,)."""
-        columns = (self.unit * torch.eye(self.num_tasks, dtype=self.unit.dtype, device=self.unit.device)).unbind()
+        unit = torch.stack([self._beginning(k) for k in range(self.num_tasks)])
+        columns = (unit * torch.eye(self.num_tasks, dtype=unit.dtype, device=unit.device)).unbind()
         pairs = [(root, column) for root, column in zip(self.roots, columns, strict=True) if root is not None]
         return Cotangents([root for root, _ in pairs], [column for _, column in pairs])
+
+    def _beginning(self, k: int) -> Tensor:
+        return self.unit if self.shares is None else self.unit * self.shares[k]
 
 
 @dataclass

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from balance.engine.accumulate import leaf_gradients
+from balance.engine.accumulate import leaf_gradients, without_hooks
 from balance.engine.gramian import HeadGradients, TaskRows, sparse_rows, split_direction, to_vector
 from balance.engine.passes import FeatureOutputs, weighted_pass
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
@@ -64,6 +65,31 @@ class TaskGradients:
     def needs_pass(self) -> bool:
         """Return whether a weighted sum costs a further backward pass."""
         return self.rows is None or self.partition.source == "features"
+
+    def head_lengths(self) -> Tensor:
+        """Return the length of each task's gradients of the heads. Shape (K,), float64."""
+        return self.heads.lengths(self.gramian.device)
+
+    def heads_are_finite(self, task: int) -> bool:
+        """Return whether all entries of a task's gradients of the heads are finite, which their length may not show."""
+        return self.heads.is_finite(task)
+
+    def head_sums(self, weights: Sequence[float]) -> list[LeafGradient]:
+        """Return the weighted sum of the tasks' gradients of each head. ``weights``: length K."""
+        return self.heads.weighted_sums(weights)
+
+    def trunk_length(self, weights: Sequence[float]) -> float:
+        """Return the length of a weighted sum of the tasks' gradients of the trunk, with the factor of mixed precision.
+
+        Args:
+            weights: One for each task. Length K.
+        """
+        trunk = self.partition.trunk
+        if self.rows is not None and not self.needs_pass:
+            return length(total for total in self.rows.weighted_sums(weights) if total is not None)
+        with without_hooks(trunk):
+            gradients = weighted_pass(self.outputs, weights, trunk, retain_graph=True)
+        return length(gradient for gradient in gradients if gradient is not None)
 
     def weighted_sums(self, weights: Sequence[float]) -> list[LeafGradient]:
         """Return the weighted sum of the tasks' gradients of the trunk. The stored gradients are dropped, so call it once.
@@ -124,11 +150,27 @@ class TaskGradients:
         places: Sequence[Tensor | None] = [None] * len(tensors)
         if self.jacobian is not None:
             places = torch.split(self.jacobian[task], [tensor.tensor.numel() for tensor in tensors])
-        for tensor, by_task, gradient, place in zip(tensors, rows.by_tensor, gradients, places, strict=False):
+        for by_task, gradient, place in zip(rows.by_tensor, gradients, places, strict=False):
             by_task.append(_row(gradient, place, sharers))
+        self.note_sparse(tensors, gradients)
+
+    def note_sparse(self, tensors: Sequence[MeasuredTensor], gradients: Sequence[Tensor | None]) -> None:
+        """Note which gradients of one pass are sparse; gradients beyond those of ``tensors`` are ignored."""
+        for tensor, gradient in zip(tensors, gradients, strict=False):
             if gradient is not None:
                 dimensions = gradient.sparse_dim() if gradient.is_sparse else 0
                 self.sparse_dims[tensor.position] = min(dimensions, self.sparse_dims.get(tensor.position, dimensions))
+
+    def note_reached(self, tensors: Sequence[MeasuredTensor], rows: TaskRows) -> None:
+        """Note which tasks reach which tensors, given their rows."""
+        for tensor, by_task in zip(tensors, rows.by_tensor, strict=True):
+            self.reached_by[tensor.position] = [row is not None for row in by_task]
+
+
+def length(gradients: Iterable[Tensor]) -> float:
+    """Return the length of some gradients, taken as one vector."""
+    squares = [torch.linalg.vector_norm(g.to_dense()).double().cpu().square() for g in gradients]
+    return math.sqrt(float(sum(squares)))
 
 
 def _row(gradient: Tensor | None, place: Tensor | None, sharers: int) -> Tensor | None:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from balance.engine.graph import unstacked_roots
 from balance.messages import unknown
 from balance.rules.protocol import Context
 
 if TYPE_CHECKING:
+    from torch.amp.grad_scaler import GradScaler
+
     from balance.engine.graph import Root
     from balance.types import Losses
 
 NanPolicy = Literal["error", "absent"]
 ZeroPolicy = Literal["present", "absent"]
+Counts: TypeAlias = Mapping[str, "float | Tensor"] | Sequence["float | Tensor"] | Tensor  # samples by task
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -31,8 +35,11 @@ class StepLosses(NamedTuple):
     indices: Tensor  # of these tasks among all tasks. Shape (K,)
     num_tasks: int  # of all tasks
     roots: list[Root | None]  # node or tensor of each loss in the graph; None for a loss without a graph
-    losses: Losses  # with their graphs
+    losses: Losses  # with their graphs; over several ranks their means, detached, float64
     host: Losses  # their values, detached, float64, on the host
+    counts: tuple[float, ...]  # numbers of samples that these losses are means of. Length K
+    one: Tensor  # the number 1 in the dtype and on the device of the losses of this rank. Shape ()
+    shares: tuple[float, ...] | None = None  # this rank's shares of the samples; None: all of them. Length K
 
     @property
     def context(self) -> Context:
@@ -42,7 +49,7 @@ class StepLosses(NamedTuple):
     @property
     def is_half(self) -> bool:
         """True if a loss is of half precision, in which the weight of a small loss can overflow."""
-        return any(isinstance(root, Tensor) and root.dtype in _HALF for root in self.roots) or self.losses.dtype in _HALF
+        return any(isinstance(root, Tensor) and root.dtype in _HALF for root in self.roots) or self.one.dtype in _HALF
 
     def not_finite(self) -> dict[str, float]:
         """Return the losses that are infinite or NaN, by task."""
@@ -74,33 +81,133 @@ def task_names(tasks: Sequence[str] | int) -> tuple[str, ...]:
     return names
 
 
-def read_losses(losses: Mapping[str, Tensor] | Tensor, tasks: tuple[str, ...], nan: NanPolicy, zero: ZeroPolicy) -> StepLosses:
-    """Return the losses of one step, given by name or as a vector.
+@dataclass(frozen=True)
+class StepArguments:
+    """Arguments of `Balancer.backward` as given."""
+
+    losses: Mapping[str, Tensor] | Tensor
+    shared: Iterable[Tensor] | None = None
+    features: Any = None
+    measure: Iterable[Tensor] | None = None
+    scaler: GradScaler | None = None
+    factor: float = 1.0
+    counts: Counts | None = None
+    extra: Tensor | None = None
+
+    def check(self) -> None:
+        """Check the arguments that need no context.
+
+        Raises:
+            ValueError: If ``factor`` is not a positive finite number, or ``extra`` is no scalar with a graph.
+            TypeError: If ``extra`` is no tensor of floats.
+        """
+        if not isinstance(self.factor, int | float) or not 0 < self.factor < math.inf:
+            raise ValueError(
+                f"factor must be a positive number, but got {self.factor!r}. Use for example 1 / num_micro_batches."
+            )
+        if self.extra is None:
+            return
+        if not isinstance(self.extra, Tensor) or not self.extra.is_floating_point():
+            raise TypeError(f"extra must be a scalar tensor of floats, but got {type(self.extra).__name__}.")
+        if self.extra.numel() != 1 or not self.extra.requires_grad:
+            raise ValueError(
+                f"extra must be a scalar that requires a gradient, but has shape {tuple(self.extra.shape)} and "
+                f"requires_grad={self.extra.requires_grad}."
+            )
+
+    @property
+    def enabled_scaler(self) -> GradScaler | None:
+        """The gradient scaler, unless it is switched off."""
+        return self.scaler if self.scaler is not None and self.scaler.is_enabled() else None
+
+
+def listed(parameters: Iterable[Tensor] | None) -> Iterable[Tensor] | None:
+    """Return parameters as a list, since a generator can be read only once; anything else unchanged, to be checked later."""
+    if isinstance(parameters, Iterable) and not isinstance(parameters, Tensor | nn.Module):
+        return list(parameters)
+    return parameters
+
+
+def read_losses(
+    losses: Mapping[str, Tensor] | Tensor,
+    tasks: tuple[str, ...],
+    nan: NanPolicy,
+    zero: ZeroPolicy,
+    counts: Counts | None = None,
+) -> StepLosses:
+    """Return the losses of one step on this rank, given by name or as a vector.
 
     Args:
         losses: A dict of scalars by task, absent tasks left out; or a tensor of shape (K,).
         tasks: Names of all tasks.
         nan: ``"absent"``: a task whose loss is NaN is absent.
         zero: ``"absent"``: a task whose loss is exactly zero is absent.
+        counts: Number of samples that each loss is a mean of; a task with none is absent. None: 1 for each task.
+
+    Returns:
+        The losses; possibly of no task, see `require_present`.
 
     Raises:
-        ValueError: If a loss has the wrong shape or name, or no task is left.
+        ValueError: If a loss has the wrong shape or name, or a count is wrong.
         TypeError: If a loss is not a tensor of floats.
     """
     by_task, stacked_roots = _by_task(losses, tasks, nan)
     _check_scalars(by_task, tasks)
     indices = [k for k, task in enumerate(tasks) if task in by_task]
+    numbers = None if counts is None else _read_counts(counts, tasks, by_task)
     scalars = [by_task[tasks[k]].reshape(()) for k in indices]
     roots = stacked_roots or [scalar if scalar.requires_grad else None for scalar in scalars]
-    stacked = torch.stack(scalars)
+    stacked = torch.stack(scalars) if scalars else torch.zeros(0)
     host = stacked.detach().to("cpu", torch.float64)
     absent = _absent(host, nan, zero)
+    if numbers is not None:
+        absent |= torch.tensor([numbers[tasks[k]] == 0 for k in indices], dtype=torch.bool, device="cpu")
     if absent.any():
         present = (~absent).nonzero().flatten().tolist()
         indices, roots, host = [indices[k] for k in present], [roots[k] for k in present], host[present]
-        stacked = torch.stack([scalars[k] for k in present])
+        stacked = torch.stack([scalars[k] for k in present]) if present else stacked[:0]
     names = tuple(tasks[k] for k in indices)
-    return StepLosses(names, torch.tensor(indices, dtype=torch.int64, device="cpu"), len(tasks), roots, stacked, host)
+    present_counts = tuple(1.0 if numbers is None else numbers[task] for task in names)
+    positions = torch.tensor(indices, dtype=torch.int64, device="cpu")
+    one = torch.ones((), dtype=stacked.dtype, device=stacked.device)
+    return StepLosses(names, positions, len(tasks), roots, stacked, host, present_counts, one)
+
+
+def require_present(step: StepLosses, losses: object, tasks: tuple[str, ...]) -> None:
+    """Check that a step has a task.
+
+    Args:
+        step: The step.
+        losses: The losses as given.
+        tasks: Names of all tasks.
+
+    Raises:
+        ValueError: If the step has none.
+    """
+    if step.tasks:
+        return
+    if isinstance(losses, Mapping) and not losses:
+        raise ValueError(f"losses must have at least one of the tasks {tasks}, but is empty.")
+    raise ValueError("All losses are NaN or zero, or are means of no samples. Look at the data and the learning rate.")
+
+
+def _read_counts(counts: Counts, tasks: tuple[str, ...], losses: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the number of samples of each task that has a loss."""
+    if not isinstance(counts, Mapping):
+        if len(counts) != len(tasks):
+            raise ValueError(f"counts must have a number for each of {len(tasks)} tasks, but got {len(counts)}.")
+        counts = dict(zip(tasks, counts, strict=True))
+    numbers = dict.fromkeys(losses, 1.0)
+    for task, count in counts.items():
+        if task not in tasks:
+            raise ValueError(unknown("task in counts", task, tasks))
+        number = float(count)
+        if not 0 <= number < math.inf:
+            raise ValueError(f"counts must be numbers of samples, but the count of task '{task}' is {number}.")
+        if number and task not in losses:
+            raise ValueError(f"Task '{task}' has a count of {number:g} samples, but no loss. Give both or neither.")
+        numbers[task] = number
+    return numbers
 
 
 def _by_task(
@@ -122,9 +229,6 @@ def _absent(host: Tensor, nan: NanPolicy, zero: ZeroPolicy) -> Tensor:
         absent |= host.isnan()
     if zero == "absent":
         absent |= host == 0
-    if absent.all():
-        values = "NaN" if host.isnan().all() else "NaN or zero"
-        raise ValueError(f"All losses are {values}. Look at the data and the learning rate.")
     return absent
 
 
@@ -151,15 +255,3 @@ def _check_scalars(losses: Mapping[str, Any], tasks: tuple[str, ...]) -> None:
             raise TypeError(f"Loss of task '{task}' must be a tensor of floats, but got {loss!r}.{hint}")
         if loss.numel() != 1:
             raise ValueError(f"Loss of task '{task}' must be a scalar, but has shape {tuple(loss.shape)}. Use its .mean().")
-    if not losses:
-        raise ValueError(f"losses must have at least one of the tasks {tasks}, but is empty.")
-
-
-def check_factor(factor: float) -> None:
-    """Check the factor of `Balancer.backward`.
-
-    Raises:
-        ValueError: If it is not a positive finite number.
-    """
-    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
-        raise ValueError(f"factor must be a positive number, but got {factor!r}. Use for example 1 / num_micro_batches.")

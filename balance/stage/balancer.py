@@ -8,29 +8,42 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from balance.engine.custom_functions import refuse_sharded
+from balance.distributed.ranks import Ranks
 from balance.engine.engine import Engine, Estimate
-from balance.engine.partition import Partition, partition_graph, read_features, read_shared
+from balance.engine.partition import read_features, read_shared
 from balance.rules.build import build_gradient_balancer, build_loss_balancer, warn_of_pairing
 from balance.rules.casting import preserving
-from balance.rules.options import check_type, describe
-from balance.rules.snapshot import Snapshot
+from balance.rules.options import describe
 from balance.rules.task_names import check_tasks, encode_tasks
-from balance.stage.arguments import NanPolicy, StepLosses, ZeroPolicy, check_factor, read_losses, task_names
-from balance.stage.ordinary_backward import NotFiniteError
-from balance.stage.own_gradients import OwnGradients, restore
-from balance.stage.plain_step import Outcome, leave_to_scaler, seed_of, take_plain_step
+from balance.stage.arguments import (
+    Counts,
+    NanPolicy,
+    StepArguments,
+    ZeroPolicy,
+    listed,
+    read_losses,
+    require_present,
+    task_names,
+)
+from balance.stage.choices import check_choices, check_jacobian_balancer
+from balance.stage.collection import Collection, collecting
+from balance.stage.deferred import deferred_loss
+from balance.stage.execution import execute, prepare
+from balance.stage.over_ranks import mean_over_ranks
+from balance.stage.own_gradients import OwnGradients
 from balance.stage.reminders import Reminders
-from balance.stage.step import BalancedStep
 from balance.types import EngineChoice, GradientRule, Heads, LossRule, Memory, Scale, Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
     from torch.amp.grad_scaler import GradScaler
+    from torch.distributed import ProcessGroup
 
     from balance.rules.protocol import GradientBalancer, JacobianBalancer, LossBalancer
+    from balance.stage.plain_step import Outcome
     from balance.stage.report import Report
 
     Features = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -71,6 +84,7 @@ class Balancer(nn.Module):
             as shared parameters. For a linear or convolutional layer whose batch is smaller than its weight, only the
             gradients of its outputs are kept, which suffice. ``"gramian"``: at most 0.4 times as many numbers, or the gradients
             of the largest parameter. The passes are repeated for parts of the parameters, and a weighted backward pass follows.
+        process_group: The data-parallel processes that train together; None: all processes of torch.distributed.
 
     Raises:
         ValueError: If a name, an option or a choice is unknown, or the task names are not distinct.
@@ -97,9 +111,10 @@ class Balancer(nn.Module):
         zero: ZeroPolicy = "present",
         engine: EngineChoice = "auto",
         memory: Memory = "jacobian",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        _check_choices(source, heads, scale, nan, zero, engine, memory)
+        check_choices(source, heads, scale, nan, zero, engine, memory)
         self.tasks = task_names(tasks)
         self.source, self.scale, self.nan, self.zero = source, scale, nan, zero
         self._descriptions = describe(loss, loss_options), _description(gradient, gradient_options)
@@ -112,7 +127,7 @@ class Balancer(nn.Module):
             raise ValueError(f"gradient_options need a gradient balancer, but got {dict(gradient_options)} and gradient=None.")
         self.heads: Heads = heads or ("unweighted" if self.gradient_balancer is None else self.gradient_balancer.heads)
         if self.gradient_balancer is not None and self.gradient_balancer.sees == "jacobian":
-            _check_jacobian_balancer(self._descriptions[1], self.heads, scale, memory)
+            check_jacobian_balancer(self._descriptions[1], self.heads, scale, memory)
         self.engine = Engine(engine, memory)
         self.reminders = Reminders(self._descriptions[0])
         warn_of_pairing(loss, gradient, K)
@@ -122,7 +137,10 @@ class Balancer(nn.Module):
         # Factor of ``scale`` on the last direction, for steps that reuse its weights
         self.register_buffer("stretch", torch.ones((), dtype=torch.float64, device="cpu"))
         self._skipped = False  # whether the gradient scaler was to skip the last step
-        self._own_gradients = OwnGradients()
+        self._report: Report | None = None
+        self.own_gradients = OwnGradients()
+        self.ranks = Ranks(process_group)
+        self.collection: Collection | None = None
 
     @property
     def needs_observation(self) -> bool:
@@ -138,6 +156,8 @@ class Balancer(nn.Module):
         measure: Iterable[Tensor] | None = None,
         scaler: GradScaler | None = None,
         factor: float = 1.0,
+        counts: Counts | None = None,
+        extra: Tensor | None = None,
     ) -> Report:
         """Balance the losses and add the result to ``.grad`` of every parameter, like ``losses.sum().backward()``.
 
@@ -153,6 +173,10 @@ class Balancer(nn.Module):
         A gradient balancer walks the graph once for each task. Where that is impossible (reentrant checkpoints, functions that
         add to ``.grad`` themselves, compiled functions with donated buffers) an error names the cause and the remedy. At the
         first step a graph with custom or compiled functions is walked twice more, to check that the gradients repeat.
+
+        With several processes (torch.distributed) the step is that of the mean losses over the samples of all ranks, and every
+        rank must make it. ``.grad`` and weights are then equal on all ranks. Wrap the model in DistributedDataParallel and
+        compute the losses of its output; keep the balancer outside of it. A task may be absent on some ranks.
 
         Args:
             losses: One scalar per task, by name; tasks that are absent from this step are left out. Or a tensor of shape
@@ -172,7 +196,11 @@ class Balancer(nn.Module):
             scaler: The GradScaler of mixed-precision training; give unscaled losses. The gradients are left scaled, for
                 ``scaler.step``. A step with an infinite or NaN loss or gradient is left for the scaler to skip.
             factor: Positive factor on all gradients that are added to ``.grad``; for accumulation over n micro-batches 1 / n.
-                The rules see the losses without it.
+                The rules see the losses without it. For the exact step of all micro-batches see `collect`.
+            counts: Number of samples that each loss is a mean of, by task; 1 if it is not given. Needed where losses of several
+                ranks, or of several calls inside of `collect`, are means of different numbers. A task with none is absent.
+            extra: A further loss (a scalar) that no rule sees, such as a regulariser: its gradients are added to the direction,
+                times ``factor``. Over several ranks its mean is taken.
 
         Returns:
             The record of the step.
@@ -181,86 +209,127 @@ class Balancer(nn.Module):
             ValueError: If a loss has the wrong shape or name, or a loss or gradient is not finite. Also if the losses do not
                 reach the shared parameters or features. ``.grad`` is then as before.
             TypeError: If a loss is not a tensor, or ``shared`` is not an iterable of parameters.
-            RuntimeError: If several processes train together, or the graph cannot be walked once for each task.
+            RuntimeError: If the graph cannot be walked once for each task, or several processes do not train one model.
         """
-        return self._step(losses, shared, features, measure, scaler, factor)
+        given = StepArguments(losses, listed(shared), features, listed(measure), scaler, factor, counts, extra)
+        return self._run(given)
+
+    def weights(
+        self,
+        losses: Mapping[str, Tensor] | Tensor,
+        *,
+        shared: Iterable[Tensor] | None = None,
+        features: Features | None = None,
+        measure: Iterable[Tensor] | None = None,
+        counts: Counts | None = None,
+    ) -> Report:
+        """Compute the weights of a step, without changing ``.grad``, the state of a rule, or the graph of the losses.
+
+        For an optimizer that evaluates the losses several times per step, such as LBFGS: hold ``report.total_weights`` for all
+        evaluations. Each call of a rule that draws random numbers returns the numbers that the next step will draw.
+
+        Args:
+            losses: As for `backward`.
+            shared: As for `backward`.
+            features: As for `backward`.
+            measure: As for `backward`.
+            counts: As for `backward`.
+
+        Returns:
+            The record that `backward` would return.
+        """
+        return self._run(StepArguments(losses, listed(shared), features, listed(measure), counts=counts), is_trial=True)
+
+    def loss(
+        self,
+        losses: Mapping[str, Tensor] | Tensor,
+        *,
+        shared: Iterable[Tensor] | None = None,
+        features: Features | None = None,
+        measure: Iterable[Tensor] | None = None,
+        scaler: GradScaler | None = None,
+        counts: Counts | None = None,
+        extra: Tensor | None = None,
+    ) -> Tensor:
+        """Return a scalar whose backward pass is `backward`, for training loops that call ``loss.backward()`` themselves.
+
+        The gradient that arrives at the scalar (of accumulation, or of a gradient scaler) is a factor on ``.grad`` only; the
+        rules see the losses without it. The record of the step is then in `report`. The backward pass can run once.
+
+        Args:
+            losses: As for `backward`.
+            shared: As for `backward`.
+            features: As for `backward`.
+            measure: As for `backward`.
+            scaler: The GradScaler that multiplies the scalar. Without it a step whose gradients overflow is an error, not a
+                step to skip.
+            counts: As for `backward`.
+            extra: As for `backward`.
+
+        Returns:
+            The sum of the losses and the extra loss. Shape ().
+        """
+        given = StepArguments(losses, listed(shared), features, listed(measure), scaler, counts=counts, extra=extra)
+        return deferred_loss(given, self._run)
+
+    def collect(self, *, factor: float = 1.0) -> AbstractContextManager[Collection]:
+        """Return a context in which calls of `backward` make one step together, exactly that of all their batches at once.
+
+        Every call computes its tasks' gradients and frees its graph; on exit the rules see the mean losses and gradients of
+        all calls. Calls may bring different tasks, for example one data set each. Memory: the graph of one call, and one
+        gradient of all parameters for each task. Loss k of the step is the mean over the calls that have task k, weighted by
+        ``counts``. The reports of the calls have no weights; the report of the step is in `report` after the context. If the
+        body raises, no step is made. Over several ranks the gradients are summed once, on exit.
+
+        Args:
+            factor: Factor on all gradients that are added to ``.grad``.
+
+        Returns:
+            The context; its value is the collection.
+
+        Raises:
+            RuntimeError: If a collection is open.
+            ValueError: If ``factor`` is not a positive finite number.
+        """
+        return collecting(self, factor, self._finish)
+
+    @property
+    def report(self) -> Report | None:
+        """Record of the last step; None before the first."""
+        return self._report
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # tracing the stage is slow and fails
     @torch.enable_grad()  # as loss.backward(), which works inside no_grad() too
-    def _step(
-        self,
-        losses: Mapping[str, Tensor] | Tensor,
-        shared: Iterable[Tensor] | None,
-        features: Features | None,
-        measure: Iterable[Tensor] | None,
-        scaler: GradScaler | None,
-        factor: float,
-    ) -> Report:
-        _refuse_several_processes()
-        check_factor(factor)
-        if scaler is not None and not scaler.is_enabled():
-            scaler = None
-        step = read_losses(losses, self.tasks, self.nan, self.zero)
-        parameters = list(self.parameters())
-        parts = self._partition(step, shared, features, measure, parameters)
+    def _run(self, given: StepArguments, *, is_trial: bool = False) -> Report:
+        given.check()
+        if self.collection is not None and not is_trial:
+            return self.collection.add(given)
         self._skipped = False
-        if bad := step.not_finite():
-            if scaler is None:
-                raise ValueError(f"Losses must be finite, but got {bad}. Look at the data and the learning rate.")
-            outcome = leave_to_scaler(step, scaler, parameters)
-        elif not step.losses.requires_grad:
-            raise ValueError("No loss requires a gradient. Compute the losses with gradients enabled and do not detach them.")
-        else:
-            outcome = self._take(step, parts, scaler, factor, parameters)
-        self._skipped = outcome.skipped
-        self._own_gradients.remember(parameters, skipped=outcome.skipped)
+        outcome = execute(self, given, prepare(self, given), is_trial=is_trial)
+        return outcome.report if is_trial else self._finish(outcome)
+
+    def _finish(self, outcome: Outcome) -> Report:
+        self._skipped, self._report = outcome.skipped, outcome.report
+        self.own_gradients.remember(list(self.parameters()), skipped=outcome.skipped)
         return outcome.report
 
-    def _take(
-        self, step: StepLosses, parts: Partition | None, scaler: GradScaler | None, factor: float, parameters: Sequence[Tensor]
-    ) -> Outcome:
-        """Take a step with finite losses; if it fails or the scaler will skip it, the state of all rules is as before."""
-        state, stretch = Snapshot(self.loss_balancer, self.gradient_balancer), self.stretch.clone()
-        gradients = self._own_gradients.clear_used(parameters)
-        try:
-            with torch.autocast(step.losses.device.type, enabled=False):  # half precision is too coarse for the direction
-                outcome = self._outcome(step, parts, scaler, factor)
-        except BaseException as error:
-            state.restore()
-            self.stretch.copy_(stretch)
-            restore(gradients)
-            if scaler is None or not isinstance(error, NotFiniteError):
-                raise
-            return leave_to_scaler(step, scaler, parameters)
-        if outcome.skipped:  # no rule must learn from such a step
-            state.restore()
-        else:
-            present = step.context.present
-            tasks = slice(None) if present is None else present  # a slice is faster than indices
-            self.loss_sums[tasks] += step.host.to(self.loss_sums)
-            self.loss_counts[tasks] += 1
-            self.reminders.after_step(self.loss_balancer)
-        return outcome
-
-    def _outcome(self, step: StepLosses, parts: Partition | None, scaler: GradScaler | None, factor: float) -> Outcome:
-        if self.gradient_balancer is None or parts is None:
-            return take_plain_step(self.loss_balancer, step, scaler, factor)
-        seed = seed_of(step, scaler)
-        return Outcome(BalancedStep(self, self.gradient_balancer, step, parts, seed, factor).run())
-
     @torch.no_grad()
-    def observe(self, losses: Mapping[str, Tensor] | Tensor) -> None:
+    def observe(self, losses: Mapping[str, Tensor] | Tensor, *, counts: Counts | None = None) -> None:
         """Pass the losses of the same batch after the optimizer's step to a rule that learns from them (famo).
 
         Args:
             losses: As for `backward`, of the same tasks.
+            counts: As for `backward`.
 
         Raises:
             ValueError: If a loss is not finite or out of the rule's domain; the rule's state is then as before.
         """
         if not self.needs_observation or self._skipped:
             return
-        step = read_losses(losses, self.tasks, self.nan, self.zero)
+        step = read_losses(losses, self.tasks, self.nan, self.zero, counts)
+        if self.ranks.size > 1:
+            step = mean_over_ranks(step, self.tasks, self.ranks)
+        require_present(step, losses, self.tasks)
         if bad := step.not_finite():
             raise ValueError(f"Losses must be finite, but got {bad}. Look at the data and the learning rate.")
         self.loss_balancer.observe(step.losses, step.context)
@@ -319,77 +388,11 @@ class Balancer(nn.Module):
         chosen += [f"{name}={value!r}" for name, (value, default) in engine.items() if value != default]
         return f"Balancer({', '.join([repr(self.tasks), f'loss={loss}', f'gradient={gradient}', *chosen])})"
 
-    def _partition(
-        self,
-        step: StepLosses,
-        shared: Iterable[Tensor] | None,
-        features: Features | None,
-        measure: Iterable[Tensor] | None,
-        parameters: Sequence[Tensor],
-    ) -> Partition | None:
-        """Return shared parameters, heads and features, checked; None without a gradient balancer."""
-        if self.gradient_balancer is None:
-            _check_unused(shared, features, measure)
-            return None
-        parts = partition_graph(self.source, step.roots, shared, features, measure, parameters)
-        refuse_sharded(parts.functions, (*parts.trunk, *parts.heads))
-        if self.gradient_balancer.sees == "jacobian":
-            if measure is not None:
-                raise ValueError(
-                    "measure is for rules that give weights, but this one sees the Jacobian and gives a direction."
-                )
-            if self.source == "features" and not parts.features:
-                raise ValueError(
-                    "A rule that sees the Jacobian of the features needs every path from a loss to a shared parameter to go "
-                    "through one of them, and none of them to be computed from another, but that is not so here."
-                )
-        return parts
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Balancer:  # noqa: FBT001, FBT002
         """Move or cast, as ``.to()`` and ``.half()`` ask; the rules' state keeps its values and dtypes."""
         super()._apply(preserving(self, fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
 
-def _check_choices(
-    source: object, heads: object, scale: object, nan: object, zero: object, engine: object, memory: object
-) -> None:
-    check_type("source", source, Source)
-    check_type("scale", scale, Scale)
-    check_type("nan", nan, NanPolicy)
-    check_type("zero", zero, ZeroPolicy)
-    check_type("engine", engine, EngineChoice)
-    check_type("memory", memory, Memory)
-    if heads is not None:
-        check_type("heads", heads, Heads)
-
-
-def _check_jacobian_balancer(name: str, heads: Heads, scale: Scale, memory: Memory) -> None:
-    if heads == "weighted" or scale == "sum":
-        raise ValueError(
-            f"'{name}' sees the Jacobian and has no weights, but got heads={heads!r}, scale={scale!r}. "
-            'Use heads="unweighted" and scale="paper" or "norm".'
-        )
-    if memory == "gramian":
-        raise ValueError(f"'{name}' sees the Jacobian, which memory='gramian' does not keep. Use memory='jacobian'.")
-
-
-def _check_unused(shared: Iterable[Tensor] | None, features: Features | None, measure: Iterable[Tensor] | None) -> None:
-    """Check arguments that only a gradient balancer uses, so that a gradient balancer added later raises no new error."""
-    for name, parameters in (("shared", shared), ("measure", measure)):
-        if parameters is not None:
-            read_shared(parameters, name, measured=False)
-    if features is not None:
-        read_features(features)
-
-
 def _description(gradient: str | GradientRule | None, options: Mapping[str, Any] | None) -> str:
     return "None" if gradient is None else describe(gradient, options)
-
-
-def _refuse_several_processes() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        raise RuntimeError(
-            "Balancer balances the losses of one process, but torch.distributed runs "
-            f"{torch.distributed.get_world_size()}: weights from local batches would be biased and differ between ranks."
-        )

@@ -68,13 +68,19 @@ class WeightedStep(NamedTuple):
         ]
 
     def report(
-        self, step: StepLosses, weights: Weights | None, gramian: Gramian | None, unshared: tuple[str, ...] = ()
+        self,
+        step: StepLosses,
+        weights: Weights | None,
+        gramian: Gramian | None,
+        unshared: tuple[str, ...] = (),
+        total: Weights | None = None,
     ) -> Report:
         """Return the record of a step with these weighted losses."""
         losses = step.losses.detach()
         loss_weights = self.loss_weights.to(losses.device, torch.promote_types(losses.dtype, torch.float32))
         weights = None if weights is None else weights.to(losses)
-        return Report(step.tasks, losses, self.weighted.to(losses), loss_weights, weights, gramian, unshared)
+        total = None if total is None else total.to(loss_weights)
+        return Report(step.tasks, losses, self.weighted.to(losses), loss_weights, weights, gramian, unshared, total)
 
 
 def weighted_step(rule: LossBalancer, step: StepLosses) -> WeightedStep:

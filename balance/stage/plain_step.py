@@ -6,19 +6,29 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from balance.engine.accumulate import accumulate, are_finite, cast_to_leaf, nan_gradients
+from balance.engine.accumulate import (
+    accumulate,
+    accumulate_reduced,
+    are_finite,
+    cast_to_leaf,
+    leaf_gradients,
+    merged_pairs,
+    nan_gradients,
+    without_hooks,
+)
 from balance.engine.gramian import HeadGradients
 from balance.engine.graph import leaves
 from balance.engine.passes import LossOutputs, sequential_passes
-from balance.stage.loss_weighting import weighted_losses, weighted_step
+from balance.stage.loss_weighting import WeightedStep, weighted_losses, weighted_step
 from balance.stage.report import Report
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
     from torch.amp.grad_scaler import GradScaler
 
+    from balance.engine.accumulate import LeafGradient
     from balance.rules.protocol import LossBalancer
     from balance.stage.arguments import StepLosses
 
@@ -35,15 +45,19 @@ class Seed(NamedTuple):
 
     gradient: Tensor  # shape ()
     scale: float
+    unit: Tensor  # the number 1 in its dtype and on its device. Shape ()
 
 
 def seed_of(step: StepLosses, scaler: GradScaler | None) -> Seed:
     """Return the gradient with which the backward passes of a step begin."""
-    one = torch.ones_like(step.losses[0].detach())
-    return Seed(one, 1.0) if scaler is None else Seed(scaler.scale(one), scaler.get_scale())
+    if scaler is None:
+        return Seed(step.one, 1.0, step.one)
+    return Seed(scaler.scale(step.one), scaler.get_scale(), step.one)
 
 
-def take_plain_step(rule: LossBalancer, step: StepLosses, scaler: GradScaler | None, factor: float) -> Outcome:
+def take_plain_step(
+    rule: LossBalancer, step: StepLosses, scaler: GradScaler | None, factor: float, extra: Tensor | None
+) -> Outcome:
     """Run one ordinary backward pass of the sum of the weighted losses.
 
     Args:
@@ -51,6 +65,7 @@ def take_plain_step(rule: LossBalancer, step: StepLosses, scaler: GradScaler | N
         step: The losses.
         scaler: The gradient scaler, if any.
         factor: Factor on all gradients that are added to ``.grad``.
+        extra: A loss that is added to the weighted losses.
 
     Returns:
         The record of the step, and whether the scaler will skip the step.
@@ -59,10 +74,11 @@ def take_plain_step(rule: LossBalancer, step: StepLosses, scaler: GradScaler | N
         ValueError: As `weighted_losses`.
     """
     if step.is_half:
-        return _take_half_precision_step(rule, step, scaler, factor)
+        return _take_half_precision_step(rule, step, scaler, factor, extra)
     step.losses.retain_grad()  # the backward pass also computes the weights of the losses
     weighted = weighted_losses(rule, step, step.losses)
-    total = weighted.sum() if factor == 1.0 else factor * weighted.sum()
+    total = weighted.sum() if extra is None else weighted.sum() + extra.reshape(()).to(weighted)
+    total = total if factor == 1.0 else factor * total
     (total if scaler is None else scaler.scale(total)).backward()  # type: ignore[no-untyped-call]
     loss_weights = step.losses.grad
     if loss_weights is None:
@@ -70,43 +86,87 @@ def take_plain_step(rule: LossBalancer, step: StepLosses, scaler: GradScaler | N
     loss_weights = loss_weights / (factor * (1.0 if scaler is None else scaler.get_scale()))
     skipped = False
     if scaler is not None and rule.learns:  # its state must not change at a step that the scaler will skip
-        gradients = [leaf.grad for leaf in leaves([step.losses]) if leaf.grad is not None]
+        gradients = [leaf.grad for leaf in leaves([step.losses, extra]) if leaf.grad is not None]
         skipped = not are_finite(gradients)
     weighted = weighted.detach()
-    return Outcome(Report(step.tasks, step.losses.detach(), weighted, loss_weights, torch.ones_like(weighted)), skipped)
+    ones, loss_weights = torch.ones_like(weighted), loss_weights.detach()
+    report = Report(step.tasks, step.losses.detach(), weighted, loss_weights, ones, total_weights=loss_weights)
+    return Outcome(report, skipped)
 
 
-def _take_half_precision_step(rule: LossBalancer, step: StepLosses, scaler: GradScaler | None, factor: float) -> Outcome:
+def _take_half_precision_step(
+    rule: LossBalancer, step: StepLosses, scaler: GradScaler | None, factor: float, extra: Tensor | None
+) -> Outcome:
     """Run one backward pass for each task: the weight of a small loss overflows as the seed of a pass in half precision."""
     weighted = weighted_step(rule, step)
     seed = seed_of(step, scaler)
+    extras = extra_gradients(extra, factor, seed)
     trained = [leaf for leaf in leaves(step.roots) if leaf.requires_grad]
-    by_task = HeadGradients([])
-    for gradients in sequential_passes(LossOutputs(step.roots, seed.gradient), trained, retain_graph=False):
-        by_task.append(trained, gradients)
+    by_task = task_passes(step, seed, trained)
     pairs = [
-        *by_task.weighted_sums((factor * weighted.loss_weights).tolist()),
+        *merged_pairs(by_task.weighted_sums((factor * weighted.loss_weights).tolist()), extras),
         *weighted.parameter_pairs(factor * seed.scale),
     ]
     skipped = scaler is not None and not are_finite([cast_to_leaf(gradient, leaf) for leaf, gradient in pairs])
     accumulate(pairs)
+    return Outcome(plain_report(weighted, step), skipped)
+
+
+def task_passes(step: StepLosses, seed: Seed, leaves: Sequence[Tensor]) -> HeadGradients:
+    """Return the gradients of each task with respect to leaf tensors, by one backward pass for each task."""
+    by_task = HeadGradients([])
+    outputs = LossOutputs(step.roots, seed.gradient, step.shares)
+    with without_hooks(leaves):
+        for task, gradients in enumerate(sequential_passes(outputs, leaves, retain_graph=False)):
+            by_task.add(task, leaves, gradients)
+    return by_task
+
+
+def extra_gradients(extra: Tensor | None, factor: float, seed: Seed) -> list[LeafGradient]:
+    """Return the gradients of an extra loss, with all factors; its graph is retained.
+
+    Args:
+        extra: A scalar; None: there is none.
+        factor: Factor on all gradients that are added to ``.grad``.
+        seed: Gradient with which every backward pass begins.
+
+    Returns:
+        The leaf tensors that it reaches, and their gradients.
+    """
+    if extra is None:
+        return []
+    reached = [leaf for leaf in leaves([extra]) if leaf.requires_grad]
+    begin = torch.full_like(extra.detach(), factor * seed.scale)
+    with without_hooks(reached):
+        gradients = torch.autograd.grad(extra, reached, begin, retain_graph=True, allow_unused=True)
+    return leaf_gradients(reached, gradients)
+
+
+def plain_report(weighted: WeightedStep, step: StepLosses) -> Report:
+    """Return the record of a step without a gradient balancer."""
     ones = torch.ones(len(step.tasks), dtype=torch.float64, device="cpu")
-    return Outcome(weighted.report(step, ones, None), skipped)
+    return weighted.report(step, ones, None, total=weighted.loss_weights)
 
 
-def leave_to_scaler(step: StepLosses, scaler: GradScaler, parameters: Iterable[Tensor]) -> Outcome:
+def leave_to_scaler(step: StepLosses, scaler: GradScaler, trained: Iterable[Tensor]) -> Outcome:
     """Leave NaN gradients, so that the scaler skips the step; no rule sees the step.
 
     Args:
         step: The losses.
         scaler: The gradient scaler.
-        parameters: The balancer's parameters.
+        trained: Leaf tensors that get these gradients.
 
     Returns:
         A record without weights.
     """
-    scaler.scale(step.losses.detach())  # initialises the scaler, which scaler.step requires
-    accumulate(nan_gradients([*leaves(step.roots), *(p for p in parameters if p.requires_grad)]))
+    scaler.scale(step.one)  # initialises the scaler, which scaler.step requires
+    # No rank may wait in a hook for the NaN of another rank
+    accumulate_reduced(nan_gradients({id(leaf): leaf for leaf in trained if leaf.requires_grad}.values()))
+    return Outcome(unknown_report(step), skipped=True)
+
+
+def unknown_report(step: StepLosses) -> Report:
+    """Return the record of losses whose weights are unknown."""
     losses = step.losses.detach()
     unknown = torch.full_like(losses, torch.nan)
-    return Outcome(Report(step.tasks, losses, unknown, unknown, unknown), skipped=True)
+    return Report(step.tasks, losses, unknown, unknown, unknown)

@@ -29,6 +29,8 @@ class Report:
             Shape (K, K).
         unshared: Names of the tasks that reach no shared parameter (or feature). They took no part in the gradient balancer;
             their heads got the gradients of their weighted losses, with gradient weight one.
+        total_weights: Weights of the gradients of the raw losses in the direction of the shared parameters: both rules
+            together. None for a rule that sees the Jacobian. Shape (K,).
     """
 
     tasks: tuple[str, ...]
@@ -38,6 +40,7 @@ class Report:
     gradient_weights: Weights | None
     gramian: Gramian | None = None
     unshared: tuple[str, ...] = ()
+    total_weights: Weights | None = None
 
     @property
     def cosines(self) -> Tensor | None:

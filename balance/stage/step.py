@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from balance.engine.accumulate import accumulate, are_finite, leaf_gradients, without_hooks
+from balance.engine.accumulate import (
+    accumulate,
+    accumulate_reduced,
+    are_finite,
+    leaf_gradients,
+    merged_pairs,
+    without_hooks,
+)
 from balance.engine.custom_functions import needs_ordinary_pass
 from balance.engine.gramian import TaskRows, multiply_rows
 from balance.engine.graph import Reachability
+from balance.engine.over_ranks import sum_gradients
 from balance.engine.passes import FeatureOutputs, LossOutputs, weighted_pass
 from balance.stage.loss_weighting import WeightedStep, Weighting, weighted_step
 from balance.stage.ordinary_backward import NotFiniteError, require_finite, run_ordinary_backward
@@ -21,10 +29,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from balance.distributed.ranks import Ranks
     from balance.engine.accumulate import LeafGradient
     from balance.engine.engine import Engine
     from balance.engine.partition import Partition
-    from balance.engine.passes import Outputs
     from balance.engine.task_gradients import TaskGradients
     from balance.rules.protocol import GradientBalancer, JacobianBalancer, LossBalancer
     from balance.stage.arguments import StepLosses, ZeroPolicy
@@ -48,6 +56,7 @@ class Stage(Protocol):
         engine: Computation of the task gradients.
         stretch: Factor of ``scale`` on the last direction, for steps that reuse its weights. Shape ()
         reminders: Warnings that are given once.
+        ranks: The processes that train together.
     """
 
     loss_balancer: LossBalancer
@@ -58,6 +67,7 @@ class Stage(Protocol):
     engine: Engine
     stretch: Tensor
     reminders: Reminders
+    ranks: Ranks
 
 
 class _Measurement(NamedTuple):
@@ -79,6 +89,9 @@ class BalancedStep:
         parts: Leaf tensors of the graph.
         seed: Gradient with which every backward pass begins.
         factor: Factor on all gradients that are added to ``.grad``.
+        extra: Gradients of an extra loss, which are added to the direction, with all factors.
+        collected: The tasks' gradients, if they have been computed before; None: they are computed in this step.
+        is_trial: Whether the step only computes weights; it then leaves ``.grad`` and the graph as they are.
     """
 
     stage: Stage
@@ -87,6 +100,9 @@ class BalancedStep:
     parts: Partition
     seed: Seed
     factor: float
+    extra: list[LeafGradient] = field(default_factory=list)
+    collected: TaskGradients | None = None
+    is_trial: bool = False
 
     def run(self) -> Report:
         """Take the step.
@@ -99,22 +115,36 @@ class BalancedStep:
             ValueError: If a rule fails, or the losses do not reach what they should.
             RuntimeError: If the graph cannot be walked once for each task.
         """
-        outputs = LossOutputs(self.step.roots, self.seed.gradient)
         weighted = self._weighted()
         if (reused := self._reused_weights(weighted)) is not None:
-            return self._reuse(outputs, weighted, *reused)
-        gradients = self.stage.engine.measure(outputs, self.parts, as_matrix=self.rule.sees == "jacobian")
+            return self._reuse(weighted, *reused)
+        gradients = self._gradients()
         measured = self._measurement(gradients)
         balanced = self._balanced(gradients, weighted, measured.gramian)
         self._remind(gradients)
         gramian = weighted.weighting.gramian(measured.gramian)
         if gradients.jacobian is None or not self.parts.inputs:
             weights = self._weights(gradients, weighted, balanced, gramian)
-            self._accumulate_weighted(gradients, weighted, balanced, weights, measured)
-            return weighted.report(self.step, weights, gramian, self._unshared(balanced))
+            total = self._total_weights(weighted, balanced, weights)
+            self._accumulate_weighted(gradients, weighted, weights, total, measured)
+            return weighted.report(self.step, weights, gramian, self._unshared(balanced), total)
         direction = self._direction(gradients, weighted, balanced, gramian)
         self._accumulate_direction(gradients, weighted, direction)
         return weighted.report(self.step, None, gramian, self._unshared(balanced))
+
+    @property
+    def _outputs(self) -> LossOutputs:
+        return LossOutputs(self.step.roots, self.seed.gradient, self.step.shares)
+
+    def _gradients(self) -> TaskGradients:
+        """Return the gradients of the raw losses, of the batches of all ranks."""
+        if self.collected is not None:
+            return self.collected
+        ranks = self.stage.ranks if self.stage.ranks.size > 1 else None
+        as_matrix = self.rule.sees == "jacobian"
+        return self.stage.engine.measure(
+            self._outputs, self.parts, as_matrix=as_matrix, retain_graph=self.is_trial, ranks=ranks
+        )
 
     def _weighted(self) -> WeightedStep:
         """Return the weighted losses, whose gradients of the loss balancer's own parameters are finite."""
@@ -127,14 +157,14 @@ class BalancedStep:
         """Return inner products and lengths of finite gradients, after one copy to the host."""
         if self.parts.inputs and not any(gradients.is_reached):
             raise ValueError(_unreached(self.stage.source, len(self.parts.inputs)))
-        numbers = torch.cat([gradients.gramian, gradients.heads.lengths(gradients.gramian.device)[None]]).cpu()
+        numbers = torch.cat([gradients.gramian, gradients.head_lengths()[None]]).cpu()
         gradients.gramian, head_lengths = numbers[:-1], numbers[-1]
         squares = gradients.gramian.diagonal()
         finite, heads_finite = squares.isfinite().tolist(), head_lengths.isfinite().tolist()
         bad = [
             task
             for k, task in enumerate(self.step.tasks)
-            if not finite[k] or not (heads_finite[k] or gradients.heads.is_finite(k))
+            if not finite[k] or not (heads_finite[k] or gradients.heads_are_finite(k))
         ]
         if bad:
             raise NotFiniteError(
@@ -164,10 +194,10 @@ class BalancedStep:
         weights = torch.ones_like(gramian[0])
         if self.parts.inputs and len(balanced):
             G = gramian[balanced][:, balanced]
-            weights[balanced] = self._solve(gradients.outputs, weighted.weighting.rows(balanced), balanced, G)
+            weights[balanced] = self._solve(gradients, weighted.weighting.rows(balanced), balanced, G)
         return weights
 
-    def _solve(self, outputs: Outputs, weighting: Weighting, balanced: Tensor, G: Gramian) -> Weights:
+    def _solve(self, gradients: TaskGradients, weighting: Weighting, balanced: Tensor, G: Gramian) -> Weights:
         """Apply the rule and the option ``scale`` to the balanced tasks. Shape (k,)."""
         weights = self.rule(G, self.step.context_of(balanced)).to(G)
         if self.stage.scale == "sum":
@@ -175,7 +205,7 @@ class BalancedStep:
         rounding = float(weights.abs() @ G.diagonal().clamp(min=0).sqrt()) ** 2 * _ROUNDING
         stretch = self._stretch(G, float(weights @ G @ weights), rounding)
         if self.parts.source == "parameters" and len(self.parts.inputs) < len(self.parts.trunk):
-            stretch = self._stretch_of_trunk(outputs, weighting, weights, G, stretch)
+            stretch = self._stretch_of_trunk(gradients, weighting, weights, G, stretch)
         self.stage.stretch.fill_(stretch)
         return weights * stretch
 
@@ -186,7 +216,7 @@ class BalancedStep:
         return math.sqrt(max(float(gramian.sum()), 0.0) / square)
 
     def _stretch_of_trunk(
-        self, outputs: Outputs, weighting: Weighting, weights: Weights, gramian: Gramian, stretch: float
+        self, gradients: TaskGradients, weighting: Weighting, weights: Weights, gramian: Gramian, stretch: float
     ) -> float:
         """Correct the factor where only some of the shared parameters were measured, so that all get the intended length.
 
@@ -199,19 +229,12 @@ class BalancedStep:
         fixed = self.stage.scale == "paper" and self.rule.fixed_length
         if not fixed and self.stage.scale != "norm":
             return stretch
-        length = self._length(outputs, weighting.pull_back(weights))
+        length = gradients.trunk_length(weighting.pull_back(weights).tolist()) / self.seed.scale
         if fixed:
             target = math.sqrt(max(float(weights @ gramian @ weights), 0.0))
         else:
-            target = self._length(outputs, weighting.matrix.sum(dim=0))
+            target = gradients.trunk_length(weighting.matrix.sum(dim=0).tolist()) / self.seed.scale
         return target / length if 0 < length < math.inf and math.isfinite(target) else stretch
-
-    def _length(self, outputs: Outputs, row_weights: Tensor) -> float:
-        """Return the length of a weighted sum of all shared gradients, by a backward pass that keeps the graph."""
-        with without_hooks(self.parts.trunk):
-            gradients = weighted_pass(outputs, row_weights.tolist(), self.parts.trunk, retain_graph=True)
-        squares = [torch.linalg.vector_norm(g.to_dense()).double().cpu().square() for g in gradients if g is not None]
-        return math.sqrt(float(sum(squares))) / self.seed.scale
 
     def _direction(self, gradients: TaskGradients, weighted: WeightedStep, balanced: Tensor, gramian: Gramian) -> Direction:
         """Return the direction of a rule that sees the Jacobian of the weighted losses, with all factors. Shape (P,)."""
@@ -230,21 +253,22 @@ class BalancedStep:
             return self.factor * weighted.weighting.pull_back(weights)
         return self.factor * weighted.loss_weights
 
+    def _total_weights(self, weighted: WeightedStep, balanced: Tensor, weights: Weights) -> Weights:
+        """Return the weights of the raw gradients in the direction of the shared parameters. Shape (K,), float64."""
+        if not self.parts.inputs:
+            return weights
+        return weighted.weighting.rows(balanced).pull_back(weights[balanced])
+
     def _accumulate_weighted(
-        self,
-        gradients: TaskGradients,
-        weighted: WeightedStep,
-        balanced: Tensor,
-        weights: Weights,
-        measured: _Measurement,
+        self, gradients: TaskGradients, weighted: WeightedStep, weights: Weights, total: Weights, measured: _Measurement
     ) -> None:
         """Accumulate the weighted sums of the tasks' gradients."""
-        shared_weights = self.factor * weights
-        if self.parts.inputs:
-            shared_weights = self.factor * weighted.weighting.rows(balanced).pull_back(weights[balanced])
-        head_weights = self._head_weights(weighted, weights)
+        if self.is_trial:
+            return
+        both = torch.stack([self.factor * total, self._head_weights(weighted, weights)])
+        shared_weights, head_weights = self.stage.ranks.from_first(both).unbind()
         others = [
-            *gradients.heads.weighted_sums(head_weights.tolist()),
+            *gradients.head_sums(head_weights.tolist()),
             *weighted.parameter_pairs(self.factor * self.seed.scale),
         ]
         bound = None
@@ -254,9 +278,11 @@ class BalancedStep:
 
     def _accumulate_direction(self, gradients: TaskGradients, weighted: WeightedStep, direction: Direction) -> None:
         """Accumulate a direction, of the parameters or of the features, and the gradients of the heads."""
+        if self.is_trial:
+            return
         head_weights = self.factor * weighted.loss_weights
         others = [
-            *gradients.heads.weighted_sums(head_weights.tolist()),
+            *gradients.head_sums(head_weights.tolist()),
             *weighted.parameter_pairs(self.factor * self.seed.scale),
         ]
         pieces = gradients.split(direction)
@@ -266,32 +292,51 @@ class BalancedStep:
             return
         pairs = [*leaf_gradients(self.parts.inputs, pieces), *others]
         require_finite(pairs, self.step.tasks)
-        accumulate(pairs)
+        self._add_to_grad(pairs)
 
     def _reused_weights(self, weighted: WeightedStep) -> tuple[Tensor, Weights] | None:
         """Return balanced tasks and weights of an earlier step that the rule uses again; None if it must solve."""
         if self.rule.sees == "jacobian" or not self.rule.reuses or not self.parts.inputs:
             return None
-        reaching = Reachability(self.parts.upper_graph, self.step.roots).roots_reaching_any(self.parts.inputs)
+        reaching = self._reaching_tasks()
         balanced = _depending(weighted, reaching)
         weights = self.rule.reuse(self.step.context_of(balanced)) if len(balanced) else None
         return None if weights is None else (balanced, weights)
 
-    def _reuse(self, outputs: LossOutputs, weighted: WeightedStep, balanced: Tensor, solved: Weights) -> Report:
+    def _reaching_tasks(self) -> list[bool]:
+        """Return for each task whether it reaches what the tasks share, by the graph or by collected gradients."""
+        if self.collected is not None:
+            return self.collected.reaching_tasks
+        reaching = Reachability(self.parts.upper_graph, self.step.roots).roots_reaching_any(self.parts.inputs)
+        if self.stage.ranks.size == 1:
+            return reaching
+        counts = self.stage.ranks.sum(torch.tensor(reaching, dtype=torch.float64, device="cpu"))
+        return (counts > 0).tolist()
+
+    def _reuse(self, weighted: WeightedStep, balanced: Tensor, solved: Weights) -> Report:
         """Take a step with known weights: one backward pass, and one through unweighted heads."""
         weights = torch.ones(len(self.step.tasks), dtype=torch.float64, device="cpu")
         stretch = _stretch_to_sum(solved) if self.stage.scale == "sum" else float(self.stage.stretch)
         weights[balanced] = solved.cpu().double() * stretch
-        shared = (self.factor * weighted.weighting.rows(balanced).pull_back(weights[balanced])).tolist()
-        heads = self._head_weights(weighted, weights).tolist()
+        total = self._total_weights(weighted, balanced, weights)
+        if not self.is_trial:
+            self._accumulate_reused(weighted, weights, total)
+        return weighted.report(self.step, weights, None, self._unshared(balanced), total)
+
+    def _accumulate_reused(self, weighted: WeightedStep, weights: Weights, total: Weights) -> None:
+        """Accumulate the weighted sums of the tasks' gradients, by passes of all tasks at once."""
+        both = torch.stack([self.factor * total, self._head_weights(weighted, weights)])
+        shared, heads = self.stage.ranks.from_first(both).tolist()
         own = weighted.parameter_pairs(self.factor * self.seed.scale)
-        if self.parts.source == "features" and self.parts.features and needs_ordinary_pass(self.parts.lower_graph.functions):
-            self._run_through_features(outputs, shared, heads, own)
+        if self.collected is not None:
+            pairs = [*self.collected.weighted_sums(shared), *self.collected.head_sums(heads)]
+        elif self.parts.source == "features" and self.parts.features and needs_ordinary_pass(self.parts.lower_graph.functions):
+            self._run_through_features(self._outputs, shared, heads, own)
+            return
         else:
-            pairs = self._weighted_pairs(outputs, shared, heads)
-            require_finite(pairs, self.step.tasks)
-            accumulate([*pairs, *own])
-        return weighted.report(self.step, weights, None, self._unshared(balanced))
+            pairs = self._weighted_pairs(self._outputs, shared, heads)
+        require_finite(pairs, self.step.tasks)
+        self._add_to_grad([*pairs, *own])
 
     def _weighted_pairs(
         self, outputs: LossOutputs, shared_weights: list[float], head_weights: list[float]
@@ -304,6 +349,8 @@ class BalancedStep:
             else:
                 gradients = weighted_pass(outputs, head_weights, self.parts.heads, retain_graph=True)
                 gradients += weighted_pass(outputs, shared_weights, self.parts.trunk)
+        if self.stage.ranks.size > 1:
+            gradients = sum_gradients(self.stage.ranks, leaves, gradients)
         return leaf_gradients(leaves, gradients)
 
     def _run_through_features(
@@ -315,7 +362,8 @@ class BalancedStep:
         cotangents = weighted_pass(outputs, shared_weights, self.parts.features)
         rows = TaskRows.of_one_task(cotangents)
         begin = FeatureOutputs(self.parts.features, rows)
-        run_ordinary_backward(begin, [1.0], [*heads, *own], self.parts.trunk, self.step.tasks)
+        others = merged_pairs(heads, own, self.extra)
+        run_ordinary_backward(begin, [1.0], others, self.parts.trunk, self.step.tasks)
 
     def _write(
         self, gradients: TaskGradients, shared_weights: list[float], others: list[LeafGradient], bound: float | None
@@ -331,13 +379,23 @@ class BalancedStep:
         outputs = gradients.outputs
         at_features = isinstance(outputs, FeatureOutputs) and self.parts.source == "features"
         if at_features and needs_ordinary_pass(self.parts.lower_graph.functions):
+            others = merged_pairs(others, self.extra)
             run_ordinary_backward(outputs, shared_weights, others, self.parts.trunk, self.step.tasks)
             return
         with without_hooks(self.parts.trunk):
             pairs = [*gradients.weighted_sums(shared_weights), *others]
         if bound is None or any(bound > torch.finfo(dtype).max for dtype in {leaf.dtype for leaf, _ in pairs}):
             require_finite(pairs, self.step.tasks)
-        accumulate(pairs)
+        self._add_to_grad(pairs)
+
+    def _add_to_grad(self, pairs: list[LeafGradient]) -> None:
+        """Add gradients of the whole batch, and of the extra loss, to ``.grad``."""
+        if self.extra:
+            pairs = merged_pairs(pairs, self.extra)
+        if self.stage.ranks.size > 1:
+            accumulate_reduced(pairs)
+        else:
+            accumulate(pairs)
 
 
 def _unreached(source: Source, count: int) -> str:

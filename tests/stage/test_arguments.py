@@ -158,10 +158,3 @@ def test_nash_after_any_positive_weights_is_nash(loss):
 def test_stl_with_mgda_warns():
     with pytest.warns(UserWarning, match="will not train"):
         Balancer(TASKS, loss="stl", gradient="mgda")
-
-
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="biased"):
-        Balancer(TASKS).backward(Network().losses())

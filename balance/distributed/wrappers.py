@@ -1,0 +1,107 @@
+"""Wrappers of a model that reduce its gradients over ranks in an ordinary backward pass."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import zlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ref
+
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakTensorKeyDictionary
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, MutableMapping, Sequence
+    from weakref import ReferenceType
+
+    from torch import Tensor
+
+_REFUSED = {  # wrappers whose parameters are not what their modules list, by module and class
+    ("torch.distributed.fsdp", "FullyShardedDataParallel"): "FSDP1",
+    ("deepspeed", "DeepSpeedEngine"): "DeepSpeed",
+}
+_HASHES = 1 << 20  # squares of so small hashes, and their sums over ranks, are exact in float64
+
+_OWNERS: MutableMapping[Tensor, ReferenceType[DistributedDataParallel] | None] = WeakTensorKeyDictionary()
+
+
+class Model(NamedTuple):
+    """Parameters of a model, in an order that is equal on all ranks.
+
+    Attributes:
+        wrappers: The DistributedDataParallel modules that contain a parameter that this rank's losses reach.
+        parameters: Their trainable parameters, then the reached parameters that belong to no wrapper.
+        num_free: Number of parameters that belong to no wrapper.
+    """
+
+    wrappers: list[DistributedDataParallel]
+    parameters: list[Tensor]
+    num_free: int
+
+    @property
+    def layout(self) -> int:
+        """A number that is the same on two ranks only if their parameters have the same sizes in the same order."""
+        sizes = [len(self.wrappers), self.num_free, *(parameter.numel() for parameter in self.parameters)]
+        return zlib.crc32(repr(sizes).encode()) % _HASHES
+
+    @property
+    def is_wrapped(self) -> bool:
+        """True if wrappers reduce the gradients of all parameters in an ordinary backward pass."""
+        return bool(self.wrappers) and not self.num_free
+
+    @property
+    def order_is_known(self) -> bool:
+        """True if a rank knows the order of parameters that its own losses do not reach."""
+        return len(self.wrappers) == 1 and not self.num_free
+
+    def heads(self, excluded: Iterable[Tensor]) -> list[Tensor]:
+        """Return all parameters but some."""
+        ids = {id(tensor) for tensor in excluded}
+        return [parameter for parameter in self.parameters if id(parameter) not in ids]
+
+
+def read_model(leaves: Sequence[Tensor]) -> Model:
+    """Return the model of some leaf tensors of a graph.
+
+    Args:
+        leaves: Leaf tensors that require a gradient, in the order of a walk through the graph.
+
+    Raises:
+        RuntimeError: If a wrapper other than DistributedDataParallel reduces gradients in the process.
+    """
+    new = [leaf for leaf in leaves if leaf not in _OWNERS]
+    if new:
+        _find_owners(new)
+    owners = [None if (owner := _OWNERS[leaf]) is None else owner() for leaf in leaves]
+    wrappers = list({id(wrapper): wrapper for wrapper in owners if wrapper is not None}.values())
+    free = [leaf for leaf, wrapper in zip(leaves, owners, strict=True) if wrapper is None]
+    wrapped = [parameter for wrapper in wrappers for parameter in wrapper.parameters() if parameter.requires_grad]
+    parameters = list({id(parameter): parameter for parameter in (*wrapped, *free)}.values())
+    return Model(wrappers, parameters, len(free))
+
+
+def _find_owners(leaves: Sequence[Tensor]) -> None:
+    """Find the wrappers that contain leaf tensors. A tensor has no reference to them, so all objects are searched."""
+    refused = _refused_classes()
+    modules = []
+    for instance in gc.get_objects():
+        if issubclass(type(instance), DistributedDataParallel):
+            modules.append(instance)
+        elif refused and type(instance) in refused:
+            raise RuntimeError(
+                f"Balancer does not support {refused[type(instance)]}, whose gradients only its own backward pass reduces. Use "
+                "DistributedDataParallel or FSDP2 (fully_shard)."
+            )
+    owners = {id(parameter): ref(module) for module in modules for parameter in module.parameters()}
+    for leaf in leaves:
+        _OWNERS[leaf] = owners.get(id(leaf))
+
+
+def _refused_classes() -> dict[type, str]:
+    classes: dict[type, str] = {}
+    for (module, name), label in _REFUSED.items():
+        kind: Any = getattr(sys.modules.get(module), name, None)
+        if kind is not None:
+            classes[kind] = label
+    return classes

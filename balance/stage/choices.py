@@ -1,0 +1,41 @@
+"""Checks of the choices that a balancer is built with."""
+
+from __future__ import annotations
+
+from balance.rules.options import check_type
+from balance.stage.arguments import NanPolicy, ZeroPolicy
+from balance.types import EngineChoice, Heads, Memory, Scale, Source
+
+
+def check_choices(
+    source: object, heads: object, scale: object, nan: object, zero: object, engine: object, memory: object
+) -> None:
+    """Check the choices of a balancer.
+
+    Raises:
+        TypeError: If a choice has the wrong type.
+        ValueError: If a choice is unknown.
+    """
+    check_type("source", source, Source)
+    check_type("scale", scale, Scale)
+    check_type("nan", nan, NanPolicy)
+    check_type("zero", zero, ZeroPolicy)
+    check_type("engine", engine, EngineChoice)
+    check_type("memory", memory, Memory)
+    if heads is not None:
+        check_type("heads", heads, Heads)
+
+
+def check_jacobian_balancer(name: str, heads: Heads, scale: Scale, memory: Memory) -> None:
+    """Check the choices of a balancer whose rule sees the Jacobian.
+
+    Raises:
+        ValueError: If the rule cannot work with them.
+    """
+    if heads == "weighted" or scale == "sum":
+        raise ValueError(
+            f"'{name}' sees the Jacobian and has no weights, but got heads={heads!r}, scale={scale!r}. "
+            'Use heads="unweighted" and scale="paper" or "norm".'
+        )
+    if memory == "gramian":
+        raise ValueError(f"'{name}' sees the Jacobian, which memory='gramian' does not keep. Use memory='jacobian'.")

@@ -1,0 +1,302 @@
+"""Execution of one step: read the losses, agree with the other ranks, take the step, restore everything if it fails."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+
+from balance.engine.accumulate import accumulate, accumulate_reduced, are_finite, leaf_gradients, merged_pairs
+from balance.engine.custom_functions import needs_ordinary_pass, refuse_sharded
+from balance.engine.graph import leaves
+from balance.engine.over_ranks import sum_gradients
+from balance.engine.partition import partition_graph, read_features, read_shared
+from balance.rules.snapshot import Snapshot
+from balance.stage.arguments import read_losses, require_present
+from balance.stage.loss_weighting import weighted_step
+from balance.stage.ordinary_backward import NotFiniteError, require_finite
+from balance.stage.over_ranks import agree
+from balance.stage.own_gradients import restore
+from balance.stage.plain_step import (
+    Outcome,
+    extra_gradients,
+    leave_to_scaler,
+    plain_report,
+    seed_of,
+    take_plain_step,
+)
+from balance.stage.plain_step_over_ranks import take_plain_step_over_ranks
+from balance.stage.step import BalancedStep, Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from balance.engine.accumulate import LeafGradient
+    from balance.engine.partition import Partition
+    from balance.engine.task_gradients import TaskGradients
+    from balance.rules.protocol import GradientBalancer, JacobianBalancer
+    from balance.stage.arguments import NanPolicy, StepArguments, StepLosses
+    from balance.stage.over_ranks import Agreed
+    from balance.stage.own_gradients import OwnGradients
+    from balance.stage.plain_step import Seed
+
+
+class Owner(Stage, Protocol):
+    """A balancer, whose step is executed.
+
+    Attributes:
+        tasks: Names of all tasks.
+        nan: Meaning of a loss of NaN.
+        gradient_balancer: Rule of the gradients; None: one ordinary backward pass.
+        loss_sums: Sums of the losses of the epoch. Shape (tasks,)
+        loss_counts: Numbers of the steps of the epoch. Shape (tasks,)
+        own_gradients: Gradients that steps have left in the balancer's parameters.
+    """
+
+    tasks: tuple[str, ...]
+    nan: NanPolicy
+    gradient_balancer: GradientBalancer | JacobianBalancer | None
+    loss_sums: Tensor
+    loss_counts: Tensor
+    own_gradients: OwnGradients
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Return the balancer's parameters."""
+
+
+class Prepared(NamedTuple):
+    """A step that is ready to be taken.
+
+    Attributes:
+        step: The losses; over several ranks their means.
+        parts: Leaf tensors of the graph; None without a gradient balancer.
+        agreed: Agreement of the ranks; None with one process, and if gradients have been collected.
+        collected: Gradients of the tasks that have been computed before.
+        extras: Gradients of the extra losses that have been computed before, with all factors.
+    """
+
+    step: StepLosses
+    parts: Partition | None
+    agreed: Agreed | None = None
+    collected: TaskGradients | None = None
+    extras: Sequence[LeafGradient] = ()
+
+
+def prepare(owner: Owner, given: StepArguments) -> Prepared:
+    """Read the arguments of a step, and agree on the step with the other ranks.
+
+    Args:
+        owner: The balancer.
+        given: The arguments.
+
+    Returns:
+        The step.
+
+    Raises:
+        ValueError: If an argument is wrong, or no task is present.
+        TypeError: If an argument has the wrong type.
+        RuntimeError: If the graph cannot be walked once for each task, or the ranks have not the same parameters.
+    """
+    step = read_losses(given.losses, owner.tasks, owner.nan, owner.zero, given.counts)
+    parts = read_partition(owner, step, given)
+    if owner.ranks.size == 1:
+        require_present(step, given.losses, owner.tasks)
+        return Prepared(step, parts)
+    parameters = list(owner.parameters())
+    agreed = agree(step, owner.tasks, _leaves(step, parts, given), parameters, owner.ranks, extra=given.extra is not None)
+    require_present(agreed.step, given.losses, owner.tasks)
+    if parts is not None:
+        parts = _over_ranks(owner, parts, agreed)
+    return Prepared(agreed.step, parts, agreed)
+
+
+def read_partition(owner: Owner, step: StepLosses, given: StepArguments) -> Partition | None:
+    """Return shared parameters, heads and features, checked; None without a gradient balancer.
+
+    Args:
+        owner: The balancer.
+        step: The losses of this rank.
+        given: The arguments of the step.
+
+    Raises:
+        ValueError: If an argument is wrong.
+    """
+    if owner.gradient_balancer is None:
+        _check_unused(given)
+        return None
+    parts = partition_graph(owner.source, step.roots, given.shared, given.features, given.measure, owner.parameters())
+    refuse_sharded(parts.functions, (*parts.trunk, *parts.heads))
+    if owner.gradient_balancer.sees == "jacobian":
+        if given.measure is not None:
+            raise ValueError("measure is for rules that give weights, but this one sees the Jacobian and gives a direction.")
+        if owner.source == "features" and not parts.features:
+            raise ValueError(
+                "A rule that sees the Jacobian of the features needs every path from a loss to a shared parameter to go "
+                "through one of them, and none of them to be computed from another, but that is not so here."
+            )
+    return parts
+
+
+def execute(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial: bool = False) -> Outcome:
+    """Take a step; if it fails or the scaler will skip it, ``.grad`` and the state of all rules are as before.
+
+    Args:
+        owner: The balancer.
+        given: The arguments.
+        prepared: The step.
+        is_trial: Only compute the weights. Nothing changes.
+
+    Returns:
+        The record of the step, and whether the scaler will skip it.
+
+    Raises:
+        ValueError: If a loss is not finite, or does not require a gradient.
+    """
+    step, scaler = prepared.step, given.enabled_scaler
+    if bad := step.not_finite():
+        if scaler is None or is_trial:
+            raise ValueError(f"Losses must be finite, but got {bad}. Look at the data and the learning rate.")
+        return _left_to_scaler(owner, given, prepared)
+    if prepared.agreed is None and prepared.collected is None and not step.losses.requires_grad:
+        raise ValueError("No loss requires a gradient. Compute the losses with gradients enabled and do not detach them.")
+    return _take(owner, given, prepared, is_trial=is_trial)
+
+
+def _take(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial: bool) -> Outcome:
+    step, scaler = prepared.step, given.enabled_scaler
+    state, stretch = Snapshot(owner.loss_balancer, owner.gradient_balancer), owner.stretch.clone()
+    gradients = owner.own_gradients.clear_used(list(owner.parameters()))
+    try:
+        with torch.autocast(step.losses.device.type, enabled=False):  # half precision is too coarse for the direction
+            outcome = _outcome(owner, given, prepared, is_trial=is_trial)
+    except BaseException as error:
+        _restore(owner, state, stretch, gradients)
+        if scaler is None or is_trial or not isinstance(error, NotFiniteError):
+            raise
+        return _left_to_scaler(owner, given, prepared)
+    if is_trial:
+        _restore(owner, state, stretch, gradients)
+    elif outcome.skipped:  # no rule must learn from such a step
+        state.restore()
+    else:
+        present = step.context.present
+        tasks = slice(None) if present is None else present  # a slice is faster than indices
+        owner.loss_sums[tasks] += step.host.to(owner.loss_sums)
+        owner.loss_counts[tasks] += 1
+        owner.reminders.after_step(owner.loss_balancer)
+    return outcome
+
+
+def _restore(owner: Owner, state: Snapshot, stretch: Tensor, gradients: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    state.restore()
+    owner.stretch.copy_(stretch)
+    restore(gradients)
+
+
+def _outcome(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial: bool) -> Outcome:
+    step, parts, agreed, collected, extras = prepared
+    scaler, factor, extra = given.enabled_scaler, given.factor, given.extra
+    if owner.gradient_balancer is None or parts is None:
+        if is_trial:
+            return _trial_of_losses(owner, step)
+        if collected is not None:
+            return _take_collected(owner, given, prepared)
+        if agreed is not None:
+            return take_plain_step_over_ranks(owner.loss_balancer, agreed, scaler, factor, extra, owner.ranks)
+        return take_plain_step(owner.loss_balancer, step, scaler, factor, extra)
+    seed = seed_of(step, scaler)
+    if collected is None:
+        extras = _extra_pairs(owner, given, prepared, seed)
+    whole = BalancedStep(owner, owner.gradient_balancer, step, parts, seed, factor, list(extras), collected, is_trial)
+    return Outcome(whole.run())
+
+
+def _trial_of_losses(owner: Owner, step: StepLosses) -> Outcome:
+    """Return the weights of a step without a gradient balancer."""
+    return Outcome(plain_report(weighted_step(owner.loss_balancer, step), step))
+
+
+def _take_collected(owner: Owner, given: StepArguments, prepared: Prepared) -> Outcome:
+    """Take a step without a gradient balancer, given the gradients of each task."""
+    step, collected = prepared.step, prepared.collected
+    assert collected is not None
+    weighted = weighted_step(owner.loss_balancer, step)
+    weights = owner.ranks.from_first(given.factor * weighted.loss_weights).tolist()
+    own = weighted.parameter_pairs(given.factor * seed_of(step, given.enabled_scaler).scale)
+    pairs = [*merged_pairs(collected.head_sums(weights), prepared.extras), *own]
+    require_finite(pairs, step.tasks)
+    (accumulate_reduced if owner.ranks.size > 1 else accumulate)(pairs)
+    return Outcome(plain_report(weighted, step))
+
+
+def _extra_pairs(owner: Owner, given: StepArguments, prepared: Prepared, seed: Seed) -> list[LeafGradient]:
+    """Return the gradients of the extra loss, averaged over ranks, with all factors."""
+    agreed = prepared.agreed
+    if agreed is None:
+        pairs = extra_gradients(given.extra, given.factor, seed)
+    elif agreed.has_extra:
+        parameters = agreed.model.parameters
+        local = {id(leaf): g for leaf, g in extra_gradients(given.extra, given.factor / owner.ranks.size, seed)}
+        sums = sum_gradients(owner.ranks, parameters, [local.get(id(parameter)) for parameter in parameters])
+        pairs = leaf_gradients(parameters, sums)
+    else:
+        pairs = []
+    if not are_finite([gradient for _, gradient in pairs]):
+        raise NotFiniteError("The gradients of extra must be finite, but are not. Look at the learning rate.")
+    return pairs
+
+
+def _left_to_scaler(owner: Owner, given: StepArguments, prepared: Prepared) -> Outcome:
+    scaler = given.enabled_scaler
+    assert scaler is not None
+    leaves_of_model = _leaves(prepared.step, prepared.parts, given)
+    if prepared.agreed is not None:
+        leaves_of_model = prepared.agreed.model.parameters
+    return leave_to_scaler(prepared.step, scaler, [*leaves_of_model, *owner.parameters()])
+
+
+def _leaves(step: StepLosses, parts: Partition | None, given: StepArguments) -> list[Tensor]:
+    """Return the leaf tensors that a step of this rank can reach, and the shared parameters."""
+    if parts is None:
+        shared = [] if given.shared is None else read_shared(given.shared, measured=False)
+        reached = [*leaves([*step.roots, given.extra]), *shared]
+    else:
+        reached = [*parts.trunk, *parts.heads, *([] if given.extra is None else leaves([given.extra]))]
+    return list({id(leaf): leaf for leaf in reached if leaf.requires_grad}.values())
+
+
+def _over_ranks(owner: Owner, parts: Partition, agreed: Agreed) -> Partition:
+    """Return a partition with the heads of all ranks.
+
+    Raises:
+        RuntimeError: If the graph needs a backward pass that the wrapper would take part in.
+    """
+    rule = owner.gradient_balancer
+    if parts.source == "features" and rule is not None and rule.sees == "jacobian":
+        raise RuntimeError(
+            "A rule that sees the Jacobian of the features needs the samples of all ranks in one place, but there are "
+            f'{owner.ranks.size} ranks. Use source="parameters", or a rule that sees the Gramian.'
+        )
+    if parts.source == "features" and needs_ordinary_pass(parts.lower_graph.functions):
+        raise RuntimeError(
+            "Over several ranks the part below the features must consist of ordinary operations, but it contains a reentrant "
+            "checkpoint or a custom function. Use use_reentrant=False, or balance.Splitter."
+        )
+    is_static = any(wrapper.static_graph for wrapper in agreed.model.wrappers)
+    if is_static and any(type(node).__name__ == "_DDPSinkBackward" for node in parts.functions):
+        raise RuntimeError(
+            "A gradient balancer cannot use the first forward pass of DistributedDataParallel with static_graph=True, which "
+            "expects one ordinary backward pass. Call the module inside of it (model.module), or leave static_graph out."
+        )
+    return parts._replace(heads=agreed.model.heads([*parts.trunk, *owner.parameters()]))
+
+
+def _check_unused(given: StepArguments) -> None:
+    """Check arguments that only a gradient balancer uses, so that a gradient balancer added later raises no new error."""
+    for name, parameters in (("shared", given.shared), ("measure", given.measure)):
+        if parameters is not None:
+            read_shared(parameters, name, measured=False)
+    if given.features is not None:
+        read_features(given.features)

@@ -1,0 +1,142 @@
+"""Agreement of all ranks on one step: mean losses over the batches of all ranks, present tasks, and parameters.
+
+Loss k is a mean over the samples of this rank. The step is that of its mean over the samples of all ranks:
+
+    L_k = Σ_r n_k^r L_k^r / Σ_r n_k^r        its gradient = Σ_r c_k^r ∇L_k^r,    c_k^r = n_k^r / Σ_r n_k^r
+
+All ranks learn the sums in one all-reduce, before any check of values. So they all take the step, or all refuse it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from balance.distributed.wrappers import Model, read_model
+from balance.stage.arguments import StepLosses
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+    from balance.distributed.ranks import Ranks
+
+_REMEDY = (
+    "Wrap the whole model in one DistributedDataParallel, whose order of parameters all ranks share, and compute the losses of "
+    "its output. If a rank may have no loss at all, also give shared=model.trunk.parameters()."
+)
+
+
+class Agreed(NamedTuple):
+    """A step on which all ranks have agreed.
+
+    Attributes:
+        step: Mean losses over all ranks; roots and shares are those of this rank.
+        model: The parameters.
+        is_even: Whether every rank has a loss of every task of the step.
+        has_idle_rank: Whether a rank has no loss at all.
+        has_extra: Whether a rank has an extra loss.
+        is_half: Whether a loss of any rank is of half precision.
+        num_unreached: Number of parameters that the losses of a rank do not reach, summed over ranks.
+    """
+
+    step: StepLosses
+    model: Model
+    is_even: bool
+    has_idle_rank: bool
+    has_extra: bool
+    is_half: bool
+    num_unreached: int
+
+
+def agree(
+    step: StepLosses,
+    tasks: tuple[str, ...],
+    leaves: Sequence[Tensor],
+    parameters: Iterable[Tensor],
+    ranks: Ranks,
+    *,
+    extra: bool,
+    is_collected: bool = False,
+) -> Agreed:
+    """Agree on a step with all other ranks.
+
+    Args:
+        step: The losses of this rank.
+        tasks: Names of all tasks.
+        leaves: Leaf tensors that the losses of this rank reach, and the shared parameters.
+        parameters: Parameters of the balancer.
+        ranks: The ranks.
+        extra: Whether this rank has an extra loss.
+        is_collected: Whether the gradients have been computed before, so that the losses have no graph.
+
+    Returns:
+        The step of all ranks.
+
+    Raises:
+        RuntimeError: If a wrapper contains the balancer, or the ranks do not have the same parameters in a known order.
+        ValueError: If no loss of any rank requires a gradient.
+    """
+    model = read_model(leaves)
+    _refuse_wrapped_balancer(model, parameters)
+    num_unreached = len(model.parameters) - len({id(leaf) for leaf in leaves})
+    num_roots = len(step.tasks) if is_collected else sum(root is not None for root in step.roots)
+    facts = [not step.tasks, extra, step.is_half, num_unreached, num_roots, model.layout, model.layout**2]
+    by_task = _sums_by_task(step)
+    sums = ranks.sum(torch.cat([by_task.flatten(), by_task.new_tensor(facts)]))
+    totals = sums[: 3 * len(tasks)].view(3, len(tasks))
+    idle, extras, half, unreached, roots, layout, squares = sums[3 * len(tasks) :].tolist()
+    is_even = all(count in (0, ranks.size) for count in totals[2].tolist())
+    if layout**2 != ranks.size * squares or not (is_even or model.order_is_known):
+        raise RuntimeError(f"All ranks must have the same parameters in the same order, but here they may not. {_REMEDY}")
+    if totals[2].any() and not roots:
+        raise ValueError("No loss requires a gradient. Compute the losses with gradients enabled and do not detach them.")
+    return Agreed(
+        _global_step(step, tasks, totals, by_task[1]), model, is_even, bool(idle), bool(extras), bool(half), int(unreached)
+    )
+
+
+def mean_over_ranks(step: StepLosses, tasks: tuple[str, ...], ranks: Ranks) -> StepLosses:
+    """Return the mean losses of a step over all ranks, without gradients."""
+    by_task = _sums_by_task(step)
+    own = by_task[1].clone()
+    totals = ranks.sum(by_task)
+    return _global_step(step, tasks, totals, own)
+
+
+def _sums_by_task(step: StepLosses) -> Tensor:
+    """Return sums of the losses over the samples, numbers of samples, and presence, of all tasks. Shape (3, tasks), float64."""
+    counts = torch.tensor(step.counts, dtype=torch.float64, device="cpu")
+    by_task = torch.zeros(3, step.num_tasks, dtype=torch.float64, device="cpu")
+    by_task[0, step.indices], by_task[1, step.indices], by_task[2, step.indices] = counts * step.host, counts, 1.0
+    return by_task
+
+
+def _global_step(step: StepLosses, tasks: tuple[str, ...], totals: Tensor, counts: Tensor) -> StepLosses:
+    """Return the step of all ranks, given sums by task over ranks and the numbers of samples of this rank."""
+    indices = totals[1].nonzero().flatten()
+    means = (totals[0] / totals[1])[indices]
+    shares = (counts / totals[1])[indices]
+    roots = dict(zip(step.indices.tolist(), step.roots, strict=True))
+    return StepLosses(
+        tasks=tuple(tasks[k] for k in indices.tolist()),
+        indices=indices,
+        num_tasks=step.num_tasks,
+        roots=[roots.get(k) for k in indices.tolist()],
+        losses=means.to(step.one.device, torch.float32 if step.one.device.type == "mps" else torch.float64),
+        host=means,
+        counts=tuple(totals[1][indices].tolist()),
+        one=step.one,
+        shares=tuple(shares.tolist()),
+    )
+
+
+def _refuse_wrapped_balancer(model: Model, parameters: Iterable[Tensor]) -> None:
+    wrapped = {id(parameter) for parameter in model.parameters}
+    if any(id(parameter) in wrapped for parameter in parameters):
+        raise RuntimeError(
+            "A balancer must not be part of the model that DistributedDataParallel wraps: its parameters get gradients of the "
+            "whole batch, without a reduction. Keep it next to the model."
+        )
