@@ -77,18 +77,6 @@ class Ranks:
         distributed.all_reduce(total, group=self.group)
         return total.to(numbers.device)
 
-    def from_first(self, numbers: Tensor) -> Tensor:
-        """Return the numbers of the first rank, so that ranks with unlike processors continue with equal numbers.
-
-        Args:
-            numbers: A tensor of the same shape and dtype on every rank.
-        """
-        if self.size == 1:
-            return numbers
-        agreed = numbers.to(self.device(numbers), copy=True)
-        distributed.broadcast(agreed, distributed.get_global_rank(self.group, 0), group=self.group)
-        return agreed.to(numbers.device)
-
     def reduce_scatter(self, shard: Tensor, row: Tensor) -> Work:
         """Begin to sum a row over the processes, of which each gets one shard.
 

@@ -11,6 +11,8 @@ from weakref import ref
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from balance.distributed.sharding import sharded_parameters
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, MutableMapping, Sequence
     from weakref import ReferenceType
@@ -33,11 +35,13 @@ class Model(NamedTuple):
         wrappers: The DistributedDataParallel modules that contain a parameter that this rank's losses reach.
         parameters: Their trainable parameters, then the reached parameters that belong to no wrapper.
         num_free: Number of parameters that belong to no wrapper.
+        is_sharded: Whether FSDP2 shards the parameters, which are then the sharded ones.
     """
 
     wrappers: list[DistributedDataParallel]
     parameters: list[Tensor]
     num_free: int
+    is_sharded: bool = False
 
     @property
     def layout(self) -> int:
@@ -48,11 +52,11 @@ class Model(NamedTuple):
     @property
     def is_wrapped(self) -> bool:
         """True if wrappers reduce the gradients of all parameters in an ordinary backward pass."""
-        return bool(self.wrappers) and not self.num_free
+        return self.is_sharded or (bool(self.wrappers) and not self.num_free)
 
     @property
     def order_is_known(self) -> bool:
-        """True if a rank knows the order of parameters that its own losses do not reach."""
+        """True if the order is certain also for parameters that the losses of this rank do not reach."""
         return len(self.wrappers) == 1 and not self.num_free
 
     def heads(self, excluded: Iterable[Tensor]) -> list[Tensor]:
@@ -70,6 +74,13 @@ def read_model(leaves: Sequence[Tensor]) -> Model:
     Raises:
         RuntimeError: If a wrapper other than DistributedDataParallel reduces gradients in the process.
     """
+    if sharded := sharded_parameters(leaves):
+        if any(id(leaf) not in sharded for leaf in leaves):
+            raise RuntimeError(
+                "Either all parameters that the losses reach must be sharded or none, but only some are. Call fully_shard on "
+                "the whole model too, after its parts."
+            )
+        return Model([], list({id(p): p for p in (sharded[id(leaf)] for leaf in leaves)}.values()), 0, is_sharded=True)
     new = [leaf for leaf in leaves if leaf not in _OWNERS]
     if new:
         _find_owners(new)

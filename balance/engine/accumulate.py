@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from balance.distributed.sharding import is_distributed_tensor
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
@@ -76,6 +78,10 @@ def accumulate_reduced(pairs: Iterable[LeafGradient]) -> None:
         pairs: Leaf tensors, each once, and gradients of as many numbers. Frozen leaves are left out.
     """
     live = [(leaf, _after_hooks(leaf, cast_to_leaf(gradient, leaf))) for leaf, gradient in pairs if leaf.requires_grad]
+    for leaf, gradient in live:
+        if is_distributed_tensor(leaf):  # FSDP2 itself sets its .grad
+            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+    live = [(leaf, gradient) for leaf, gradient in live if not is_distributed_tensor(leaf)]
     twins = [leaf.detach().requires_grad_() for leaf, _ in live]
     for twin, (leaf, _) in zip(twins, live, strict=True):
         twin.grad = leaf.grad

@@ -95,7 +95,7 @@ class CollectedRows:
     def gradients(
         self, partition: Partition, tasks: Sequence[int], unit: Tensor, ranks: Ranks, *, as_matrix: bool
     ) -> TaskGradients:
-        """Return the gradients as those of one step; the sums are handed over.
+        """Return the gradients in the form of one step; the sums are emptied.
 
         Args:
             partition: Leaves, as `collected_partition` returns them.

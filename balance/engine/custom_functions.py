@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import math
-import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -16,12 +15,11 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from balance.engine.accumulate import cleared_grads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from balance.engine.passes import LossOutputs
 
@@ -40,12 +38,6 @@ _REENTRANT = (
     "A reentrant checkpoint (use_reentrant=True) in the graph accumulates gradients in its own backward pass, but a gradient "
     f"balancer must separate the gradients of the tasks. Set use_reentrant=False. {_REMEDY}"
 )
-_SHARDED = (
-    "Parameters must not be sharded (DTensor, FSDP2), but a loss reaches some that are: their gradients are reduced over "
-    "ranks by hooks of an ordinary backward pass only. Use balance.Splitter inside the model, or gradient=None."
-)
-
-_UNSHARDED: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()  # leaf tensors that belong to no shard
 
 
 class FunctionChecks:
@@ -96,33 +88,6 @@ def refuse_reentrant(nodes: Iterable[Any]) -> None:
     """
     if any(_origin(node) is CheckpointFunction for node in nodes):
         raise RuntimeError(_REENTRANT)
-
-
-def refuse_sharded(nodes: Iterable[Any], leaves: Iterable[Tensor]) -> None:
-    """Refuse a graph of parameters that FSDP2 shards: captured gradients never reach the shards.
-
-    Args:
-        nodes: The nodes that Python code defines.
-        leaves: Leaf tensors of the graph.
-
-    Raises:
-        RuntimeError: If a parameter is sharded; the message contains the remedy.
-    """
-    module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")  # not imported: nothing is sharded
-    if module is None or not torch.distributed.is_initialized():
-        return
-    reduces = any(_origin(node).__name__ == "RegisterPostBackwardFunction" for node in nodes)
-    # During a step an ordinary parameter replaces a sharded one; only the records of FSDP show the difference
-    new = [leaf for leaf in leaves if leaf not in _UNSHARDED]
-    gathered = {
-        id(getattr(record, "_unsharded_param", None))
-        for record in (gc.get_objects() if new else ())
-        if type(record) is module.FSDPParam
-    }
-    if reduces or any(id(leaf) in gathered for leaf in new):
-        raise RuntimeError(_SHARDED)
-    for leaf in new:
-        _UNSHARDED[leaf] = True
 
 
 def needs_ordinary_pass(nodes: Iterable[Any]) -> bool:

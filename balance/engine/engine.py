@@ -122,7 +122,7 @@ class Engine:
             partition: Leaves of the graph.
             as_matrix: Return the Jacobian as one matrix (K, P).
             retain_graph: Retain the graph after the passes.
-            ranks: Ranks over whose batches the losses are means; None: this process alone.
+            ranks: Ranks over whose batches the losses are means; None: only one process.
 
         Returns:
             The gradients of the losses.

@@ -189,7 +189,7 @@ def sum_passes(
 
     Args:
         passes: By task, its gradients of the tensors and heads; computed on demand.
-        gradients: The gradients of this rank, which get the gradients of the heads, and what is reached.
+        gradients: The gradients of this rank, which get the gradients of the heads and the flags of reached tensors.
         tensors: Tensors whose gradients are summed.
         heads: Task-specific parameters, whose gradients stay on this rank.
         ranks: The ranks.
@@ -226,7 +226,7 @@ class GlobalGradients(TaskGradients):
 
     @classmethod
     def of(cls, local: TaskGradients, ranks: Ranks, sharded: ShardedRows | None = None) -> GlobalGradients:
-        """Return gradients whose Gramian, lengths and reached tensors are those of all ranks.
+        """Return gradients with the Gramian, the lengths and the reached tensors of all ranks.
 
         Args:
             local: The gradients of this rank, with the Gramian of its shards or features.

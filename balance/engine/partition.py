@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from balance.distributed.sharding import is_distributed_tensor
 from balance.engine.graph import Root, Trace, edge, is_used, trace
 from balance.engine.trees import leaves_of
 
@@ -168,11 +168,10 @@ def _check_parameter(parameter: object, name: str, *, measured: bool) -> None:
         )
     if not parameter.is_leaf:
         raise TypeError(f"{name} must hold parameters, but got a computed tensor. If heads share it, give it as features.")
-    if measured and _is_sharded(parameter):
+    if measured and is_distributed_tensor(parameter):
         raise TypeError(
-            f"{name} must hold parameters of one process, but got a DTensor (FSDP2, tensor parallelism): its gradients are "
-            "reduced over ranks by hooks of an ordinary backward pass only. Use balance.Splitter inside the model, or "
-            "gradient=None."
+            f"{name} must hold parameters of one process, but got a DTensor. Sharded parameters (FSDP2) can only be shared "
+            'parameters, with source="parameters"; for anything else use balance.Splitter inside of the model.'
         )
     if measured and parameter.is_complex():
         raise TypeError(f"{name} must hold real parameters, but got a complex one. Keep its real view as the parameter.")
@@ -225,8 +224,3 @@ def _trainable(leaves: Iterable[Tensor]) -> list[Tensor]:
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in tensors}.values())
-
-
-def _is_sharded(parameter: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # not imported: nothing is sharded
-    return module is not None and isinstance(parameter, module.DTensor)

@@ -155,7 +155,7 @@ class TaskGradients:
         self.note_sparse(tensors, gradients)
 
     def note_sparse(self, tensors: Sequence[MeasuredTensor], gradients: Sequence[Tensor | None]) -> None:
-        """Note which gradients of one pass are sparse; gradients beyond those of ``tensors`` are ignored."""
+        """Note which gradients of one pass are sparse; surplus gradients are ignored."""
         for tensor, gradient in zip(tensors, gradients, strict=False):
             if gradient is not None:
                 dimensions = gradient.sparse_dim() if gradient.is_sparse else 0

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -40,6 +41,9 @@ class StepLosses(NamedTuple):
     counts: tuple[float, ...]  # numbers of samples that these losses are means of. Length K
     one: Tensor  # the number 1 in the dtype and on the device of the losses of this rank. Shape ()
     shares: tuple[float, ...] | None = None  # this rank's shares of the samples; None: all of them. Length K
+    idle: Mapping[int, Root] = MappingProxyType(
+        {}
+    )  # by index among all tasks, losses in the graph of tasks without samples on this rank
 
     @property
     def context(self) -> Context:
@@ -159,8 +163,9 @@ def read_losses(
     roots = stacked_roots or [scalar if scalar.requires_grad else None for scalar in scalars]
     stacked = torch.stack(scalars) if scalars else torch.zeros(0)
     host = stacked.detach().to("cpu", torch.float64)
-    absent = _absent(host, nan, zero)
+    absent, idle = _absent(host, nan, zero), {}
     if numbers is not None:
+        idle = {k: root for k, root in zip(indices, roots, strict=True) if numbers[tasks[k]] == 0 and root is not None}
         absent |= torch.tensor([numbers[tasks[k]] == 0 for k in indices], dtype=torch.bool, device="cpu")
     if absent.any():
         present = (~absent).nonzero().flatten().tolist()
@@ -170,7 +175,7 @@ def read_losses(
     present_counts = tuple(1.0 if numbers is None else numbers[task] for task in names)
     positions = torch.tensor(indices, dtype=torch.int64, device="cpu")
     one = torch.ones((), dtype=stacked.dtype, device=stacked.device)
-    return StepLosses(names, positions, len(tasks), roots, stacked, host, present_counts, one)
+    return StepLosses(names, positions, len(tasks), roots, stacked, host, present_counts, one, idle=idle)
 
 
 def require_present(step: StepLosses, losses: object, tasks: tuple[str, ...]) -> None:

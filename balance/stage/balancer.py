@@ -174,8 +174,8 @@ class Balancer(nn.Module):
         add to ``.grad`` themselves, compiled functions with donated buffers) an error names the cause and the remedy. At the
         first step a graph with custom or compiled functions is walked twice more, to check that the gradients repeat.
 
-        With several processes (torch.distributed) the step is that of the mean losses over the samples of all ranks, and every
-        rank must make it. ``.grad`` and weights are then equal on all ranks. Wrap the model in DistributedDataParallel and
+        With several processes (torch.distributed) the step has the mean losses over the samples of all ranks, and every rank
+        must make it. ``.grad`` and weights are then equal on all ranks. Wrap the model in DistributedDataParallel and
         compute the losses of its output; keep the balancer outside of it. A task may be absent on some ranks.
 
         Args:
@@ -253,7 +253,7 @@ class Balancer(nn.Module):
     ) -> Tensor:
         """Return a scalar whose backward pass is `backward`, for training loops that call ``loss.backward()`` themselves.
 
-        The gradient that arrives at the scalar (of accumulation, or of a gradient scaler) is a factor on ``.grad`` only; the
+        The gradient that arrives at the scalar, of accumulation or of a gradient scaler, is a factor on ``.grad`` only. The
         rules see the losses without it. The record of the step is then in `report`. The backward pass can run once.
 
         Args:
@@ -273,7 +273,7 @@ class Balancer(nn.Module):
         return deferred_loss(given, self._run)
 
     def collect(self, *, factor: float = 1.0) -> AbstractContextManager[Collection]:
-        """Return a context in which calls of `backward` make one step together, exactly that of all their batches at once.
+        """Return a context in which calls of `backward` make one step together, exactly as one call with all their batches.
 
         Every call computes its tasks' gradients and frees its graph; on exit the rules see the mean losses and gradients of
         all calls. Calls may bring different tasks, for example one data set each. Memory: the graph of one call, and one

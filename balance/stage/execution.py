@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
+from balance.distributed.sharding import is_distributed_tensor, sharded_parameters
 from balance.engine.accumulate import accumulate, accumulate_reduced, are_finite, leaf_gradients, merged_pairs
-from balance.engine.custom_functions import needs_ordinary_pass, refuse_sharded
+from balance.engine.custom_functions import needs_ordinary_pass
+from balance.engine.fully_sharded import sharded_partition
 from balance.engine.graph import leaves
 from balance.engine.over_ranks import sum_gradients
 from balance.engine.partition import partition_graph, read_features, read_shared
@@ -61,6 +63,10 @@ class Owner(Stage, Protocol):
     loss_sums: Tensor
     loss_counts: Tensor
     own_gradients: OwnGradients
+
+    @property
+    def collection(self) -> object | None:
+        """The open collection of micro-batches; None if there is none."""
 
     def parameters(self) -> Iterator[Tensor]:
         """Return the balancer's parameters."""
@@ -126,8 +132,12 @@ def read_partition(owner: Owner, step: StepLosses, given: StepArguments) -> Part
     if owner.gradient_balancer is None:
         _check_unused(given)
         return None
+    roots = [*step.roots, *step.idle.values()]
+    shared = [p for p in given.shared if isinstance(p, torch.Tensor)] if isinstance(given.shared, list) else []
+    if (sharded := sharded_partition(roots, shared, owner.parameters())) is not None:
+        _check_sharded(owner, given)
+        return sharded
     parts = partition_graph(owner.source, step.roots, given.shared, given.features, given.measure, owner.parameters())
-    refuse_sharded(parts.functions, (*parts.trunk, *parts.heads))
     if owner.gradient_balancer.sees == "jacobian":
         if given.measure is not None:
             raise ValueError("measure is for rules that give weights, but this one sees the Jacobian and gives a direction.")
@@ -209,7 +219,9 @@ def _outcome(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial
     seed = seed_of(step, scaler)
     if collected is None:
         extras = _extra_pairs(owner, given, prepared, seed)
-    whole = BalancedStep(owner, owner.gradient_balancer, step, parts, seed, factor, list(extras), collected, is_trial)
+    is_sharded = any(map(is_distributed_tensor, parts.trunk))
+    rule = owner.gradient_balancer
+    whole = BalancedStep(owner, rule, step, parts, seed, factor, list(extras), collected, is_trial, is_sharded)
     return Outcome(whole.run())
 
 
@@ -223,7 +235,7 @@ def _take_collected(owner: Owner, given: StepArguments, prepared: Prepared) -> O
     step, collected = prepared.step, prepared.collected
     assert collected is not None
     weighted = weighted_step(owner.loss_balancer, step)
-    weights = owner.ranks.from_first(given.factor * weighted.loss_weights).tolist()
+    weights = (given.factor * weighted.loss_weights).tolist()
     own = weighted.parameter_pairs(given.factor * seed_of(step, given.enabled_scaler).scale)
     pairs = [*merged_pairs(collected.head_sums(weights), prepared.extras), *own]
     require_finite(pairs, step.tasks)
@@ -257,11 +269,35 @@ def _left_to_scaler(owner: Owner, given: StepArguments, prepared: Prepared) -> O
     return leave_to_scaler(prepared.step, scaler, [*leaves_of_model, *owner.parameters()])
 
 
+def _check_sharded(owner: Owner, given: StepArguments) -> None:
+    """Check the choices of a step whose parameters FSDP2 shards.
+
+    Raises:
+        RuntimeError: If a choice is not available.
+    """
+    rule = owner.gradient_balancer
+    reasons = {
+        'source="features"': owner.source == "features",
+        "a rule that sees the Jacobian": rule is not None and rule.sees == "jacobian",
+        "measure=": given.measure is not None,
+        "extra=": given.extra is not None,
+        "collect()": owner.collection is not None,
+        "shared=None": not given.shared,
+    }
+    if unavailable := [name for name, is_given in reasons.items() if is_given]:
+        raise RuntimeError(
+            f"With sharded parameters (FSDP2, DTensor) {' and '.join(unavailable)} cannot be combined with a gradient "
+            'balancer. Available are source="parameters" with shared= and a rule that sees the Gramian, gradient=None, and '
+            "balance.Splitter inside of the model."
+        )
+
+
 def _leaves(step: StepLosses, parts: Partition | None, given: StepArguments) -> list[Tensor]:
     """Return the leaf tensors that a step of this rank can reach, and the shared parameters."""
     if parts is None:
         shared = [] if given.shared is None else read_shared(given.shared, measured=False)
-        reached = [*leaves([*step.roots, given.extra]), *shared]
+        idle = leaves(step.idle.values())
+        reached = [*leaves([*step.roots, given.extra]), *shared, *(idle if sharded_parameters(idle) else ())]
     else:
         reached = [*parts.trunk, *parts.heads, *([] if given.extra is None else leaves([given.extra]))]
     return list({id(leaf): leaf for leaf in reached if leaf.requires_grad}.values())
@@ -284,6 +320,8 @@ def _over_ranks(owner: Owner, parts: Partition, agreed: Agreed) -> Partition:
             "Over several ranks the part below the features must consist of ordinary operations, but it contains a reentrant "
             "checkpoint or a custom function. Use use_reentrant=False, or balance.Splitter."
         )
+    if agreed.model.is_sharded:
+        return parts
     is_static = any(wrapper.static_graph for wrapper in agreed.model.wrappers)
     if is_static and any(type(node).__name__ == "_DDPSinkBackward" for node in parts.functions):
         raise RuntimeError(

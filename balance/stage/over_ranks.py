@@ -1,6 +1,6 @@
 """Agreement of all ranks on one step: mean losses over the batches of all ranks, present tasks, and parameters.
 
-Loss k is a mean over the samples of this rank. The step is that of its mean over the samples of all ranks:
+Loss k is a mean over the samples of this rank. The step has its mean over the samples of all ranks:
 
     L_k = Σ_r n_k^r L_k^r / Σ_r n_k^r        its gradient = Σ_r c_k^r ∇L_k^r,    c_k^r = n_k^r / Σ_r n_k^r
 
@@ -17,11 +17,12 @@ from balance.distributed.wrappers import Model, read_model
 from balance.stage.arguments import StepLosses
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
     from balance.distributed.ranks import Ranks
+    from balance.engine.graph import Root
 
 _REMEDY = (
     "Wrap the whole model in one DistributedDataParallel, whose order of parameters all ranks share, and compute the losses of "
@@ -33,9 +34,9 @@ class Agreed(NamedTuple):
     """A step on which all ranks have agreed.
 
     Attributes:
-        step: Mean losses over all ranks; roots and shares are those of this rank.
+        step: Mean losses over all ranks; roots and shares belong to this rank.
         model: The parameters.
-        is_even: Whether every rank has a loss of every task of the step.
+        is_even: Whether every rank has a loss of every task of the step; with FSDP2, one without samples suffices.
         has_idle_rank: Whether a rank has no loss at all.
         has_extra: Whether a rank has an extra loss.
         is_half: Whether a loss of any rank is of half precision.
@@ -81,20 +82,33 @@ def agree(
     """
     model = read_model(leaves)
     _refuse_wrapped_balancer(model, parameters)
-    num_unreached = len(model.parameters) - len({id(leaf) for leaf in leaves})
+    num_unreached = 0 if model.is_sharded else len(model.parameters) - len({id(leaf) for leaf in leaves})
     num_roots = len(step.tasks) if is_collected else sum(root is not None for root in step.roots)
     facts = [not step.tasks, extra, step.is_half, num_unreached, num_roots, model.layout, model.layout**2]
     by_task = _sums_by_task(step)
+    if model.is_sharded:
+        by_task[2, list(step.idle)] = 1.0
     sums = ranks.sum(torch.cat([by_task.flatten(), by_task.new_tensor(facts)]))
     totals = sums[: 3 * len(tasks)].view(3, len(tasks))
     idle, extras, half, unreached, roots, layout, squares = sums[3 * len(tasks) :].tolist()
-    is_even = all(count in (0, ranks.size) for count in totals[2].tolist())
+    is_even = all(not n or count == ranks.size for n, count in zip(*totals[1:].tolist(), strict=True))
+    if model.is_sharded and not is_even:
+        raise RuntimeError(
+            "With sharded parameters (FSDP2) every rank must run the backward pass of every task, but a task is absent on some "
+            "ranks. There, give a loss without samples: losses={'depth': (output * 0).sum()}, counts={'depth': 0}."
+        )
     if layout**2 != ranks.size * squares or not (is_even or model.order_is_known):
         raise RuntimeError(f"All ranks must have the same parameters in the same order, but here they may not. {_REMEDY}")
     if totals[2].any() and not roots:
         raise ValueError("No loss requires a gradient. Compute the losses with gradients enabled and do not detach them.")
     return Agreed(
-        _global_step(step, tasks, totals, by_task[1]), model, is_even, bool(idle), bool(extras), bool(half), int(unreached)
+        _global_step(step, tasks, totals, by_task[1], step.idle if model.is_sharded else {}),
+        model,
+        is_even,
+        bool(idle),
+        bool(extras),
+        bool(half),
+        int(unreached),
     )
 
 
@@ -103,7 +117,7 @@ def mean_over_ranks(step: StepLosses, tasks: tuple[str, ...], ranks: Ranks) -> S
     by_task = _sums_by_task(step)
     own = by_task[1].clone()
     totals = ranks.sum(by_task)
-    return _global_step(step, tasks, totals, own)
+    return _global_step(step, tasks, totals, own, {})
 
 
 def _sums_by_task(step: StepLosses) -> Tensor:
@@ -114,12 +128,25 @@ def _sums_by_task(step: StepLosses) -> Tensor:
     return by_task
 
 
-def _global_step(step: StepLosses, tasks: tuple[str, ...], totals: Tensor, counts: Tensor) -> StepLosses:
-    """Return the step of all ranks, given sums by task over ranks and the numbers of samples of this rank."""
+def _global_step(
+    step: StepLosses, tasks: tuple[str, ...], totals: Tensor, counts: Tensor, idle: Mapping[int, Root]
+) -> StepLosses:
+    """Return the step of all ranks.
+
+    Args:
+        step: The losses of this rank.
+        tasks: Names of all tasks.
+        totals: Sums by task over ranks, as `_sums_by_task` returns them.
+        counts: Numbers of samples of this rank. Shape (tasks,).
+        idle: Losses of tasks without samples on this rank, whose backward passes run nevertheless.
+
+    Returns:
+        The mean losses.
+    """
     indices = totals[1].nonzero().flatten()
     means = (totals[0] / totals[1])[indices]
     shares = (counts / totals[1])[indices]
-    roots = dict(zip(step.indices.tolist(), step.roots, strict=True))
+    roots = dict(idle) | dict(zip(step.indices.tolist(), step.roots, strict=True))
     return StepLosses(
         tasks=tuple(tasks[k] for k in indices.tolist()),
         indices=indices,

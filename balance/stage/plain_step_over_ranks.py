@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from balance.distributed.sharding import is_distributed_tensor, local_shard
 from balance.engine.accumulate import (
     LeafGradient,
     accumulate,
@@ -62,17 +63,22 @@ def take_plain_step_over_ranks(
     """
     step = agreed.step
     weighted = weighted_step(rule, step)
-    weights = (factor * ranks.from_first(weighted.loss_weights)).tolist()
+    weights = (factor * weighted.loss_weights).tolist()
     seed = seed_of(step, scaler)
     own = weighted.parameter_pairs(factor * seed.scale)
-    if agreed.model.is_wrapped and not agreed.is_half:
+    if agreed.model.is_sharded or (agreed.model.is_wrapped and not agreed.is_half):
         _run_wrapped_pass(agreed, weights, seed, factor, extra, ranks)
         accumulate(own)
     else:
         accumulate_reduced([*_summed_gradients(agreed, weights, seed, factor, extra, ranks), *own])
     skipped = False
     if scaler is not None and (rule.learns or own):  # all ranks must restore the state of the rule, or none
-        gradients = [leaf.grad for leaf in (*agreed.model.parameters, *(p for p, _ in own)) if leaf.grad is not None]
+        trained = [*agreed.model.parameters, *(parameter for parameter, _ in own)]
+        gradients = [
+            local_shard(leaf.grad) if is_distributed_tensor(leaf.grad) else leaf.grad
+            for leaf in trained
+            if leaf.grad is not None
+        ]
         bad = torch.tensor(float(not are_finite(gradients)), dtype=torch.float64, device="cpu")
         skipped = bool(ranks.sum(bad))
     return Outcome(plain_report(weighted, step), skipped)
@@ -168,7 +174,11 @@ def _check_reduction(model: Model, ranks: Ranks) -> None:
     Raises:
         RuntimeError: If the gradients of two ranks differ.
     """
-    if ranks.has_checked_reduction or not all(wrapper.require_backward_grad_sync for wrapper in model.wrappers):
+    if (
+        ranks.has_checked_reduction
+        or model.is_sharded
+        or not all(wrapper.require_backward_grad_sync for wrapper in model.wrappers)
+    ):
         return
     ranks.has_checked_reduction = True
     samples = [p.grad.to_dense().flatten()[:1].double().cpu() for p in model.parameters if p.grad is not None and p.numel()]

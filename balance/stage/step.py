@@ -17,10 +17,12 @@ from balance.engine.accumulate import (
     without_hooks,
 )
 from balance.engine.custom_functions import needs_ordinary_pass
+from balance.engine.fully_sharded import FullyShardedGradients
 from balance.engine.gramian import TaskRows, multiply_rows
 from balance.engine.graph import Reachability
 from balance.engine.over_ranks import sum_gradients
 from balance.engine.passes import FeatureOutputs, LossOutputs, weighted_pass
+from balance.stage.length import stretch_of_direction, stretch_of_trunk, stretch_of_weights, stretch_to_sum
 from balance.stage.loss_weighting import WeightedStep, Weighting, weighted_step
 from balance.stage.ordinary_backward import NotFiniteError, require_finite, run_ordinary_backward
 
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
     from balance.stage.reminders import Reminders
     from balance.stage.report import Report
     from balance.types import Direction, Gramian, Heads, Scale, Source, Weights
-
-_ROUNDING = 1e-13  # of the squared length of a direction, relative to the largest that its terms could add up to
 
 
 class Stage(Protocol):
@@ -92,6 +92,7 @@ class BalancedStep:
         extra: Gradients of an extra loss, which are added to the direction, with all factors.
         collected: The tasks' gradients, if they have been computed before; None: they are computed in this step.
         is_trial: Whether the step only computes weights; it then leaves ``.grad`` and the graph as they are.
+        is_sharded: Whether FSDP2 shards the parameters.
     """
 
     stage: Stage
@@ -103,6 +104,7 @@ class BalancedStep:
     extra: list[LeafGradient] = field(default_factory=list)
     collected: TaskGradients | None = None
     is_trial: bool = False
+    is_sharded: bool = False
 
     def run(self) -> Report:
         """Take the step.
@@ -140,6 +142,9 @@ class BalancedStep:
         """Return the gradients of the raw losses, of the batches of all ranks."""
         if self.collected is not None:
             return self.collected
+        if self.is_sharded:
+            num_ranks = self.stage.ranks.size
+            return FullyShardedGradients.measure(self._outputs, self.parts, num_ranks, retain_graph=self.is_trial)
         ranks = self.stage.ranks if self.stage.ranks.size > 1 else None
         as_matrix = self.rule.sees == "jacobian"
         return self.stage.engine.measure(
@@ -201,40 +206,14 @@ class BalancedStep:
         """Apply the rule and the option ``scale`` to the balanced tasks. Shape (k,)."""
         weights = self.rule(G, self.step.context_of(balanced)).to(G)
         if self.stage.scale == "sum":
-            return weights * _stretch_to_sum(weights)
-        rounding = float(weights.abs() @ G.diagonal().clamp(min=0).sqrt()) ** 2 * _ROUNDING
-        stretch = self._stretch(G, float(weights @ G @ weights), rounding)
-        if self.parts.source == "parameters" and len(self.parts.inputs) < len(self.parts.trunk):
-            stretch = self._stretch_of_trunk(gradients, weighting, weights, G, stretch)
+            return weights * stretch_to_sum(weights)
+        stretch = stretch_of_weights(self.stage.scale, G, weights)
+        fixed = self.stage.scale == "paper" and self.rule.fixed_length
+        is_partial = self.parts.source == "parameters" and len(self.parts.inputs) < len(self.parts.trunk)
+        if is_partial and (fixed or self.stage.scale == "norm"):
+            stretch = stretch_of_trunk(gradients, weighting, weights, G, self.seed.scale, stretch, fixed=fixed)
         self.stage.stretch.fill_(stretch)
         return weights * stretch
-
-    def _stretch(self, gramian: Gramian, square: float, rounding: float) -> float:
-        """Return the factor from a direction's length to the length of the summed gradient, with ``scale="norm"``."""
-        if self.stage.scale != "norm" or square <= rounding:  # a direction that is zero but for rounding stays zero
-            return 1.0
-        return math.sqrt(max(float(gramian.sum()), 0.0) / square)
-
-    def _stretch_of_trunk(
-        self, gradients: TaskGradients, weighting: Weighting, weights: Weights, gramian: Gramian, stretch: float
-    ) -> float:
-        """Correct the factor where only some of the shared parameters were measured, so that all get the intended length.
-
-        With ``scale="norm"`` it is the length of the summed gradient. For a rule of fixed length it is the length of the
-        measured direction. Costs one or two backward passes.
-
-        Returns:
-            The factor.
-        """
-        fixed = self.stage.scale == "paper" and self.rule.fixed_length
-        if not fixed and self.stage.scale != "norm":
-            return stretch
-        length = gradients.trunk_length(weighting.pull_back(weights).tolist()) / self.seed.scale
-        if fixed:
-            target = math.sqrt(max(float(weights @ gramian @ weights), 0.0))
-        else:
-            target = gradients.trunk_length(weighting.matrix.sum(dim=0).tolist()) / self.seed.scale
-        return target / length if 0 < length < math.inf and math.isfinite(target) else stretch
 
     def _direction(self, gradients: TaskGradients, weighted: WeightedStep, balanced: Tensor, gramian: Gramian) -> Direction:
         """Return the direction of a rule that sees the Jacobian of the weighted losses, with all factors. Shape (P,)."""
@@ -245,7 +224,8 @@ class BalancedStep:
             J = J[balanced.to(J.device)]
         direction = self.rule(J, self.step.context_of(balanced))
         square = float(torch.linalg.vector_norm(direction, dtype=torch.float64)) ** 2
-        return self.seed.scale * self.factor * (direction * self._stretch(gramian[balanced][:, balanced], square, 0.0))
+        stretch = stretch_of_direction(self.stage.scale, gramian[balanced][:, balanced], square)
+        return self.seed.scale * self.factor * (direction * stretch)
 
     def _head_weights(self, weighted: WeightedStep, weights: Weights) -> Weights:
         """Return the weights of the raw gradients of the heads. Shape (K,)."""
@@ -265,8 +245,7 @@ class BalancedStep:
         """Accumulate the weighted sums of the tasks' gradients."""
         if self.is_trial:
             return
-        both = torch.stack([self.factor * total, self._head_weights(weighted, weights)])
-        shared_weights, head_weights = self.stage.ranks.from_first(both).unbind()
+        shared_weights, head_weights = self.factor * total, self._head_weights(weighted, weights)
         others = [
             *gradients.head_sums(head_weights.tolist()),
             *weighted.parameter_pairs(self.factor * self.seed.scale),
@@ -307,6 +286,8 @@ class BalancedStep:
         """Return for each task whether it reaches what the tasks share, by the graph or by collected gradients."""
         if self.collected is not None:
             return self.collected.reaching_tasks
+        if self.is_sharded:
+            return [True] * len(self.step.tasks)
         reaching = Reachability(self.parts.upper_graph, self.step.roots).roots_reaching_any(self.parts.inputs)
         if self.stage.ranks.size == 1:
             return reaching
@@ -316,7 +297,7 @@ class BalancedStep:
     def _reuse(self, weighted: WeightedStep, balanced: Tensor, solved: Weights) -> Report:
         """Take a step with known weights: one backward pass, and one through unweighted heads."""
         weights = torch.ones(len(self.step.tasks), dtype=torch.float64, device="cpu")
-        stretch = _stretch_to_sum(solved) if self.stage.scale == "sum" else float(self.stage.stretch)
+        stretch = stretch_to_sum(solved) if self.stage.scale == "sum" else float(self.stage.stretch)
         weights[balanced] = solved.cpu().double() * stretch
         total = self._total_weights(weighted, balanced, weights)
         if not self.is_trial:
@@ -325,11 +306,11 @@ class BalancedStep:
 
     def _accumulate_reused(self, weighted: WeightedStep, weights: Weights, total: Weights) -> None:
         """Accumulate the weighted sums of the tasks' gradients, by passes of all tasks at once."""
-        both = torch.stack([self.factor * total, self._head_weights(weighted, weights)])
-        shared, heads = self.stage.ranks.from_first(both).tolist()
+        shared, heads = (self.factor * total).tolist(), self._head_weights(weighted, weights).tolist()
         own = weighted.parameter_pairs(self.factor * self.seed.scale)
-        if self.collected is not None:
-            pairs = [*self.collected.weighted_sums(shared), *self.collected.head_sums(heads)]
+        if self.collected is not None or self.is_sharded:
+            gradients = self._gradients()
+            pairs = [*gradients.weighted_sums(shared), *gradients.head_sums(heads)]
         elif self.parts.source == "features" and self.parts.features and needs_ordinary_pass(self.parts.lower_graph.functions):
             self._run_through_features(self._outputs, shared, heads, own)
             return
@@ -392,7 +373,7 @@ class BalancedStep:
         """Add gradients of the whole batch, and of the extra loss, to ``.grad``."""
         if self.extra:
             pairs = merged_pairs(pairs, self.extra)
-        if self.stage.ranks.size > 1:
+        if self.stage.ranks.size > 1 or self.is_sharded:
             accumulate_reduced(pairs)
         else:
             accumulate(pairs)
@@ -411,12 +392,6 @@ def _depending(weighted: WeightedStep, reaching: Sequence[bool]) -> Tensor:
     """Return the positions of the tasks whose weighted loss depends on a raw loss that reaches what the tasks share."""
     R = torch.tensor(reaching, dtype=torch.float64, device="cpu")
     return ((weighted.weighting.matrix != 0).double() @ R > 0).nonzero().flatten()
-
-
-def _stretch_to_sum(weights: Weights) -> float:
-    """Return the factor that makes weights sum to their number; 1 if their sum is not positive."""
-    total = float(weights.sum())
-    return len(weights) / total if total > 0 else 1.0
 
 
 def _bound(weights: Sequence[Tensor], lengths: Sequence[Tensor]) -> float:

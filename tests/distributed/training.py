@@ -134,8 +134,11 @@ def train(case, rank=0, ranks=1, steps=3, share=None):
                 losses, counts, _ = losses_of(inner, x, rows)
                 balancer.observe(losses, counts=counts)
         balancer.end_epoch()
-    state = {name: value for name, value in balancer.state_dict().items()}
-    return {"reports": reports, "parameters": [p.detach().clone() for p in inner.parameters()], "state": state}
+    return {
+        "reports": reports,
+        "parameters": [p.detach().clone() for p in inner.parameters()],
+        "state": dict(balancer.state_dict()),
+    }
 
 
 def run_cases(rank, cases, ranks):
