@@ -64,6 +64,7 @@ class _PassPlan(NamedTuple):
         retain_graph: A further pass follows.
         batched: The passes of all tasks run in one batch, if possible.
         ranks: Ranks over which the gradients are summed; None: they stay on this rank.
+        keeps_graph: The whole graph is retained, not only what a further pass of this step needs.
     """
 
     outputs: Outputs
@@ -74,6 +75,7 @@ class _PassPlan(NamedTuple):
     retain_graph: bool = False
     batched: bool = False
     ranks: Ranks | None = None
+    keeps_graph: bool = False
 
     def heads_of(self, number: int) -> Sequence[Tensor]:
         """Return the heads that are measured with a block, given by its number."""
@@ -86,7 +88,8 @@ class _PassPlan(NamedTuple):
     @property
     def is_disjoint(self) -> bool:
         """Return whether each pass can free its part of the graph above the features; only the rest is retained."""
-        return self.retain_graph and self.partition.is_disjoint and bool(self.partition.features)
+        frees = self.retain_graph and not self.keeps_graph
+        return frees and self.partition.is_disjoint and bool(self.partition.features)
 
 
 class Engine:
@@ -132,7 +135,7 @@ class Engine:
         """
         with self.guarded(outputs, partition):
             if partition.source == "features":
-                gradients = self._measured_at_features(outputs, partition, as_matrix=as_matrix)
+                gradients = self._measured_at_features(outputs, partition, as_matrix=as_matrix, keeps_graph=retain_graph)
                 return gradients if ranks is None else GlobalGradients.of(gradients, ranks)
             return self._measured_at_parameters(outputs, partition, as_matrix=as_matrix, retain_graph=retain_graph, ranks=ranks)
 
@@ -165,10 +168,13 @@ class Engine:
         least = min(num_tasks * max(int(_SHARE * _num_bytes(trunk)), largest), stored) if in_blocks else stored
         return Estimate(least if self.memory == "gramian" else stored, stored, least)
 
-    def _measured_at_features(self, outputs: Outputs, partition: Partition, *, as_matrix: bool) -> TaskGradients:
+    def _measured_at_features(
+        self, outputs: Outputs, partition: Partition, *, as_matrix: bool, keeps_graph: bool
+    ) -> TaskGradients:
         storage: Storage = "matrix" if as_matrix else "rows"
         block = _without_layers(partition.inputs)
-        gradients = self._collected(_PassPlan(outputs, partition, [block], partition.heads, storage, retain_graph=True))
+        plan = _PassPlan(outputs, partition, [block], partition.heads, storage, retain_graph=True, keeps_graph=keeps_graph)
+        gradients = self._collected(plan)
         if gradients.rows is not None and partition.features:
             gradients.outputs = FeatureOutputs(partition.features, gradients.rows)
         return gradients
@@ -183,7 +189,7 @@ class Engine:
             tensors = measured_tensors(partition.lower_graph, partition.inputs, outputs.num_tasks)
         blocks = [tensors] if as_matrix else self._blocks(partition, tensors, storage)
         batched = self._is_batched(partition, outputs.device)
-        plan = _PassPlan(outputs, partition, blocks, partition.heads, storage, retain_graph, batched, ranks)
+        plan = _PassPlan(outputs, partition, blocks, partition.heads, storage, retain_graph, batched, ranks, retain_graph)
         if partition.features and (batched or (storage == "products" and _has_few_features(partition))):
             return self._measured_through_features(plan)
         return self._collected(plan)
@@ -192,7 +198,7 @@ class Engine:
         """Run the passes of a plan in two parts: once down to the features, and from there."""
         partition = plan.partition
         at_features = partition._replace(inputs=partition.features)
-        upper = self._measured_at_features(plan.outputs, at_features, as_matrix=False)
+        upper = self._measured_at_features(plan.outputs, at_features, as_matrix=False, keeps_graph=plan.keeps_graph)
         assert upper.rows is not None
         gradients = self._collected(plan._replace(outputs=upper.outputs, heads=[]), upper.heads)
         if plan.storage != "products":

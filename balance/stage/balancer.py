@@ -279,7 +279,8 @@ class Balancer(nn.Module):
         all calls. Calls may bring different tasks, for example one data set each. Memory: the graph of one call, and one
         gradient of all parameters for each task. Loss k of the step is the mean over the calls that have task k, weighted by
         ``counts``. The reports of the calls have no weights; the report of the step is in `report` after the context. If the
-        body raises, no step is made. Over several ranks the gradients are summed once, on exit.
+        body raises, no step is made. With ``source="features"`` the features of two calls count as features of different
+        samples. Over several ranks the gradients are summed once, on exit.
 
         Args:
             factor: Factor on all gradients that are added to ``.grad``.
