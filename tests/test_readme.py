@@ -45,9 +45,24 @@ def registries(monkeypatch):
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=[str(k) for k in range(len(SNIPPETS))])
-def test_snippet(snippet, registries, capsys):
+def test_snippet(snippet, registries, capsys, tmp_path):
+    if "torchrun" in snippet:
+        first, second = printed_by_ranks(snippet, tmp_path / "train.py")
+        assert first == second
+        return
     exec(compile(snippet, "README.md", "exec"), {})
     assert capsys.readouterr().out
+
+
+def printed_by_ranks(snippet, program):
+    """Run a snippet on two processes; return the lines that they print."""
+    program.write_text(snippet, encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*torchrun, program], capture_output=True, text=True, timeout=120, env=environment)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
 
 
 def test_make_targets():

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
+import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
+_FSDP = "torch.distributed.fsdp._fully_shard._fsdp_param"
 _SHARDED: MutableMapping[Tensor, ReferenceType[Any] | None] = WeakTensorKeyDictionary()  # by gathered tensor
 
 
@@ -25,15 +27,20 @@ def is_distributed_tensor(tensor: object) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def may_be_sharded() -> bool:
+    """Return whether any parameter of this process can be sharded, which needs torch.distributed."""
+    return _FSDP in sys.modules and torch.distributed.is_initialized()
+
+
 def sharded_parameters(leaves: Iterable[Tensor]) -> dict[int, Tensor]:
     """Return the sharded parameters of leaf tensors, by the ids of the leaf tensors; leaf tensors without are left out.
 
     During a step FSDP2 replaces its parameters by gathered tensors, which are the leaves of the graph. Only its records
     connect the two.
     """
-    module: Any = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")  # not imported: nothing is sharded
-    if module is None:
+    if not may_be_sharded():
         return {}
+    module: Any = sys.modules[_FSDP]
     leaves = list(leaves)
     if new := [leaf for leaf in leaves if leaf not in _SHARDED]:
         records = [instance for instance in gc.get_objects() if type(instance) is module.FSDPParam]

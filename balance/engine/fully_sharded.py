@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed
 
-from balance.distributed.sharding import from_shard, local_shard, shard_group, sharded_parameters
+from balance.distributed.sharding import from_shard, local_shard, may_be_sharded, shard_group, sharded_parameters
 from balance.engine.accumulate import cleared_grads
 from balance.engine.gramian import TaskRows
 from balance.engine.graph import trace
@@ -46,6 +46,8 @@ def sharded_partition(roots: Sequence[Root | None], shared: Iterable[Tensor], ex
     Raises:
         RuntimeError: If only some parameters are sharded.
     """
+    if not may_be_sharded():  # the usual case, which needs no walk through the graph
+        return None
     graph = trace(roots)
     others = {id(tensor) for tensor in excluded}
     shared, reached = list(shared), [leaf for leaf in graph.leaves if leaf.requires_grad and id(leaf) not in others]

@@ -185,6 +185,25 @@ def collectives(rank):
     return sizes
 
 
+def deferred(rank):
+    """Gradients by the backward pass of a scalar, and by ordinary calls."""
+    results = []
+    for options in ({"gradient": "nashmtl"}, {"loss": "uw"}):
+        for is_deferred in (True, False):
+            torch.manual_seed(0)
+            inner = Net().double()
+            model, balancer = DistributedDataParallel(inner), Balancer(TASKS, **options)
+            rows = dict.fromkeys(TASKS, torch.arange(3 + rank))
+            x = torch.randn(3 + rank, 5, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+            losses, counts, _ = losses_of(model, x, rows)
+            if is_deferred:
+                (0.5 * balancer.loss(losses, shared=inner.trunk.parameters(), counts=counts)).backward()
+            else:
+                balancer.backward(losses, shared=inner.trunk.parameters(), counts=counts, factor=0.5)
+            results.append([p.grad for p in inner.parameters()])
+    return results
+
+
 def wrapped_balancer(rank):
     model, balancer = nn.ModuleDict({"net": nn.Linear(3, len(TASKS))}), Balancer(TASKS, loss="uw")
     model["balancer"] = balancer
@@ -197,7 +216,7 @@ def wrapped_balancer(rank):
 
 
 def everything(rank, cases, ranks):
-    checks = (not_a_number, idle_rank, accumulation, reused_weights, collectives, wrapped_balancer)
+    checks = (not_a_number, idle_rank, accumulation, reused_weights, collectives, deferred, wrapped_balancer)
     return run_cases(rank, cases, ranks), {check.__name__: check(rank) for check in checks}
 
 
@@ -285,6 +304,15 @@ def test_a_loss_balancer_costs_one_small_all_reduce(two_ranks):
     for checks in two_ranks[1]:
         (size,) = checks["collectives"]
         assert size == 3 * len(TASKS) + 7  # sums, counts and presence by task, and facts that ranks agree on
+
+
+def test_the_backward_pass_of_a_scalar_is_the_step_of_all_ranks(two_ranks):
+    first, second = (checks["deferred"] for checks in two_ranks[1])
+    for mine, theirs in zip(itertools.chain(*first), itertools.chain(*second), strict=True):
+        assert (mine is None and theirs is None) or torch.equal(mine, theirs)
+    for scalar, call in ((first[0], first[1]), (first[2], first[3])):
+        for mine, theirs in zip(scalar, call, strict=True):
+            assert (mine is None and theirs is None) or torch.equal(mine, theirs)
 
 
 def test_a_balancer_inside_of_the_wrapper_is_refused(two_ranks):
