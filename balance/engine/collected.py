@@ -55,9 +55,14 @@ class CollectedRows:
         for leaf, gradient in zip(leaves, gradients, strict=True):
             if gradient is None:
                 continue
-            wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * count
+            wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
             before = sums.get(id(leaf))
-            sums[id(leaf)] = (leaf, wide if before is None else gradient_sum(before[1], wide))
+            if before is None:
+                sums[id(leaf)] = (leaf, wide * count)
+            elif wide.is_sparse or before[1].is_sparse:
+                sums[id(leaf)] = (leaf, gradient_sum(before[1], wide * count))
+            else:
+                before[1].add_(wide, alpha=count)
 
     def add_products(self, gramian: Gramian, tasks: Sequence[int], counts: Sequence[float]) -> None:
         """Add the inner products of the gradients of features of one micro-batch, whose samples are further coordinates.
@@ -87,7 +92,8 @@ class CollectedRows:
         inverse = torch.ones(len(self._by_task), dtype=torch.float64, device="cpu")
         for task, count in zip(tasks, counts, strict=True):
             inverse[task] = 1 / count
-            self._by_task[task] = {key: (leaf, gradient / count) for key, (leaf, gradient) in self._by_task[task].items()}
+            for _, gradient in self._by_task[task].values():
+                gradient.mul_(1 / count)
         if self.products is not None:
             scale = inverse.to(self.products.device)
             self.products *= scale[:, None] * scale
@@ -157,6 +163,8 @@ def _with_rows(
 
 def _over_ranks(gradients: TaskGradients, rows: TaskRows, products: Gramian | None, ranks: Ranks) -> GlobalGradients:
     """Return gradients that are summed over ranks."""
+    if gradients.jacobian is not None:
+        return GlobalGradients.of(gradients, ranks)
     sharded = ShardedRows(rows.num_tasks, gradients.partition.trunk, ranks)
     for k in range(rows.num_tasks):
         sharded.begin(k, [by_task[k] for by_task in rows.by_tensor])
