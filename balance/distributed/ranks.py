@@ -38,7 +38,10 @@ class Ranks:
         self._parent: ProcessGroup | None = None  # the group that the own group was made from
 
     def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:
-        return Ranks, ()  # a process group belongs to one process; a copy uses all processes
+        return Ranks, ()  # a process group belongs to one process; a copy in another process uses all processes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return Ranks(self._process_group)
 
     @property
     def size(self) -> int:
@@ -64,6 +67,11 @@ class Ranks:
             self._own_group = distributed.new_group(members, use_local_synchronization=local)
             self._parent = parent
         return self._own_group
+
+    def connect(self) -> None:
+        """Create the process group, if there are several processes and it does not exist yet. Every rank must call this."""
+        if self.size > 1:
+            _ = self.group
 
     def sum(self, numbers: Tensor) -> Tensor:
         """Return the sum of a tensor over the processes; the tensor itself if there is only one process.

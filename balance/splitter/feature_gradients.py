@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from balance.distributed.ranks import Ranks
     from balance.engine.gramian import TaskRows
     from balance.types import Gramian, Jacobian
 
@@ -62,14 +63,7 @@ class Sums(NamedTuple):
     batch: float  # number of samples
 
 
-def num_ranks() -> int:
-    """Return the number of processes that train together."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return 1
-
-
-def sum_over_ranks(squares: Tensor, gramian: Gramian | None, gradients: FeatureGradients, num_tasks: int) -> Sums:
+def sum_over_ranks(squares: Tensor, gramian: Gramian | None, gradients: FeatureGradients, num_tasks: int, ranks: Ranks) -> Sums:
     """Sum squared lengths and Gramians over the ranks, for the gradients of the mean of the ranks' losses.
 
     Args:
@@ -77,19 +71,19 @@ def sum_over_ranks(squares: Tensor, gramian: Gramian | None, gradients: FeatureG
         gramian: Their inner products, shape (k, k), or None.
         gradients: The gradients of this rank.
         num_tasks: K.
+        ranks: The processes that train together.
 
     Returns:
         The sums, padded with zeros for absent tasks.
     """
     q, G = _padded(squares, gramian, gradients.indices, num_tasks)
     tasks: Sequence[int] = gradients.tasks
-    samples, ranks = float(gradients.batch), num_ranks()
-    if ranks > 1:
+    samples, size = float(gradients.batch), ranks.size
+    if size > 1:
         present = q.new_zeros(num_tasks)
         present[gradients.indices] = 1
-        parts = [present, q.new_tensor([samples]), q / ranks**2, *([] if G is None else [G.flatten() / ranks**2])]
-        sums = torch.cat(parts)
-        torch.distributed.all_reduce(sums)
+        parts = [present, q.new_tensor([samples]), q / size**2, *([] if G is None else [G.flatten() / size**2])]
+        sums = ranks.sum(torch.cat(parts))
         *counts, samples = sums[: num_tasks + 1].tolist()
         tasks = [k for k, count in enumerate(counts) if count]
         q = sums[num_tasks + 1 : 2 * num_tasks + 1]

@@ -9,10 +9,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from balance.engine.gramian import TaskRows, to_vector
-from balance.splitter.feature_gradients import FeatureGradients, num_ranks
+from balance.splitter.feature_gradients import FeatureGradients
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from balance.distributed.ranks import Ranks
 
 
 @dataclass
@@ -37,6 +39,10 @@ class Merger(Protocol):
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks."""
 
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train together."""
+
     def merge(self, gradients: FeatureGradients, memory: PassMemory) -> list[Tensor | None]:
         """Return the gradient of each feature tensor, flat; None for an unreached tensor."""
 
@@ -60,7 +66,7 @@ class Split(torch.autograd.Function):
         K = len(ctx.merger.tasks)
         by_tensor = [gradients[i * K : (i + 1) * K] for i in range(len(ctx.like))]
         tasks = [k for k in range(K) if any(rows[k] is not None for rows in by_tensor)]
-        if not tasks and num_ranks() == 1:
+        if not tasks and ctx.merger.ranks.size == 1:
             return (None,) * (1 + len(by_tensor))
         device = ctx.like[0][2]
         pieces = [[None if (g := rows[k]) is None else to_vector(g) for k in tasks] for rows in by_tensor]

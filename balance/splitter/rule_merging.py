@@ -12,7 +12,7 @@ from torch import nn
 
 from balance.rules.protocol import Context
 from balance.rules.snapshot import restored_on_error
-from balance.splitter.feature_gradients import num_ranks, sum_over_ranks
+from balance.splitter.feature_gradients import sum_over_ranks
 from balance.stage.loss_weighting import Weighting
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from balance.distributed.ranks import Ranks
     from balance.rules.protocol import GradientBalancer, JacobianBalancer
     from balance.splitter.feature_gradients import FeatureGradients
     from balance.splitter.function import PassMemory
@@ -49,6 +50,7 @@ def merge_by_rule(
     task_weights: Tensor,
     tasks: Sequence[str],
     scale: float,
+    ranks: Ranks,
 ) -> Merged:
     """Apply a gradient balancer to the tasks that are present on any rank.
 
@@ -59,6 +61,7 @@ def merge_by_rule(
         task_weights: Factors on the gradients, as if the losses were weighted. Shape (K,).
         tasks: Names of all K tasks.
         scale: Scale factor of mixed precision in the gradients.
+        ranks: The processes that train together.
 
     Returns:
         The merged gradients of this rank.
@@ -67,7 +70,7 @@ def merge_by_rule(
         RuntimeError: If the rule sees the Jacobian and several processes train together.
     """
     G = gradients.rows.gramian(gradients.indices.device)  # (k, k)
-    sums = sum_over_ranks(G.diagonal(), G, gradients, len(tasks))
+    sums = sum_over_ranks(G.diagonal(), G, gradients, len(tasks), ranks)
     present = sums.tasks
     if not present or sums.gramian is None:
         return Merged(gradients.combined(G.diagonal()), present)
@@ -76,6 +79,7 @@ def merge_by_rule(
     finite = bool(G.isfinite().all())
     context = _context(present, tasks)
     if finite and rule.sees == "jacobian":
+        _refuse_several(ranks)
         J = gradients.jacobian()  # (k, F)
         J_weighted = weighting.matrix[gradients.indices, None].to(J) * (J / scale)
         direction = scale * _direction(rule, J_weighted, context, memory).to(J)
@@ -96,13 +100,16 @@ def _solved(rule: GradientBalancer, gramian: Gramian, context: Context, memory: 
 
 def _direction(rule: JacobianBalancer, jacobian: Jacobian, context: Context, memory: PassMemory) -> Direction:
     """Return the direction of a rule that sees the Jacobian. Shape (k, F) -> (F,)."""
-    if num_ranks() > 1:
-        raise RuntimeError(
-            "A gradient balancer that sees the Jacobian balances the gradients of one process, but torch.distributed "
-            f"runs {num_ranks()}. Use a gradient balancer that sees the Gramian."
-        )
     with _repeating(rule, memory):
         return rule(jacobian, context)
+
+
+def _refuse_several(ranks: Ranks) -> None:
+    if ranks.size > 1:
+        raise RuntimeError(
+            "A gradient balancer that sees the Jacobian balances the gradients of one process, but torch.distributed "
+            f"runs {ranks.size}. Use a gradient balancer that sees the Gramian."
+        )
 
 
 def _context(present: list[int], tasks: Sequence[str]) -> Context:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from balance.distributed.ranks import Ranks
 from balance.engine.trees import leaves_of, map_leaves
 from balance.messages import unknown
 from balance.rules.build import build_gradient_balancer
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch.amp.grad_scaler import GradScaler
+    from torch.distributed import ProcessGroup
 
     from balance.types import GradientRule, Gramian, Weights
 
@@ -70,10 +72,14 @@ class Splitter(nn.Module):
     change. The normalisation still divides by the weights of all tasks. A moving average does not change where the gradient
     is exactly zero. Where any gradient is infinite or NaN no state changes, and the trunk gets NaN, which a GradScaler needs.
 
-    Under ``torch.distributed`` squared lengths and Gramians are summed over all ranks, in every backward pass. The sum is
-    exact, since different samples are different coordinates: all ranks use the weights of one process with the whole batch.
-    The losses must be means over the local batch, and the gradients of the ranks must be averaged, as
-    DistributedDataParallel does. Every rank must run the backward pass.
+    Under ``torch.distributed`` squared lengths and Gramians are summed over all ranks, in every backward pass, in a process
+    group that nothing else uses. The sum is exact, since different samples are different coordinates. So all ranks compute
+    equal weights, and their states stay equal bit for bit. Task k's loss is :math:`L_k = \frac{1}{W} \sum_r L_k^r` over the
+    W ranks, and the loss of a task that is absent on a rank is zero there. DistributedDataParallel and FSDP2 average the
+    gradients in this way. A Balancer, in contrast, weights the ranks by their numbers of samples.
+
+    Every rank must run every forward and backward pass. On a rank where no loss reaches any view the others would wait
+    without end: there, add ``(view * 0).sum()`` of one view to the loss. The view's task then counts as present.
 
     Args:
         tasks: Names of the tasks, or their number K (the names are then "0", "1", ...).
@@ -91,6 +97,8 @@ class Splitter(nn.Module):
         seed: Seed of rules and projections that draw; a Balancer with an equal seed draws equal numbers.
         scaler: The GradScaler of mixed-precision training, which requires it: a rule then sees unscaled gradients and the
             trunk gets scaled ones. Without it the normalisation would undo the scale, and the scaler would divide by it again.
+        process_group: The data-parallel processes under ``torch.distributed``; None: all processes. Needed only next to tensor
+            or pipeline parallelism. A copy that is unpickled in another process uses all processes.
 
     Raises:
         ValueError: If a name, an option or a choice is unknown, out of range, or without effect.
@@ -119,12 +127,13 @@ class Splitter(nn.Module):
         beta: float = _BETA,
         seed: int = 0,
         scaler: GradScaler | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.tasks = task_names(tasks)
         self.projection = _read_projection(projection, len(self.tasks))
         _check_options(beta, scaler)
-        self.beta, self.scaler = beta, scaler
+        self.beta, self.scaler, self.ranks = beta, scaler, Ranks(process_group)
         self.normalizes = isinstance(gradient, str) and gradient == "normalized"
         self.gradient_balancer: GradientBalancer | JacobianBalancer | None = None
         if gradient is not None and not self.normalizes:
@@ -171,6 +180,7 @@ class Splitter(nn.Module):
         if not (live and self.training and torch.is_grad_enabled()):
             return dict.fromkeys(self.tasks, features)
         self._check_samples(live)
+        self.ranks.connect()  # in the backward pass a wrapper's collectives could come in between
         views = Split.apply(self, *live)  # type: ignore[no-untyped-call]
         by_task = [dict(zip(map(id, live), views[k :: len(self.tasks)], strict=True)) for k in range(len(self.tasks))]
         return {task: _with_views(features, view) for task, view in zip(self.tasks, by_task, strict=True)}
@@ -187,13 +197,14 @@ class Splitter(nn.Module):
         """
         scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
         if self.gradient_balancer is not None:
-            merged = merge_by_rule(self.gradient_balancer, gradients, memory, self.weights, self.tasks, scale)
+            merged = merge_by_rule(self.gradient_balancer, gradients, memory, self.weights, self.tasks, scale, self.ranks)
             if merged.gramian is not None:
                 self._record(merged.present, self.weights.to(gradients.indices.device), merged.weights, merged.gramian)
             return merged.pieces
         if self.projection != "none":
             return self._merge_samples(gradients, memory, scale)
-        sums = sum_over_ranks(gradients.rows.squares(gradients.indices.device), None, gradients, len(self.tasks))
+        squares = gradients.rows.squares(gradients.indices.device)
+        sums = sum_over_ranks(squares, None, gradients, len(self.tasks), self.ranks)
         scales = self._scales(sums, scale, memory)
         return gradients.combined(scales[gradients.indices])
 
@@ -255,7 +266,7 @@ class Splitter(nn.Module):
         if self.projection == "before_norm":
             A = project_samples(C, self._orders(gradients.tasks, memory))  # (B, k, k)
             squares = ((A @ C) * A).sum(dim=(0, 2))  # of the projected gradients
-        sums = sum_over_ranks(squares, C.sum(dim=0), gradients, len(self.tasks))
+        sums = sum_over_ranks(squares, C.sum(dim=0), gradients, len(self.tasks), self.ranks)
         scales = self._scales(sums, scale, memory)[gradients.indices]
         if not sums.finite:
             if before is not None:  # the pass must not change the generator
