@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from balance.distributed.ranks import Ranks
-from balance.engine.trees import leaves_of, map_leaves
+from balance.engine.trees import map_leaves
 from balance.messages import unknown
 from balance.rules.build import build_gradient_balancer
 from balance.rules.casting import preserving
 from balance.rules.generator import SeededGenerator
-from balance.rules.options import check_type, describe
+from balance.rules.options import describe
 from balance.rules.protocol import Context, GradientBalancer, JacobianBalancer
 from balance.rules.registry import gradient_balancers
 from balance.rules.task_names import check_tasks, encode_tasks
+from balance.splitter.arguments import check_beta, check_scaler, read_projection, read_weights, tensors_of
 from balance.splitter.feature_gradients import FeatureGradients, Sums, sum_over_ranks
 from balance.splitter.function import PassMemory, Split, num_samples
 from balance.splitter.per_sample import inner_products, project_samples, shortest_between
@@ -33,10 +34,8 @@ if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
     from torch.distributed import ProcessGroup
 
+    from balance.splitter.arguments import Projection, ProjectionNumber
     from balance.types import GradientRule, Gramian, Weights
-
-Projection = Literal["none", "after_norm", "shortest", "before_norm"]
-ProjectionNumber = Literal[0, 1, 2, 3]  # of the published code, in the order of the names
 
 _SHORTEST = 1e-30  # root mean square length that a gradient is divided by at least: its inverse is a float32
 _BETA = 0.999
@@ -97,6 +96,7 @@ class Splitter(nn.Module):
         seed: Seed of rules and projections that draw; a Balancer with an equal seed draws equal numbers.
         scaler: The GradScaler of mixed-precision training, which requires it: a rule then sees unscaled gradients and the
             trunk gets scaled ones. Without it the normalisation would undo the scale, and the scaler would divide by it again.
+            A scaler that is created later can be assigned: ``splitter.scaler = scaler``.
         process_group: The data-parallel processes under ``torch.distributed``; None: all processes. Needed only next to tensor
             or pipeline parallelism. A copy that is unpickled in another process uses all processes.
 
@@ -131,8 +131,8 @@ class Splitter(nn.Module):
     ) -> None:
         super().__init__()
         self.tasks = task_names(tasks)
-        self.projection = _read_projection(projection, len(self.tasks))
-        _check_options(beta, scaler)
+        self.projection = read_projection(projection, len(self.tasks))
+        check_beta(beta)
         self.beta, self.scaler, self.ranks = beta, scaler, Ranks(process_group)
         self.normalizes = isinstance(gradient, str) and gradient == "normalized"
         self.gradient_balancer: GradientBalancer | JacobianBalancer | None = None
@@ -148,7 +148,7 @@ class Splitter(nn.Module):
         # Moving averages of the squared lengths, and the numbers of their updates
         self.register_buffer("squares", torch.zeros(len(self.tasks), dtype=torch.float64, device="cpu"))
         self.register_buffer("counts", torch.zeros(len(self.tasks), dtype=torch.int64, device="cpu"))
-        self.register_buffer("weights", _read_weights(weights, self.tasks), persistent=False)
+        self.register_buffer("weights", read_weights(weights, self.tasks), persistent=False)
         self._report: Report | None = None
 
     @property
@@ -160,6 +160,20 @@ class Splitter(nn.Module):
         times ``loss_weights``. The losses are NaN, since a splitter gets no losses.
         """
         return self._report
+
+    @property
+    def scaler(self) -> GradScaler | None:
+        """The GradScaler of mixed-precision training; None without.
+
+        It can be assigned at any time; the next backward pass uses it. A copy of the splitter has a copy of the scaler, so
+        assign the scaler again.
+        """
+        return self._scaler
+
+    @scaler.setter
+    def scaler(self, scaler: GradScaler | None) -> None:
+        check_scaler(scaler)
+        self._scaler = scaler
 
     def forward(self, features: Any) -> dict[str, Any]:
         """Return a view of the features for each task; in evaluation or without gradients the features themselves.
@@ -175,7 +189,7 @@ class Splitter(nn.Module):
             TypeError: If an entry is not a tensor of floats.
             ValueError: If there is no tensor, or samples must be distinguished and the tensors have different numbers of them.
         """
-        tensors = _tensors(features)
+        tensors = tensors_of(features)
         live = list({id(z): z for z in tensors if z.requires_grad}.values())
         if not (live and self.training and torch.is_grad_enabled()):
             return dict.fromkeys(self.tasks, features)
@@ -329,58 +343,6 @@ class Splitter(nn.Module):
         return self
 
 
-def _read_projection(projection: object, num_tasks: int) -> Projection:
-    names = get_args(Projection)
-    if isinstance(projection, int) and not isinstance(projection, bool) and 0 <= projection < len(names):
-        projection = names[projection]
-    check_type("projection", projection, Projection)
-    if projection == "shortest" and num_tasks != 2:
-        raise ValueError(f"projection='shortest' is for two tasks, but got {num_tasks}. Use gradient='mgda' for more.")
-    return cast("Projection", projection)
-
-
-def _check_options(beta: float, scaler: object) -> None:
-    check_type("beta", beta, float)
-    if not 0 <= beta < 1:
-        raise ValueError(f"beta must be in 0..1, 1 excluded, but got {beta}.")
-    if scaler is not None and not hasattr(scaler, "get_scale"):
-        raise TypeError(f"scaler must be a GradScaler, but got {type(scaler).__name__}. Use torch.amp.GradScaler.")
-
-
-def _tensors(features: Any) -> list[Tensor]:
-    """Return the tensors in tuples, lists and mappings, checked."""
-    tensors = leaves_of(features)
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"features must be a tensor, or tuples, lists or dicts of tensors, but got {type(tensor).__name__}. "
-                "Hand anything else to the heads directly."
-            )
-        if not tensor.is_floating_point():
-            raise TypeError(f"features must be floats, but got {tensor.dtype}. Hand such a tensor to the heads directly.")
-    if not tensors:
-        raise ValueError("features must hold at least one tensor, but got none.")
-    return tensors
-
-
 def _with_views(features: Any, views: Mapping[int, Tensor]) -> Any:
     """Return a structure like ``features`` with views, given by the ids of the tensors that they replace."""
     return map_leaves(lambda tensor: views.get(id(tensor), tensor), features)
-
-
-def _read_weights(weights: Mapping[str, float] | Sequence[float] | None, tasks: tuple[str, ...]) -> Tensor:
-    if weights is None:
-        return torch.ones(len(tasks), dtype=torch.float64, device="cpu")
-    if isinstance(weights, Mapping):
-        for task in weights:
-            if task not in tasks:
-                raise ValueError(unknown("task in weights", task, tasks))
-        if missing := [task for task in tasks if task not in weights]:
-            raise ValueError(f"weights must have a number for every task, but has none for {', '.join(missing)}.")
-        weights = [weights[task] for task in tasks]
-    values = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
-    if values.shape != (len(tasks),):
-        raise ValueError(f"weights must have a number for each of {len(tasks)} tasks, but got {weights!r}.")
-    if not (values.isfinite() & (values >= 0)).all() or not values.sum() > 0:
-        raise ValueError(f"weights must be finite, not negative, and not all zero, but got {values.tolist()}.")
-    return values.clone()

@@ -149,6 +149,44 @@ def test_grad_scaler(mode):
     assert_same(dict(network.named_parameters()), dict(twin.named_parameters()), rtol=1e-5, atol=1e-6)
 
 
+@modes
+def test_a_scaler_can_be_assigned_at_any_time(mode):
+    """Averages and Gramian are of unscaled gradients, and the trunk gets scaled gradients, also when the scale changes."""
+    splitter, twin = splitter_of(TASKS, mode), splitter_of(TASKS, mode)
+    for t, scale in enumerate([None, 2.0**10, 2.0**11, 2.0**4, None]):
+        J = gradients(t, 3)
+        if t == 1:
+            splitter.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            splitter.scaler.scale(torch.ones(()))  # initialises the scale, which update() changes
+        elif t == 4:
+            splitter.scaler = None
+        elif t > 1:
+            splitter.scaler.update(scale)
+        factor = scale or 1.0
+        torch.testing.assert_close(merged(splitter, factor * J), factor * merged(twin, J), rtol=1e-9, atol=0)
+        torch.testing.assert_close(splitter.squares, twin.squares, rtol=1e-12, atol=0)
+        assert splitter.counts.tolist() == twin.counts.tolist()
+        if twin.report.gramian is not None:
+            torch.testing.assert_close(splitter.report.gramian, twin.report.gramian, rtol=1e-9, atol=1e-12)
+
+
+def test_a_scaler_that_is_disabled_changes_nothing():
+    splitter, J = Splitter(TASKS), gradients(0, 3)
+    splitter.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    torch.testing.assert_close(merged(splitter, J), merged(Splitter(TASKS), J), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "wrong", [65536.0, torch.ones(()), "cpu", torch.amp.GradScaler], ids=lambda value: type(value).__name__
+)
+def test_an_assigned_scaler_is_checked(wrong):
+    splitter = Splitter(TASKS, scaler=torch.amp.GradScaler("cpu"))
+    before = splitter.scaler
+    with pytest.raises(TypeError, match="scaler must be a GradScaler, but got"):
+        splitter.scaler = wrong
+    assert splitter.scaler is before
+
+
 def test_without_the_scaler_the_normalisation_undoes_the_scale():
     """Why ``scaler=`` is needed: the trunk would learn as if its gradients were divided by the scale."""
     J = gradients(0, 2)
