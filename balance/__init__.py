@@ -13,6 +13,7 @@ from balance.rules import compose
 from balance.rules.registry import gradient_balancers, loss_balancers
 from balance.splitter.splitter import Splitter
 from balance.stage.balancer import Balancer
+from balance.stage.extra_forward import extra_forward
 from balance.stage.report import Report
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "compose",
     "diagnose",
+    "extra_forward",
     "gradient",
     "gradient_balancers",
     "loss",

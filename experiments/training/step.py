@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 
+from balance import extra_forward
 from balance.config import measured
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import nn
     from torch.optim import Optimizer
 
     from balance import Report
@@ -62,17 +60,8 @@ def clip_gradient(run: Run) -> None:
 def observe(run: Run, batch: Batch) -> None:
     """Show the balancer the losses of a batch after the step.
 
-    Statistics of batch normalisation stay as they were, but not in the published protocol: the published codes let this second
-    forward pass change them.
+    Statistics of batch normalisation and random numbers do not change, except in the published protocol: the published codes
+    let this second forward pass change them.
     """
-    with buffers_restored(run.model, restore=run.config.protocol == "sound"):
+    with extra_forward(run.model) if run.config.protocol == "sound" else nullcontext():
         run.balancer.observe(run.problem.losses(run.model(batch[0]), batch))
-
-
-@contextmanager
-def buffers_restored(model: nn.Module, *, restore: bool) -> Iterator[None]:
-    """Restore the buffers of a model on exit, if asked to."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()] if restore else []
-    yield
-    for buffer, content in before:
-        buffer.copy_(content)
