@@ -305,13 +305,13 @@ class Balancer(nn.Module):
         given.check()
         if self.collection is not None and not is_trial:
             return self.collection.add(given)
-        self._skipped = False
+        if self._skipped:
+            self._skipped = False
         outcome = execute(self, given, prepare(self, given), is_trial=is_trial)
         return outcome.report if is_trial else self._finish(outcome)
 
     def _finish(self, outcome: Outcome) -> Report:
         self._skipped, self._report = outcome.skipped, outcome.report
-        self.own_gradients.remember(list(self.parameters()), skipped=outcome.skipped)
         return outcome.report
 
     @torch.no_grad()

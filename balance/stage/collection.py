@@ -102,7 +102,7 @@ class Collection:
         self._refuse(given)
         step = read_losses(given.losses, owner.tasks, owner.nan, owner.zero, given.counts)
         require_present(step, given.losses, owner.tasks)
-        parts = read_partition(owner, step, given)
+        parts = read_partition(owner, step, given, list(owner.parameters()))
         if parts is None:
             reached = [leaf for leaf in leaves(step.roots) if leaf.requires_grad]
             parts = collected_partition([], reached)
@@ -128,15 +128,15 @@ class Collection:
         Raises:
             ValueError: If there is no micro-batch, or a loss or gradient is not finite.
         """
-        owner, ranks = self._owner, self._owner.ranks
+        owner, ranks, parameters = self._owner, self._owner.ranks, list(self._owner.parameters())
         step = self._mean_losses()
         agreed = None
         heads = self._heads()
         if ranks.size > 1:
             everything = [*self._trunk, *heads]
             has_extra = bool(self._num_extras)
-            agreed = agree(step, owner.tasks, everything, owner.parameters(), ranks, extra=has_extra, is_collected=True)
-            step, heads = agreed.step, agreed.model.heads([*self._trunk, *owner.parameters()])
+            agreed = agree(step, owner.tasks, everything, parameters, ranks, extra=has_extra, is_collected=True)
+            step, heads = agreed.step, agreed.model.heads([*self._trunk, *parameters])
         require_present(step, {}, owner.tasks)
         extras = self._mean_extras([*self._trunk, *heads], has_extra=agreed is None or agreed.has_extra)
         tasks = step.indices.tolist()
@@ -145,7 +145,7 @@ class Collection:
         as_matrix = owner.gradient_balancer is not None and owner.gradient_balancer.sees == "jacobian"
         gradients = self._rows.gradients(parts, tasks, step.one, ranks, as_matrix=as_matrix)
         given = StepArguments({}, scaler=self._scaler, factor=self._factor)
-        return execute(owner, given, Prepared(step, parts, agreed, gradients, extras))
+        return execute(owner, given, Prepared(parameters, step, parts, agreed, gradients, extras))
 
     def _refuse(self, given: StepArguments) -> None:
         """Refuse arguments that a collection has no use for."""

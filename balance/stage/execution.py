@@ -76,6 +76,7 @@ class Prepared(NamedTuple):
     """A step that is ready to be taken.
 
     Attributes:
+        parameters: Parameters of the balancer.
         step: The losses; over several ranks their means.
         parts: Leaf tensors of the graph; None without a gradient balancer.
         agreed: Agreement of the ranks; None with one process, and if gradients have been collected.
@@ -83,6 +84,7 @@ class Prepared(NamedTuple):
         extras: Gradients of the extra losses that have been computed before, with all factors.
     """
 
+    parameters: list[Tensor]
     step: StepLosses
     parts: Partition | None
     agreed: Agreed | None = None
@@ -106,25 +108,26 @@ def prepare(owner: Owner, given: StepArguments) -> Prepared:
         RuntimeError: If the graph cannot be walked once for each task, or the ranks have not the same parameters.
     """
     step = read_losses(given.losses, owner.tasks, owner.nan, owner.zero, given.counts)
-    parts = read_partition(owner, step, given)
+    parameters = list(owner.parameters())
+    parts = read_partition(owner, step, given, parameters)
     if owner.ranks.size == 1:
         require_present(step, given.losses, owner.tasks)
-        return Prepared(step, parts)
-    parameters = list(owner.parameters())
+        return Prepared(parameters, step, parts)
     agreed = agree(step, owner.tasks, _leaves(step, parts, given), parameters, owner.ranks, extra=given.extra is not None)
     require_present(agreed.step, given.losses, owner.tasks)
     if parts is not None:
-        parts = _over_ranks(owner, parts, agreed)
-    return Prepared(agreed.step, parts, agreed)
+        parts = _over_ranks(owner, parts, agreed, parameters)
+    return Prepared(parameters, agreed.step, parts, agreed)
 
 
-def read_partition(owner: Owner, step: StepLosses, given: StepArguments) -> Partition | None:
+def read_partition(owner: Owner, step: StepLosses, given: StepArguments, parameters: Sequence[Tensor]) -> Partition | None:
     """Return shared parameters, heads and features, checked; None without a gradient balancer.
 
     Args:
         owner: The balancer.
         step: The losses of this rank.
         given: The arguments of the step.
+        parameters: Parameters of the balancer.
 
     Raises:
         ValueError: If an argument is wrong.
@@ -134,10 +137,10 @@ def read_partition(owner: Owner, step: StepLosses, given: StepArguments) -> Part
         return None
     roots = [*step.roots, *step.idle.values()]
     shared = [p for p in given.shared if isinstance(p, torch.Tensor)] if isinstance(given.shared, list) else []
-    if (sharded := sharded_partition(roots, shared, owner.parameters())) is not None:
+    if (sharded := sharded_partition(roots, shared, parameters)) is not None:
         _check_sharded(owner, given)
         return sharded
-    parts = partition_graph(owner.source, step.roots, given.shared, given.features, given.measure, owner.parameters())
+    parts = partition_graph(owner.source, step.roots, given.shared, given.features, given.measure, parameters)
     if owner.gradient_balancer.sees == "jacobian":
         if given.measure is not None:
             raise ValueError("measure is for rules that give weights, but this one sees the Jacobian and gives a direction.")
@@ -164,11 +167,18 @@ def execute(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial:
     Raises:
         ValueError: If a loss is not finite, or does not require a gradient.
     """
+    outcome = _checked_step(owner, given, prepared, is_trial=is_trial)
+    if not is_trial:
+        owner.own_gradients.remember(prepared.parameters, skipped=outcome.skipped)
+    return outcome
+
+
+def _checked_step(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial: bool) -> Outcome:
     step, scaler = prepared.step, given.enabled_scaler
     if bad := step.not_finite():
         if scaler is None or is_trial:
             raise ValueError(f"Losses must be finite, but got {bad}. Look at the data and the learning rate.")
-        return _left_to_scaler(owner, given, prepared)
+        return _left_to_scaler(given, prepared)
     if prepared.agreed is None and prepared.collected is None and not step.losses.requires_grad:
         raise ValueError("No loss requires a gradient. Compute the losses with gradients enabled and do not detach them.")
     return _take(owner, given, prepared, is_trial=is_trial)
@@ -177,7 +187,7 @@ def execute(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial:
 def _take(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial: bool) -> Outcome:
     step, scaler = prepared.step, given.enabled_scaler
     state, stretch = Snapshot(owner.loss_balancer, owner.gradient_balancer), owner.stretch.clone()
-    gradients = owner.own_gradients.clear_used(list(owner.parameters()))
+    gradients = owner.own_gradients.clear_used(prepared.parameters)
     try:
         with torch.autocast(step.losses.device.type, enabled=False):  # half precision is too coarse for the direction
             outcome = _outcome(owner, given, prepared, is_trial=is_trial)
@@ -185,7 +195,7 @@ def _take(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial: b
         _restore(owner, state, stretch, gradients)
         if scaler is None or is_trial or not isinstance(error, NotFiniteError):
             raise
-        return _left_to_scaler(owner, given, prepared)
+        return _left_to_scaler(given, prepared)
     if is_trial:
         _restore(owner, state, stretch, gradients)
     elif outcome.skipped:  # no rule must learn from such a step
@@ -206,7 +216,7 @@ def _restore(owner: Owner, state: Snapshot, stretch: Tensor, gradients: Sequence
 
 
 def _outcome(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial: bool) -> Outcome:
-    step, parts, agreed, collected, extras = prepared
+    _, step, parts, agreed, collected, extras = prepared
     scaler, factor, extra = given.enabled_scaler, given.factor, given.extra
     if owner.gradient_balancer is None or parts is None:
         if is_trial:
@@ -260,13 +270,13 @@ def _extra_pairs(owner: Owner, given: StepArguments, prepared: Prepared, seed: S
     return pairs
 
 
-def _left_to_scaler(owner: Owner, given: StepArguments, prepared: Prepared) -> Outcome:
+def _left_to_scaler(given: StepArguments, prepared: Prepared) -> Outcome:
     scaler = given.enabled_scaler
     assert scaler is not None
     leaves_of_model = _leaves(prepared.step, prepared.parts, given)
     if prepared.agreed is not None:
         leaves_of_model = prepared.agreed.model.parameters
-    return leave_to_scaler(prepared.step, scaler, [*leaves_of_model, *owner.parameters()])
+    return leave_to_scaler(prepared.step, scaler, [*leaves_of_model, *prepared.parameters])
 
 
 def _check_sharded(owner: Owner, given: StepArguments) -> None:
@@ -303,7 +313,7 @@ def _leaves(step: StepLosses, parts: Partition | None, given: StepArguments) -> 
     return list({id(leaf): leaf for leaf in reached if leaf.requires_grad}.values())
 
 
-def _over_ranks(owner: Owner, parts: Partition, agreed: Agreed) -> Partition:
+def _over_ranks(owner: Owner, parts: Partition, agreed: Agreed, parameters: Sequence[Tensor]) -> Partition:
     """Return a partition with the heads of all ranks.
 
     Raises:
@@ -328,7 +338,7 @@ def _over_ranks(owner: Owner, parts: Partition, agreed: Agreed) -> Partition:
             "A gradient balancer cannot use the first forward pass of DistributedDataParallel with static_graph=True, which "
             "expects one ordinary backward pass. Call the module inside of it (model.module), or leave static_graph out."
         )
-    return parts._replace(heads=agreed.model.heads([*parts.trunk, *owner.parameters()]))
+    return parts._replace(heads=agreed.model.heads([*parts.trunk, *parameters]))
 
 
 def _check_unused(given: StepArguments) -> None:
