@@ -35,7 +35,7 @@ class Tracker:
         tags: Tags such as ``loss_method``, ``gradient_method`` and ``seed``; the git commit is added.
         params: The flattened configuration.
         parent: Id of the run that lists this run as a child.
-        run_id: Id of a run to be continued; None for a new run.
+        run_id: Id of a run to be continued, which keeps its parameters and tags; None for a new run.
         system_metrics: Also record the use of processor, memory, disk and network, every ten seconds.
         enabled: Record the run. False: nothing is recorded or imported.
 
@@ -74,6 +74,7 @@ class Tracker:
         self._client: Any = None
         self._experiment_id = ""
         self._buffer: list[Any] = []
+        self._written: set[tuple[str, int]] = set()  # metrics and steps that are left out
 
     def __enter__(self) -> Tracker:
         if self.enabled:
@@ -86,7 +87,7 @@ class Tracker:
         try:
             if self._monitor is not None:
                 self._monitor.finish()
-            self._flush()
+            self.flush()
         finally:
             status = self.status if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
             self._client.set_terminated(self.run_id, status)
@@ -100,10 +101,25 @@ class Tracker:
 
         start = time.perf_counter()
         now = int(time.time() * 1000)
-        self._buffer += [Metric(key, value, now, step) for key, value in metrics.items() if not math.isinf(value)]
+        new = {key: value for key, value in metrics.items() if (key, step) not in self._written and not math.isinf(value)}
+        self._buffer += [Metric(key, value, now, step) for key, value in new.items()]
         if len(self._buffer) >= BATCH:
-            self._flush()
+            self.flush()
         self.seconds += time.perf_counter() - start
+
+    def flush(self) -> None:
+        """Write the metrics that are buffered."""
+        while self._client is not None and self._buffer:
+            self._client.log_batch(self.run_id, metrics=self._buffer[:BATCH])
+            del self._buffer[:BATCH]  # after a write without an error
+
+    def skip_written(self) -> None:
+        """Leave out metrics at steps that the run has already: a run that resumes from a checkpoint computes them again."""
+        if self._client is None:
+            return
+        for key in self._client.get_run(self.run_id).data.metrics:
+            if not key.startswith("system/"):
+                self._written |= {(key, point.step) for point in self._client.get_metric_history(self.run_id, key)}
 
     def log_text(self, text: str, file: str) -> None:
         """Record a text as an artifact called ``file``."""
@@ -134,8 +150,8 @@ class Tracker:
         self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
     def log_model(self, folder: Path, name: str = "model") -> None:
-        """Record a model that was saved in MLflow's format in ``folder``, as ``runs:/<run id>/<name>``."""
-        if self._client is None:
+        """Record a model in MLflow's format in ``folder``, as ``runs:/<run id>/<name>``, unless the run has a model."""
+        if self._client is None or self._client.get_run(self.run_id).outputs.model_outputs:
             return
         from mlflow.entities import LoggedModelOutput  # noqa: PLC0415
 
@@ -149,32 +165,37 @@ class Tracker:
         for key, value in tags.items() if self._client is not None else ():
             self._client.set_tag(self.run_id, key, value)
 
-    def _flush(self) -> None:
-        while self._buffer:
-            self._client.log_batch(self.run_id, metrics=self._buffer[:BATCH])
-            del self._buffer[:BATCH]  # after a write without an error
-
     def _start(self) -> None:
+        client, self._experiment_id = connect(self.experiment, self.folder)
+        is_resumed = self.run_id is not None
+        parent = {} if self.parent is None else {"mlflow.parentRunId": self.parent}
+        if is_resumed:
+            client.update_run(self.run_id, status="RUNNING")
+            for key, value in parent.items():
+                client.set_tag(self.run_id, key, value)
+        else:
+            tags = self.tags | git_tags() | {"mlflow.source.type": "LOCAL"} | parent
+            self.run_id = client.create_run(self._experiment_id, run_name=self.name, tags=tags).info.run_id
+        self._log_missing_params(client)
+        self._client = client
+        if self._system_metrics:
+            self._start_monitor(is_resumed=is_resumed)
+
+    def _log_missing_params(self, client: Any) -> None:
+        """Record the parameters that the run does not have yet: MLflow refuses to change a parameter."""
         from mlflow.entities import Param  # noqa: PLC0415
 
-        client, self._experiment_id = connect(self.experiment, self.folder)
-        if self.run_id is not None:
-            client.update_run(self.run_id, status="RUNNING")
-            self._client = client
-            return
-        tags = self.tags | git_tags() | {"mlflow.source.type": "LOCAL"}
-        if self.parent is not None:
-            tags["mlflow.parentRunId"] = self.parent
-        run_id = client.create_run(self._experiment_id, run_name=self.name, tags=tags).info.run_id
-        params = [Param(key, str(value)) for key, value in self.params.items()]
+        recorded = client.get_run(self.run_id).data.params
+        params = [Param(key, str(value)) for key, value in self.params.items() if key not in recorded]
         for first in range(0, len(params), PARAMS):
-            client.log_batch(run_id, params=params[first : first + PARAMS])
-        self._client, self.run_id = client, run_id
-        if self._system_metrics:
-            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor  # noqa: PLC0415
+            client.log_batch(self.run_id, params=params[first : first + PARAMS])
 
-            self._monitor = SystemMetricsMonitor(run_id, tracking_uri=tracking_uri(self.folder))  # type: ignore[no-untyped-call]
-            self._monitor.start()
+    def _start_monitor(self, *, is_resumed: bool) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor  # noqa: PLC0415
+
+        uri = tracking_uri(self.folder)
+        self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=is_resumed, tracking_uri=uri)  # type: ignore[no-untyped-call]
+        self._monitor.start()
 
 
 def tracking_uri(folder: str | os.PathLike[str]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from balance import gradient_balancers, loss_balancers
 from experiments.problems import base as problems
+from experiments.training.interruption import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,7 +38,7 @@ def run_command(
         interrupted: Message after Ctrl-C during the work.
 
     Returns:
-        The exit code of the work, or 130 after Ctrl-C.
+        The exit code of the work, or 130 after Ctrl-C, or 143 after SIGTERM.
     """
     options = parser.parse_intermixed_args(arguments)
     message = "Interrupted."
@@ -46,9 +47,9 @@ def run_command(
             work = prepare(options)
         message = interrupted
         return work()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(message)
-        return INTERRUPTED
+        return error.exit_code if isinstance(error, Interrupted) else INTERRUPTED
 
 
 @contextmanager

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0 after a finished run, 2 for a mistake in the command, 130 after Ctrl-C."""
-    interrupted = "Interrupted. The run is marked KILLED and keeps everything that was logged."
+    """Run the command line; return 0 after a finished run, 2 for a mistake, 130 after Ctrl-C, 143 after SIGTERM."""
+    interrupted = "Interrupted. The run is marked KILLED and keeps everything that was logged. resume=true continues it."
     return run_command(build_parser(), arguments, prepare_work, interrupted=interrupted)
 
 

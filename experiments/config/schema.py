@@ -44,6 +44,7 @@ class TrainConfig:
     report_last: int | None = setting(
         None, minimum=1, help="number of last epochs whose mean test metrics are final; null: test of the best epoch"
     )
+    checkpoint_minutes: float = setting(10.0, above=0, help="time between two checkpoints within an epoch, in minutes")
 
 
 @dataclass
@@ -55,6 +56,7 @@ class RunConfig:
     gradient_method: str | None = setting(None, help="gradient balancer; null: an ordinary backward pass")
     seed: int = setting(0, help="seed of the model, of the order of the data and of the balancer")
     protocol: ProtocolName = setting("sound", help="paper: settings and rules of the published code")
+    resume: bool = setting(default=False, help="continue the newest unfinished run with this configuration, if there is one")
     output_dir: str = setting("runs", help="folder for runs and for MLflow's file")
     track: bool = setting(default=True, help="record the run in MLflow")
     log_every: int = setting(10, minimum=1, help="steps between two records")

@@ -40,7 +40,8 @@ class Splits(NamedTuple):
     """Data sets whose items are batches when they are indexed with a list.
 
     A data set whose items change from epoch to epoch has a method ``set_epoch(epoch)``. It is called before each epoch, so that
-    worker processes receive the epoch too. Validation and test may be one object.
+    worker processes receive the epoch too. A data set that draws random numbers as it is read draws them from its attribute
+    ``generator``, a `torch.Generator`, which a checkpoint saves. Validation and test may be one object.
     """
 
     train: Dataset[Batch]

@@ -32,13 +32,14 @@ HASHED = 100  # samples of a split
 CONTEXTS = {"train": "training", "validation": "validation", "test": "testing"}  # MLflow's names for the splits
 
 
-def new_tracker(config: DictConfig, name: str, parent: str | None = None) -> Tracker:
-    """Return the MLflow run of a training run; it starts when it is entered.
+def new_tracker(config: DictConfig, name: str, parent: str | None = None, run_id: str | None = None) -> Tracker:
+    """Return the MLflow run of a training run; it starts, or is resumed, when it is entered.
 
     Args:
         config: Configuration of the run.
         name: Name of the run.
         parent: Id of the MLflow run under which this run is shown.
+        run_id: Id of the MLflow run to resume; None for a new one.
     """
     tags = {"loss_method": config.loss_method, "gradient_method": str(config.gradient_method).lower(), "seed": str(config.seed)}
     tags |= {"kind": "baseline" if config.loss_method == "stl" else "run", "fingerprint": fingerprint(config)}
@@ -49,6 +50,7 @@ def new_tracker(config: DictConfig, name: str, parent: str | None = None) -> Tra
         tags=tags,
         params=flatten(config),
         parent=parent,
+        run_id=run_id,
         system_metrics=config.system_metrics,
         enabled=config.track,
     )

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 # Entries of a configuration that do not decide the result of a run; data.source describes the files of data.path
 BOOKKEEPING = frozenset(
     {
-        *("output_dir", "track", "log_every", "log_model", "system_metrics", "balancer.engine", "balancer.memory"),
+        *("output_dir", "resume", "track", "log_every", "log_model", "system_metrics", "balancer.engine", "balancer.memory"),
         *("data.path", "data.cache", "data.workers", "train.num_workers", "train.eval_batch_size"),
+        "train.checkpoint_minutes",
     }
 )
 SEPARATE = ("experiment", "loss_method", "gradient_method", "seed")  # entries that are fields of a `RecordedRun`
@@ -82,6 +83,10 @@ class Store:
                 raise ValueError(f"No run '{run_id}' of '{self.experiment}' has ended in {self.place}.")
             chosen |= {run.run_id: run for run in runs}
         return list(chosen.values())
+
+    def id_of(self, name: str) -> str | None:
+        """Return the id of the run with a name, which is unique for runs of the trainer; None without such a run."""
+        return next((run.info.run_id for run in self.search(f"tags.`mlflow.runName` = '{name}'")), None)
 
     def close_children(self, run_id: str) -> None:
         """Mark the runs of an interrupted sweep that are still RUNNING as KILLED."""

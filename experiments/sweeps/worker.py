@@ -70,7 +70,7 @@ def portable_worker(
 
 
 def run_job(overrides: Sequence[str], options: WorkerOptions) -> Outcome:
-    """Train once, without output.
+    """Train once, without output; continue the run if an earlier process has begun it, unless the overrides have resume=false.
 
     Args:
         overrides: Entries of the trainer's configuration.
@@ -86,7 +86,7 @@ def run_job(overrides: Sequence[str], options: WorkerOptions) -> Outcome:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the plan has printed them
-            run = prepare(configure(overrides), Console(quiet=True))
+            run = prepare(configure(["resume=true", *overrides]), Console(quiet=True))
         return Outcome(loop.train(run, options.parent), None, time.perf_counter() - start)
     except Exception as error:  # noqa: BLE001 - an error of one run must not end the others
         return Outcome({}, f"{type(error).__name__}: {error}", time.perf_counter() - start)

@@ -11,6 +11,7 @@ import torch
 from balance import metrics as balance_metrics
 from experiments.analysis import baselines as reference
 from experiments.recording.store import common_of
+from experiments.training.checkpoint_files import write_file
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -62,8 +63,22 @@ class Selection:
         if self.selects(epoch, score):
             self.epoch, self.best = epoch, score
             self.state = copy.deepcopy(dict(state))
-            torch.save(self.state, self.run.folder / "best.pt")
+            self.save()
         return score
+
+    def save(self) -> None:
+        """Save the state of the best epoch."""
+        write_file(self.run.folder / "best.pt", lambda file: torch.save(self.state, file))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the selection so far."""
+        return {"epoch": self.epoch, "best": self.best, "first": self.first, "state": self.state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from an earlier selection; ``best.pt`` is written again, since it may be of a later epoch."""
+        self.epoch, self.best, self.first, self.state = (state[key] for key in ("epoch", "best", "first", "state"))
+        if self.state:
+            self.save()
 
     def selects(self, epoch: int, score: float) -> bool:
         """Return whether an epoch is kept: the last one with ``train.report_last``, else the best one so far."""

@@ -26,6 +26,10 @@ class ProgressBar:
         self.progress = progress
         self.bar = progress.add_task("", total=steps, losses="", epoch=1, epochs=epochs)
 
+    def resume(self, step: int) -> None:
+        """Begin at a step."""
+        self.progress.update(self.bar, completed=step)
+
     def show_losses(self, report: Report) -> None:
         """Show the losses of a step."""
         self.progress.update(self.bar, losses=losses_line(report))

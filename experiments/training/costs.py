@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from balance.profiling import peak_memory
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Costs:
-    """Costs of a run, which begins when this object is created."""
+    """Costs of a run, which begins when this object is created, or continues when its state is loaded."""
 
     def __init__(self) -> None:
         self.begin = time.perf_counter()
@@ -38,6 +40,16 @@ class Costs:
     def seconds(self) -> float:
         """Return the time since the run began."""
         return time.perf_counter() - self.begin
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the costs so far."""
+        durations = torch.tensor(self.durations, dtype=torch.float64, device="cpu")
+        return {"seconds": self.seconds(), "durations": durations, "peak": self.peak}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Add the time of a run that continues to its costs so far."""
+        self.begin = time.perf_counter() - state["seconds"]
+        self.durations, self.peak = state["durations"].tolist(), state["peak"]
 
     def metrics(self, seconds: float) -> dict[str, float]:
         """Return the costs as metrics: a step in milliseconds and MiB, and the whole run, which took these seconds."""

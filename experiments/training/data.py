@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,6 +41,38 @@ class JoinedBatchSampler(BatchSampler):
         return super().__len__() - (size > self.batch_size > 1 and size % self.batch_size == 1)
 
 
+class ResumableSampler(Sampler[list[int]]):
+    """Sampler of lists of indices, whose next epoch can begin at any list.
+
+    Args:
+        lists: Lists of indices, in an order that is drawn anew for each epoch.
+        generator: Random generator of the order.
+    """
+
+    def __init__(self, lists: BatchSampler, generator: torch.Generator) -> None:
+        self.lists = lists
+        self.generator = generator
+        self.epoch_state = generator.get_state()  # of the generator, at the beginning of the epoch
+        self.first = 0  # list at which the next epoch begins
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.epoch_state = self.generator.get_state()
+        first, self.first = self.first, 0
+        yield from itertools.islice(self.lists, first, None)
+
+    def __len__(self) -> int:
+        return len(self.lists)
+
+    def state(self, position: int) -> torch.Tensor:
+        """Return the state of the generator at the beginning of the epoch; of the next epoch for position 0."""
+        return self.epoch_state if position else self.generator.get_state()
+
+    def resume(self, state: torch.Tensor, position: int) -> None:
+        """Let the next epoch have the order that follows from a state, and begin at a list."""
+        self.generator.set_state(state)
+        self.first = position
+
+
 def training_batches(data: Dataset[Batch], config: DictConfig) -> DataLoader[Batch]:
     """Return training data in batches, shuffled anew for each epoch.
 
@@ -53,9 +86,17 @@ def training_batches(data: Dataset[Batch], config: DictConfig) -> DataLoader[Bat
     train = config.train
     if train.num_workers and hasattr(data, "generator"):
         raise ValueError(f"train.num_workers must be 0 for this data, which draws as it is read, but got {train.num_workers}.")
-    order = RandomSampler(data, generator=torch.Generator().manual_seed(config.seed))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(config.seed)
+    order = RandomSampler(data, generator=generator)  # type: ignore[arg-type]
     sampler = BatchSampler if config.protocol == "paper" else JoinedBatchSampler
-    return _data_loader(data, sampler(order, train.batch_size, drop_last=False), train.num_workers)
+    lists = ResumableSampler(sampler(order, train.batch_size, drop_last=False), generator)
+    return _data_loader(data, lists, train.num_workers)
+
+
+def sampler_of(batches: DataLoader[Batch]) -> ResumableSampler:
+    """Return the sampler of `training_batches`."""
+    assert isinstance(batches.sampler, ResumableSampler)
+    return batches.sampler
 
 
 def evaluation_batches(data: Dataset[Batch], train: DictConfig) -> DataLoader[Batch]:
@@ -64,7 +105,7 @@ def evaluation_batches(data: Dataset[Batch], train: DictConfig) -> DataLoader[Ba
     return _data_loader(data, BatchSampler(order, train.eval_batch_size, drop_last=False), train.num_workers)
 
 
-def _data_loader(data: Dataset[Batch], lists: BatchSampler, workers: int) -> DataLoader[Batch]:
+def _data_loader(data: Dataset[Batch], lists: Sampler[list[int]], workers: int) -> DataLoader[Batch]:
     """Return a data loader that indexes the data with whole lists, and collates nothing."""
     return DataLoader(data, sampler=lists, batch_size=None, num_workers=workers)
 
@@ -80,17 +121,28 @@ def to_device(batch: Batch, device: str) -> Batch:
     return tuple(part.to(device) for part in batch)
 
 
+def generator_state(data: Dataset[Batch]) -> Any:
+    """Return the state of the generator of data that draws as it is read; None for other data."""
+    return data.generator.get_state() if hasattr(data, "generator") else None
+
+
+def set_generator_state(data: Dataset[Batch], state: Any) -> None:
+    """Continue the generator of data that draws as it is read, if `generator_state` returned a state."""
+    if state is not None:
+        data.generator.set_state(state)  # type: ignore[attr-defined]
+
+
 class TimedBatches:
     """Batches of an epoch, and the time that their consumer waits for them.
 
     Args:
-        batches: Batches of the epoch. The time that their worker processes take to start counts too.
+        batches: Batches of the epoch. Their worker processes start at once, and the time that they take to start counts too.
     """
 
     def __init__(self, batches: DataLoader[Batch]) -> None:
-        self.batches = batches
         self.begin = time.perf_counter()
-        self.waited = 0.0  # seconds
+        self.batches = iter(batches)
+        self.waited = time.perf_counter() - self.begin  # seconds
 
     def __iter__(self) -> Iterator[Batch]:
         begin = time.perf_counter()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from experiments.training import interruption
 from experiments.training.data import evaluation_batches, to_device
 
 if TYPE_CHECKING:
@@ -21,7 +22,18 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def evaluate(run: Run, data: Dataset[Batch]) -> dict[str, float]:
-    """Return the metrics of the network over all samples of a data set; for the test data, print the metrics' remarks."""
+    """Return the metrics of the network over all samples of a data set; for the test data, print the metrics' remarks.
+
+    Args:
+        run: The network, and the metrics of its problem.
+        data: A data set.
+
+    Returns:
+        Metrics by name.
+
+    Raises:
+        Interrupted: If a signal requests the end of the run; see `interruption.check`.
+    """
     metrics = run.problem.metrics()
     for metric in metrics.values():
         metric.to(run.config.device)
@@ -32,6 +44,7 @@ def evaluate(run: Run, data: Dataset[Batch]) -> dict[str, float]:
         for name, metric in metrics.items():
             task = name.partition("/")[0]
             metric.update(outputs[task], targets[task])
+        interruption.check()
     if data is run.data.test:
         print_remarks(run, metrics)
     return {name: metric.compute().item() for name, metric in metrics.items()}

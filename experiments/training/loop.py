@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import time
 from functools import partial
-from typing import TYPE_CHECKING
-
-import torch
-from omegaconf import OmegaConf
+from typing import TYPE_CHECKING, Any
 
 from experiments.problems import base as problems
 from experiments.recording.run_log import log_inputs, log_model, new_tracker, step_metrics
+from experiments.training import interruption
 from experiments.training.checkpoint import Selection, checkpoint
+from experiments.training.checkpoint_files import load_newest, save_last
 from experiments.training.console import print_result, progress_bar
 from experiments.training.costs import Costs
-from experiments.training.data import TimedBatches, set_epoch, to_device
+from experiments.training.data import TimedBatches, generator_state, sampler_of, set_epoch, set_generator_state, to_device
 from experiments.training.evaluation import evaluate, mean_metrics
+from experiments.training.interruption import Interrupted
+from experiments.training.randomness import random_state, set_random_state
+from experiments.training.resumption import finish, released
 from experiments.training.schedule import Schedule
 from experiments.training.step import build_optimizer, train_step
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from balance import Report
     from balance.tracking import Tracker
     from experiments.problems.base import Batch
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def train(run: Run, parent: str | None = None) -> dict[str, float]:
-    """Train, select the epoch on validation, test it once.
+    """Train, select the epoch on validation, test it once. A run whose folder has a checkpoint continues from there.
 
     Args:
         run: As `experiments.training.run.prepare` returns it.
@@ -36,48 +40,71 @@ def train(run: Run, parent: str | None = None) -> dict[str, float]:
 
     Returns:
         Test metrics by name, and ``delta_m`` if single-task numbers exist.
+
+    Raises:
+        Interrupted: If SIGTERM or SIGINT arrives; the run can be resumed.
     """
-    training = Training(run)
-    (run.folder / "config.yaml").write_text(OmegaConf.to_yaml(run.config), encoding="utf-8")
-    with new_tracker(run.config, run.folder.name, parent) as tracker, progress_bar(run) as bar, problems.by_design():
-        log_inputs(tracker, run.config, run.data)
-        for epoch in range(1, run.config.train.epochs + 1):
-            training.run_epoch(epoch, tracker, bar)
-            metrics = training.finish_epoch(epoch, tracker)
-            bar.print_metrics(epoch, metrics)
-        final = training.test()
-        seconds = training.record_result(final, tracker)
+    tracker = new_tracker(run.config, run.folder.name, parent, run.run_id)
+    with released(run.lock), interruption.noted(), problems.by_design():
+        with tracker, progress_bar(run) as bar:
+            log_inputs(tracker, run.config, run.data)
+            training = Training(run, tracker, bar)
+            training.resume()
+            while training.epoch < run.config.train.epochs:
+                training.run_epoch()
+                metrics = training.finish_epoch()
+                bar.print_metrics(training.epoch, metrics)
+            final = training.test()
+            seconds = training.record_result(final)
+        finish(run.folder, final)
     print_result(run, training.selection, final)
     run.console.print(f"{seconds:.1f} s, of which {tracker.seconds:.2f} s for tracking. Saved in {run.folder}", soft_wrap=True)
     return final
 
 
 class Training:
-    """State of a run while it trains: optimizer, learning rates, the selected epoch, costs."""
+    """State of a run while it trains: optimizer, learning rates, the selected epoch, costs, and the position in the data."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, tracker: Tracker, bar: ProgressBar) -> None:
         self.run = run
+        self.tracker = tracker
+        self.bar = bar
         self.optimizer = build_optimizer(run)
         self.schedule = Schedule(self.optimizer, run.config.train, len(run.batches))
         self.selection = Selection(run)
         self.costs = Costs()
+        self.epoch = 0  # epochs finished
+        self.position = 0  # steps made in the epoch after them
         self.step = 0  # steps made
         self.tests: list[dict[str, float]] = []  # of the epochs that train.report_last selects
+        self.saved_at = time.monotonic()
 
-    def run_epoch(self, epoch: int, tracker: Tracker, bar: ProgressBar) -> None:
-        """Train on every batch once."""
-        self.run.model.train()
-        set_epoch(self.run.data.train, epoch)
-        batches = TimedBatches(self.run.batches)
+    def run_epoch(self) -> None:
+        """Train on every batch once, or on the batches that are left of the epoch."""
+        run = self.run
+        run.model.train()
+        set_epoch(run.data.train, self.epoch + 1)
+        is_complete, before = self.position == len(run.batches), random_state()
+        batches = TimedBatches(run.batches)
+        if self.position:
+            set_random_state(before)  # the seed of the epoch's data loader has been drawn before the checkpoint
         for batch in batches:
-            report = self.make_step(to_device(batch, self.run.config.device))
-            if self.step % self.run.config.log_every == 0:
-                tracker.log_metrics(step_metrics(report), self.step)
-                bar.show_losses(report)
-            self.step += 1
-            bar.advance(epoch)
-        self.run.balancer.end_epoch()
-        tracker.log_metrics({"cost/waiting": batches.waiting_share()}, self.step)
+            self.train_on(batch)
+            if self.position < len(run.batches):
+                self.pause()
+        if not is_complete:
+            run.balancer.end_epoch()
+            self.tracker.log_metrics({"cost/waiting": batches.waiting_share()}, self.step)
+
+    def train_on(self, batch: Batch) -> None:
+        """Make one step, and log it."""
+        report = self.make_step(to_device(batch, self.run.config.device))
+        if self.step % self.run.config.log_every == 0:
+            self.tracker.log_metrics(step_metrics(report), self.step)
+            self.bar.show_losses(report)
+        self.step += 1
+        self.position += 1
+        self.bar.advance(self.epoch + 1)
 
     def make_step(self, batch: Batch) -> Report:
         """Make one step, and measure its time or its memory."""
@@ -96,15 +123,28 @@ class Training:
         steps: int = self.run.config.train.epochs * len(self.run.batches)
         return min(1, steps - 1)
 
-    def finish_epoch(self, epoch: int, tracker: Tracker) -> dict[str, float]:
+    def finish_epoch(self) -> dict[str, float]:
         """Evaluate the network after an epoch, and save it; return its validation metrics."""
-        metrics = evaluate(self.run, self.run.data.validation)
-        tracker.log_metrics({f"val/{name}": value for name, value in metrics.items()}, self.step)
-        if epoch > self.run.config.train.epochs - (self.run.config.train.report_last or 0):
-            self.tests.append(self.test_metrics(metrics))
-        self.schedule.after_epoch(self.selection.update(epoch, metrics, checkpoint(self.run, epoch)))
-        torch.save(checkpoint(self.run, epoch, self.optimizer), self.run.folder / "last.pt")
+        before = self.state()  # without the seeds that the data loaders of the evaluation draw
+        try:
+            metrics = evaluate(self.run, self.run.data.validation)
+            tests = self.test_metrics(metrics) if self.is_reported else None
+        except Interrupted:
+            self.save(before)
+            raise
+        self.tracker.log_metrics({f"val/{name}": value for name, value in metrics.items()}, self.step)
+        self.tests += [] if tests is None else [tests]
+        self.epoch, self.position = self.epoch + 1, 0
+        self.schedule.after_epoch(self.selection.update(self.epoch, metrics, checkpoint(self.run, self.epoch)))
+        self.save(self.state())
+        interruption.check()
         return metrics
+
+    @property
+    def is_reported(self) -> bool:
+        """True if the test metrics after the current epoch are among those that ``train.report_last`` asks for."""
+        train = self.run.config.train
+        return bool(self.epoch + 1 > train.epochs - (train.report_last or 0))
 
     def test_metrics(self, validation_metrics: dict[str, float]) -> dict[str, float]:
         """Return test metrics of the network as it is; where both splits are one object, it is not evaluated again."""
@@ -118,12 +158,68 @@ class Training:
         delta_m = self.selection.delta_m(final)
         return final if delta_m is None else final | {"delta_m": delta_m}
 
-    def record_result(self, final: dict[str, float], tracker: Tracker) -> float:
+    def record_result(self, final: dict[str, float]) -> float:
         """Record test metrics, costs and the network; return the time of the run in seconds."""
         seconds = self.costs.seconds()
         metrics = {f"final/{name}": value for name, value in final.items()} | self.costs.metrics(seconds)
-        tracker.log_metrics(metrics | {"best_epoch": self.selection.epoch}, self.step)
-        (self.run.folder / "final.json").write_text(json.dumps(final, indent=2) + "\n", encoding="utf-8")
+        self.tracker.log_metrics(metrics | {"best_epoch": self.selection.epoch}, self.step)
         if self.run.config.log_model:
-            log_model(tracker, self.run.model, self.run.data.validation, self.run.folder, self.run.console)
+            log_model(self.tracker, self.run.model, self.run.data.validation, self.run.folder, self.run.console)
         return seconds
+
+    def pause(self) -> None:
+        """Save a checkpoint if ``train.checkpoint_minutes`` have passed, or a signal ends the run.
+
+        Raises:
+            Interrupted: If SIGTERM or SIGINT has arrived.
+        """
+        is_due = time.monotonic() - self.saved_at >= 60 * self.run.config.train.checkpoint_minutes
+        number = interruption.received()
+        if number or is_due:
+            self.save(self.state())
+        if number:
+            raise Interrupted(number)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Save a checkpoint, after the metrics before it are written."""
+        self.tracker.flush()
+        save_last(state, self.run.folder)
+        self.saved_at = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that the rest of the run depends on."""
+        run = self.run
+        return checkpoint(run, self.epoch, self.optimizer) | {
+            "position": self.position,
+            "step": self.step,
+            "schedule": self.schedule.state_dict(),
+            "selection": self.selection.state_dict(),
+            "costs": self.costs.state_dict(),
+            "tests": list(self.tests),
+            "order": sampler_of(run.batches).state(self.position),
+            "data": generator_state(run.data.train),
+            "random": random_state(),
+        }
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint in the run's folder, if any; metrics that are written are not written again."""
+        if self.run.run_id is not None:
+            self.tracker.skip_written()
+        state = load_newest(self.run.folder)
+        if state is not None:
+            self.load_state(state)
+            self.bar.resume(self.step)
+            self.run.console.print(f"continued after step {self.step}, in epoch {self.epoch + 1}")
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
+        run = self.run
+        parts: dict[str, Any] = {"model": run.model, "balancer": run.balancer}
+        parts |= {name: getattr(self, name) for name in ("optimizer", "schedule", "selection", "costs")}
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        self.epoch, self.position, self.step = state["epoch"], state["position"], state["step"]
+        self.tests = list(state["tests"])
+        sampler_of(run.batches).resume(state["order"], self.position)
+        set_generator_state(run.data.train, state["data"])
+        set_random_state(state["random"])

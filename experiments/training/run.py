@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from balance.config import build_balancer, measured
 from balance.tracking import connect
 from experiments.problems import base as problems
+from experiments.training.checkpoint_files import write_file
 from experiments.training.data import training_batches
+from experiments.training.resumption import CONFIG, find_unfinished, lock_of
 
 if TYPE_CHECKING:
+    from filelock import BaseFileLock
     from omegaconf import DictConfig
     from torch.utils.data import DataLoader
 
@@ -34,10 +38,14 @@ class Run(NamedTuple):
     balancer: Balancer
     folder: Path  # for its files; `build` leaves the folder of all runs here
     console: Console
+    lock: BaseFileLock | None = None  # of the folder, until the run ends
+    run_id: str | None = None  # of the MLflow run that is resumed; None for a new one
 
 
 def prepare(config: DictConfig, console: Console | None = None) -> Run:
-    """Build a run and create its folder. Whatever can be wrong with a configuration is found here, before training.
+    """Build a run and create its folder, or find the folder of the unfinished run that it continues, with ``resume``.
+
+    Whatever can be wrong with a configuration is found here, before training.
 
     Args:
         config: As `experiments.config.layers.configure` returns it.
@@ -51,7 +59,17 @@ def prepare(config: DictConfig, console: Console | None = None) -> Run:
         OSError: If the output folder cannot be written, or the tracking store cannot be used.
     """
     run = build(config, console)
-    return run._replace(folder=create_folder(config))
+    unfinished = find_unfinished(config) if config.resume else None
+    if unfinished is not None:
+        run.console.print(f"Resuming the run in {unfinished.folder}", soft_wrap=True)
+        return run._replace(folder=unfinished.folder, lock=unfinished.lock, run_id=unfinished.run_id)
+    if config.resume:
+        run.console.print("No unfinished run has this configuration. A new run starts.", soft_wrap=True)
+    folder = create_folder(config)
+    lock = lock_of(folder)
+    lock.acquire()
+    write_file(folder / CONFIG, lambda file: file.write(OmegaConf.to_yaml(config).encode()))
+    return run._replace(folder=folder, lock=lock)
 
 
 def build(config: DictConfig, console: Console | None = None) -> Run:

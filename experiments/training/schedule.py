@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
@@ -50,3 +50,15 @@ class Schedule:
         """Set the rates after an epoch. ``score`` is the score by which epochs are selected; a smaller one is better."""
         if self.plateau is not None and self.steps >= self.train.warmup_steps:
             self.plateau.step(score)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the schedule; the rates are part of the optimizer's state."""
+        plateau = None if self.plateau is None else self.plateau.state_dict()
+        return {"steps": self.steps, "by_step": self.by_step.state_dict(), "plateau": plateau}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a position."""
+        self.steps = state["steps"]
+        self.by_step.load_state_dict(state["by_step"])
+        if self.plateau is not None:
+            self.plateau.load_state_dict(state["plateau"])
