@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from balance.config import compose, method_names
-from experiments.config.schema import RunConfig, config_schema
+from experiments.config.schema import RunConfig, TrainConfig, config_schema
 from experiments.problems import base as problems
 
 if TYPE_CHECKING:
@@ -60,8 +60,10 @@ def configure(overrides: Sequence[str]) -> DictConfig:
     check_protocol(name, file, values)
     settings = merge(file.settings, *on_disk_layers(problem, file, values), *paper_layers(problem, file, values))
     options = method_options(file, loss_method, gradient_method)
-    config = compose(config_schema(problem, loss_method, gradient_method), settings | options, overrides)
+    optimizer = values.get("train.optimizer", settings.get("train", {}).get("optimizer", TrainConfig.optimizer))
+    config = compose(config_schema(problem, loss_method, gradient_method, optimizer), settings | options, overrides)
     check_report_last(config)
+    check_optimizer(config)
     return config
 
 
@@ -148,3 +150,19 @@ def check_report_last(config: DictConfig) -> None:
     epochs, reported = config.train.epochs, config.train.report_last
     if reported is not None and reported > epochs:
         raise ValueError(f"train.report_last must be at most train.epochs={epochs}, but got {reported}.")
+
+
+def check_optimizer(config: DictConfig) -> None:
+    """Check options of the optimizer that depend on each other.
+
+    Raises:
+        ValueError: If Adam has not two decays, or Nesterov's momentum has no momentum or a dampening.
+    """
+    options = config.optimizer
+    if "betas" in options and len(options.betas) != 2:
+        raise ValueError(f"optimizer.betas must be two numbers, but got {options.betas}.")
+    if options.get("nesterov") and (options.momentum == 0 or options.dampening != 0):
+        raise ValueError(
+            f"optimizer.nesterov needs momentum and no dampening, but got momentum={options.momentum} and "
+            f"dampening={options.dampening}. Set optimizer.momentum=0.9 optimizer.dampening=0."
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, make_dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from balance.config import StageConfig, methods_schema, setting
 from experiments.problems.base import ProtocolName
@@ -12,9 +12,33 @@ if TYPE_CHECKING:
     from experiments.problems.base import Problem
 
 
+OptimizerName: TypeAlias = Literal["adam", "adamw", "sgd"]
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass
+class AdamConfig:
+    """Options of `torch.optim.Adam` and `torch.optim.AdamW`."""
+
+    betas: list[float] = setting([0.9, 0.999], minimum=0, below=1, help="decay of the averages of gradients and of squares")
+    eps: float = setting(1e-8, minimum=0, help="number that is added to the denominator")
+
+
+@dataclass
+class SGDConfig:
+    """Options of `torch.optim.SGD`."""
+
+    momentum: float = setting(0.0, minimum=0, below=1, help="share of the last update in an update")
+    dampening: float = setting(0.0, minimum=0, below=1, help="reduction of the gradient's share in the momentum")
+    nesterov: bool = setting(default=False, help="Nesterov's momentum, which needs momentum and no dampening")
+
+
+OPTIMIZERS: dict[str, type] = dict(zip(get_args(OptimizerName), (AdamConfig, AdamConfig, SGDConfig), strict=True))
+
+
 @dataclass
 class TrainConfig:
-    """Optimization: Adam, with a separate learning rate for parameters that the balancer owns.
+    """Optimization, with a separate learning rate for parameters that the balancer owns.
 
     Both rates follow ``schedule``. ``constant`` keeps them, and ``cosine`` lowers them to zero along half a cosine. ``step``
     multiplies them by ``factor`` every ``step_epochs`` epochs. ``plateau`` does so, down to ``min_lr``, when the score that
@@ -26,9 +50,11 @@ class TrainConfig:
     batch_size: int = setting(64, minimum=1, help="training samples of a step")
     eval_batch_size: int = setting(1000, minimum=1, help="samples of a test batch; protocol=paper averages over batches")
     num_workers: int = setting(0, minimum=0, help="processes that read data; useful where `cost/waiting` is large")
+    precision: Precision = setting("fp32", help="numbers of the training steps; fp16 scales the losses")
+    optimizer: OptimizerName = setting("adam", help="optimizer; its options are the entries of the group optimizer")
     lr: float = setting(1e-3, above=0, help="learning rate of the model")
     balancer_lr: float = setting(0.025, above=0, help="learning rate of the balancer's parameters")
-    weight_decay: float = setting(0.0, minimum=0, help="weight decay of the model: Adam's, which adds it to the gradient")
+    weight_decay: float = setting(0.0, minimum=0, help="weight decay of the model, added to the gradient; separate in adamw")
     schedule: Literal["constant", "cosine", "step", "plateau"] = setting("constant", help="course of the learning rates")
     warmup_steps: int = setting(0, minimum=0, help="steps of the linear rise of the learning rates")
     step_epochs: int = setting(100, minimum=1, help="epochs between two drops of schedule=step")
@@ -49,7 +75,7 @@ class TrainConfig:
 
 @dataclass
 class RunConfig:
-    """One run. The groups ``loss``, ``gradient``, ``data`` and ``model`` are added by `config_schema`."""
+    """One run. The groups ``loss``, ``gradient``, ``optimizer``, ``data`` and ``model`` are added by `config_schema`."""
 
     experiment: str = setting("digits", help="problem to train on")
     loss_method: str = setting("ls", help="loss balancer, or a chain of them: scaleinvls+rlw")
@@ -67,13 +93,23 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def config_schema(problem: Problem, loss_method: str, gradient_method: str | None) -> type[RunConfig]:
-    """Return `RunConfig` with the options of the two methods, of the problem's data and of its network.
+def config_schema(problem: Problem, loss_method: str, gradient_method: str | None, optimizer: str) -> type[RunConfig]:
+    """Return `RunConfig` with the options of the two methods, of the optimizer, of the problem's data and of its network.
+
+    Args:
+        problem: The problem.
+        loss_method: A loss method, or a chain of them.
+        gradient_method: A gradient method, or none.
+        optimizer: Name of the optimizer. An unknown name, which the entry ``train.optimizer`` refuses, is allowed.
+
+    Returns:
+        A dataclass.
 
     Raises:
         ValueError: If a method is unknown.
     """
     loss, gradient = methods_schema(loss_method, gradient_method)
-    groups = {"loss": loss, "gradient": gradient, "data": problem.DataConfig, "model": problem.ModelConfig}
+    groups = {"loss": loss, "gradient": gradient, "optimizer": OPTIMIZERS.get(optimizer, AdamConfig)}
+    groups |= {"data": problem.DataConfig, "model": problem.ModelConfig}
     entries = [(name, group, field(default_factory=group)) for name, group in groups.items()]
     return make_dataclass("Config", entries, bases=(RunConfig,))

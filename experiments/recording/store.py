@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from balance.tracking import connect, tracking_uri, without_password
 from experiments.recording.recorded_run import METHOD_GROUPS, RecordedRun
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from omegaconf import DictConfig
 
@@ -29,6 +30,13 @@ BOOKKEEPING = frozenset(
         "train.checkpoint_minutes",
     }
 )
+# Values in runs that were recorded before these entries existed
+EARLIER: Mapping[str, Any] = {
+    "train.precision": "fp32",
+    "train.optimizer": "adam",
+    "optimizer.betas": [0.9, 0.999],
+    "optimizer.eps": 1e-8,
+}
 SEPARATE = ("experiment", "loss_method", "gradient_method", "seed")  # entries that are fields of a `RecordedRun`
 CURVES = ("loss/", "weight/", "gradient_weight/", "cosine/", "conflicts")
 
@@ -124,7 +132,7 @@ class Store:
 
 def as_run(run: Any) -> RecordedRun:
     """Convert an MLflow run of the trainer."""
-    params, metrics = run.data.params, run.data.metrics
+    params, metrics = complete(run.data.params), run.data.metrics
     gradient = params.get("gradient_method")
     return RecordedRun(
         run_id=run.info.run_id,
@@ -143,6 +151,12 @@ def as_run(run: Any) -> RecordedRun:
         fingerprint=run.data.tags.get("fingerprint", ""),
         configuration=run.data.tags.get("configuration", ""),
     )
+
+
+def complete(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return recorded settings, with the entries that did not exist when they were recorded."""
+    earlier = {} if "train.optimizer" in settings else {key: str(value) for key, value in EARLIER.items()}
+    return earlier | dict(settings)
 
 
 def decides(key: str, settings: Mapping[str, Any]) -> bool:
@@ -174,8 +188,12 @@ def common_of(config: DictConfig) -> Settings:
 
 
 def fingerprint(config: DictConfig) -> str:
-    """Return a short hash, which is equal for two configurations if and only if they describe equal runs."""
-    return digest(deciding(config))
+    """Return a short hash, which is equal for two configurations if and only if they describe equal runs.
+
+    Entries with the values of earlier runs are left out, so that earlier hashes stay valid.
+    """
+    entries = deciding(config)
+    return digest({key: value for key, value in entries.items() if EARLIER.get(key, ()) != value})
 
 
 def digest(content: Mapping[str, Any] | Sequence[Any]) -> str:

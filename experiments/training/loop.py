@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from experiments.training.console import ProgressBar
     from experiments.training.run import Run
 
+SCHEDULED_FIRST = "Detected call of .lr_scheduler.step"  # a gradient scaler may skip the first step of the optimizer
+
 
 def train(run: Run, parent: str | None = None) -> dict[str, float]:
     """Train, select the epoch on validation, test it once. A run whose folder has a checkpoint continues from there.
@@ -46,6 +49,7 @@ def train(run: Run, parent: str | None = None) -> dict[str, float]:
     """
     tracker = new_tracker(run.config, run.folder.name, parent, run.run_id)
     with released(run.lock), interruption.noted(), problems.by_design():
+        warnings.filterwarnings("ignore", message=SCHEDULED_FIRST)
         with tracker, progress_bar(run) as bar:
             log_inputs(tracker, run.config, run.data)
             training = Training(run, tracker, bar)
@@ -192,6 +196,7 @@ class Training:
         return checkpoint(run, self.epoch, self.optimizer) | {
             "position": self.position,
             "step": self.step,
+            "scaler": run.scaler.state_dict(),
             "schedule": self.schedule.state_dict(),
             "selection": self.selection.state_dict(),
             "costs": self.costs.state_dict(),
@@ -214,7 +219,7 @@ class Training:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from a state."""
         run = self.run
-        parts: dict[str, Any] = {"model": run.model, "balancer": run.balancer}
+        parts: dict[str, Any] = {"model": run.model, "balancer": run.balancer, "scaler": run.scaler}
         parts |= {name: getattr(self, name) for name in ("optimizer", "schedule", "selection", "costs")}
         for name, part in parts.items():
             part.load_state_dict(state[name])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
+from torch.amp.grad_scaler import GradScaler
 
 from balance.config import build_balancer, measured
 from balance.tracking import connect
@@ -38,6 +39,7 @@ class Run(NamedTuple):
     balancer: Balancer
     folder: Path  # for its files; `build` leaves the folder of all runs here
     console: Console
+    scaler: GradScaler  # of the losses, disabled without train.precision=fp16
     lock: BaseFileLock | None = None  # of the folder, until the run ends
     run_id: str | None = None  # of the MLflow run that is resumed; None for a new one
 
@@ -93,7 +95,8 @@ def build(config: DictConfig, console: Console | None = None) -> Run:
     batches = training_batches(data.train, config)
     model = problem.build_model(config.model).to(config.device)
     measured(dict(model.trunk.named_parameters()), config.balancer.measure)  # refuses patterns that fit no parameter
-    return Run(config, problem, data, batches, model, balancer, Path(config.output_dir), console or Console())
+    scaler = GradScaler(torch.device(config.device).type, enabled=config.train.precision == "fp16")
+    return Run(config, problem, data, batches, model, balancer, Path(config.output_dir), console or Console(), scaler)
 
 
 def check_device(device: str) -> None:

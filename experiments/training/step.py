@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from omegaconf import OmegaConf
+from torch.optim import Optimizer
 
 from balance import extra_forward
 from balance.config import measured
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
     from balance import Report
     from experiments.problems.base import Batch
     from experiments.training.run import Run
 
 
-def build_optimizer(run: Run) -> torch.optim.Adam:
-    """Build Adam for the model and, with a separate learning rate, for the parameters of the balancer."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_optimizer(run: Run) -> Optimizer:
+    """Build the optimizer of the model and, with a separate learning rate, of the parameters of the balancer."""
     train = run.config.train
+    classes: dict[str, type[Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     model = {"params": list(run.model.parameters()), "lr": train.lr, "weight_decay": train.weight_decay}
-    return torch.optim.Adam([model, {"params": list(run.balancer.parameters()), "lr": train.balancer_lr}])
+    balancer = {"params": list(run.balancer.parameters()), "lr": train.balancer_lr, "weight_decay": 0.0}
+    options: Any = OmegaConf.to_container(run.config.optimizer)
+    return classes[train.optimizer]([model, balancer], **options)
+
+
+def autocast(run: Run) -> torch.autocast:
+    """Return the context of a forward pass and its losses, in the precision of the run."""
+    dtype = DTYPES[run.config.train.precision]
+    return torch.autocast(torch.device(run.config.device).type, dtype, enabled=dtype != torch.float32)
 
 
 def train_step(run: Run, optimizer: Optimizer, batch: Batch) -> Report:
@@ -37,21 +49,24 @@ def train_step(run: Run, optimizer: Optimizer, batch: Batch) -> Report:
         The balancer's report on the step.
     """
     optimizer.zero_grad()
-    features = run.model.trunk(batch[0])
-    losses = run.problem.losses(run.model.heads(features), batch)
+    with autocast(run):
+        features = run.model.trunk(batch[0])
+        losses = run.problem.losses(run.model.heads(features), batch)
     shared = dict(run.model.trunk.named_parameters())
     measure = measured(shared, run.config.balancer.measure)
-    report = run.balancer.backward(losses, shared=shared.values(), features=features, measure=measure)
-    clip_gradient(run)
-    optimizer.step()
+    report = run.balancer.backward(losses, shared=shared.values(), features=features, measure=measure, scaler=run.scaler)
+    clip_gradient(run, optimizer)
+    run.scaler.step(optimizer)
+    run.scaler.update()
     if run.balancer.needs_observation:
         observe(run, batch)
     return report
 
 
-def clip_gradient(run: Run) -> None:
+def clip_gradient(run: Run, optimizer: Optimizer) -> None:
     """Clip the gradient of the model, or of its trunk in the published protocol, to ``train.max_norm``."""
     if run.config.train.max_norm is not None:
+        run.scaler.unscale_(optimizer)
         clipped = run.model.trunk if run.config.protocol == "paper" else run.model
         torch.nn.utils.clip_grad_norm_(clipped.parameters(), run.config.train.max_norm)
 
@@ -63,5 +78,5 @@ def observe(run: Run, batch: Batch) -> None:
     Statistics of batch normalisation and random numbers do not change, except in the published protocol: the published codes
     let this second forward pass change them.
     """
-    with extra_forward(run.model) if run.config.protocol == "sound" else nullcontext():
+    with extra_forward(run.model) if run.config.protocol == "sound" else nullcontext(), autocast(run):
         run.balancer.observe(run.problem.losses(run.model(batch[0]), batch))

@@ -19,7 +19,7 @@ from experiments.training import checkpoint_files, evaluation, loop, resumption
 from experiments.training.checkpoint_files import load, load_newest, save_last
 from experiments.training.data import training_batches
 from tests.experiments.short_runs import ROOT, configure, prepare, runs_in
-from tests.experiments.training.interruptions import STEPS, database, interrupt, raise_killed, recorded, runs, send
+from tests.experiments.training.interruptions import STEPS, Runs, database, interrupt, raise_killed, recorded, runs, send
 
 __all__ = ["database", "runs"]
 ALWAYS = "train.checkpoint_minutes=1e-9"
@@ -167,6 +167,17 @@ def test_a_sweep_resumes_interrupted_runs(runs, database, monkeypatch):
     for name, value in database.final.items():
         assert run.data.metrics[f"final/{name}"] == value
     assert sorted(m.step for m in client.get_metric_history(run.info.run_id, "loss/sum")) == list(range(3 * STEPS))
+
+
+@pytest.mark.parametrize("words", [["train.precision=fp16", "train.optimizer=sgd", "optimizer.momentum=0.9", "train.lr=1e-4"]])
+def test_other_precisions_and_optimizers_resume(words, tmp_path):
+    """The first steps overflow, so that the scale changes."""
+    undisturbed, resumed = (Runs(tmp_path / name, *words, "track=false") for name in ("undisturbed", "resumed"))
+    final = undisturbed.train()
+    interrupt(resumed, loop, "train_step", STEPS + 2, send(signal.SIGTERM))
+    scaler = load(resumed.the_folder() / "last.pt")["scaler"]
+    assert scaler["scale"] < 2.0**16
+    assert resumed.train() == final
 
 
 COMMAND = [

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from experiments.training import loop
 from experiments.training.step import build_optimizer, train_step
-from tests.experiments.short_runs import BOTH, DIGITS, prepare, train
+from tests.experiments.short_runs import BOTH, DIGITS, finite_metrics, prepare, train
 
 
 @pytest.mark.parametrize("protocol", ["sound", "paper"])
@@ -53,12 +54,90 @@ def test_parameters_of_the_balancer_have_their_own_learning_rate(tmp_path, monke
     groups = []
     adam = torch.optim.Adam
 
-    def spy(parameters):
+    def spy(parameters, **options):
         groups.extend(dict(group) for group in parameters)
-        return adam(parameters)
+        return adam(parameters, **options)
 
     monkeypatch.setattr(torch.optim, "Adam", spy)
     train("--loss_method=uw", *DIGITS, "track=false", f"output_dir={tmp_path}", "train.lr=0.01")
     assert [group["lr"] for group in groups] == [0.01, 0.025]
     assert len(groups[1]["params"]) == 4
     assert all(log_variance != 0 for log_variance in groups[1]["params"])
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "options"),
+    [
+        ([], torch.optim.Adam, {"betas": [0.9, 0.999], "eps": 1e-8}),
+        (["train.optimizer=adam", "optimizer.betas=[0.8,0.9]"], torch.optim.Adam, {"betas": [0.8, 0.9], "eps": 1e-8}),
+        (["train.optimizer=adamw", "optimizer.eps=1e-3"], torch.optim.AdamW, {"betas": [0.9, 0.999], "eps": 1e-3}),
+        (
+            ["train.optimizer=sgd", "optimizer.momentum=0.9", "optimizer.nesterov=true"],
+            torch.optim.SGD,
+            {"momentum": 0.9, "dampening": 0.0, "nesterov": True},
+        ),
+    ],
+)
+def test_optimizers_and_their_options(words, kind, options, tiny):
+    """A step changes parameters exactly as the optimizer of torch with these options does."""
+    run = prepare(*tiny("toy", "--loss_method=uw", "train.weight_decay=0.1", "train.lr=0.01", *words))
+    twin = [parameter.detach().clone().requires_grad_() for parameter in (*run.model.parameters(), *run.balancer.parameters())]
+    count = len([*run.model.parameters()])
+    groups = [
+        {"params": twin[:count], "lr": 0.01, "weight_decay": 0.1},
+        {"params": twin[count:], "lr": 0.025, "weight_decay": 0.0},
+    ]
+    expected, optimizer = kind(groups, **options), build_optimizer(run)
+    for _ in range(3):
+        train_step(run, optimizer, next(iter(run.batches)))
+        for parameter, copy in zip((*run.model.parameters(), *run.balancer.parameters()), twin, strict=True):
+            copy.grad = parameter.grad.clone()
+        expected.step()
+    for parameter, copy in zip((*run.model.parameters(), *run.balancer.parameters()), twin, strict=True):
+        assert torch.equal(parameter, copy)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize("words", [["--loss_method=uw"], ["--loss_method=famo", "--gradient_method=pcgrad"]])
+def test_precision_of_a_step(precision, dtype, words, tiny):
+    """The forward passes have the precision, the gradients are those of fp32 to rounding, and the rules see unscaled losses."""
+    run, exact = (prepare(*tiny("digits", *words, f"train.precision={name}")) for name in (precision, "fp32"))
+    run = run._replace(scaler=torch.amp.GradScaler("cpu", init_scale=64.0, enabled=precision == "fp16"))
+    dtypes = []
+    run.model.trunk.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    batch = next(iter(run.batches))
+    reports = []
+    for each in (run, exact):
+        optimizer = build_optimizer(each)
+        optimizer.step = lambda *_: None  # gradients are compared before any update
+        reports.append(train_step(each, optimizer, batch))
+    assert dtypes == [dtype] * (2 if "--loss_method=famo" in words else 1)
+    torch.testing.assert_close(reports[0].losses, reports[1].losses, rtol=2e-2, atol=1e-2)
+    scale = run.scaler.get_scale()
+    for p, q in zip(run.model.parameters(), exact.model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad / scale, q.grad, rtol=0.1, atol=0.1 * q.grad.abs().max().item())
+
+
+def test_an_overflow_is_skipped(tiny):
+    """The scale is halved until gradients are finite; no parameter, no rule and no statistic of the optimizer changes before."""
+    run = prepare(*tiny("digits", "--loss_method=famo", "--gradient_method=pcgrad", "train.precision=fp16", "train.max_norm=1"))
+    run = run._replace(scaler=torch.amp.GradScaler("cpu", init_scale=2.0**30))
+    optimizer, batch = build_optimizer(run), next(iter(run.batches))
+    before = {key: value.clone() for key, value in (run.model.state_dict() | run.balancer.state_dict()).items()}
+    train_step(run, optimizer, batch)
+    assert run.scaler.get_scale() == 2.0**29
+    assert not optimizer.state
+    for key, value in (run.model.state_dict() | run.balancer.state_dict()).items():
+        assert torch.equal(value, before[key]), key
+    while not optimizer.state:
+        train_step(run, optimizer, batch)
+    assert 1 < run.scaler.get_scale() < 2.0**29
+    assert not torch.equal(run.model.state_dict()["trunk.0.weight"], before["trunk.0.weight"])
+    norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in run.model.parameters()]))
+    assert norm.item() == pytest.approx(1, rel=1e-3)  # of the gradients without their scale
+
+
+def test_a_whole_run_with_skipped_steps(tiny):
+    """A scale of 2**16 overflows at the first steps of digits."""
+    final = loop.train(prepare(*tiny("digits", "train.precision=fp16", "train.lr=0.01", "train.optimizer=sgd")))
+    assert finite_metrics(final)
