@@ -163,7 +163,8 @@ class Training(RuleBasedStateMachine):
 
     def probe(self, step):
         """Return a copy that takes the step of the whole batch, where that must equal the step of micro-batches."""
-        if step.way != "collect" or any(kind != "zero" for _, kind in step.damage):
+        usable = all(kind == "zero" for _, kind in step.damage) and all_finite(self.trainers[0].gradients())
+        if step.way != "collect" or not usable:
             return None
         self.forget_own_gradients()
         probe = self.trainers[0].copied()

@@ -104,7 +104,9 @@ class Net(nn.Module):
         """Return the features of some rows of the batch of a step."""
         return self.trunk(batch(step)[rows])
 
-    def losses(self, step: Step, z: Tensor, own: dict[str, Tensor], views: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def losses(
+        self, step: Step, z: Tensor, own: dict[str, Tensor], views: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Return the mean losses of the tasks over their rows, given as positions among the rows of the features."""
         damage = dict(step.damage)
         return {
