@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 import balance
-from tests.fuzz.training import TASKS, Net, Step, all_finite, assert_same, composed, fields
-from tests.fuzz.training import ROWS as NUM_ROWS
+from tests.fuzz.training import ROWS, TASKS, Net, Step, all_finite, assert_same, composed, fields
 
-STEPS, EXAMPLES = 40, int(os.environ.get("FUZZ_MACHINES", "250"))  # in all 10 000 operations
+STEPS, EXAMPLES = 40, int(os.environ.get("FUZZ_MACHINES", "250"))  # in all about 10 000 steps
 NOT_FINITE = ("nan", "inf", "overflow")
-COUNT = [0]  # operations
+COUNT = [0]  # steps
 
 
 class Setup(NamedTuple):
@@ -105,7 +104,7 @@ class Trainer:
 
     def run(self, step: Step, *, twice: bool) -> None:
         """Make one backward pass, or two over one graph, of which only the second writes ``.grad``."""
-        rows = torch.arange(NUM_ROWS)
+        rows = torch.arange(ROWS)
         z = self.model.features(step, rows)
         losses = self.model.losses(step, z, dict.fromkeys(step.tasks, rows), self.splitter(z))
         total = step.factor * torch.stack(list(losses.values())).sum()
@@ -135,9 +134,13 @@ class Training(RuleBasedStateMachine):
         self.trainers = [Trainer(setup)]
         event(f"gradient={setup.gradient}")
 
-    @rule(step=STEP)
+    @rule(steps=st.lists(STEP, min_size=1, max_size=3))
+    def steps(self, steps):
+        for step in steps:
+            COUNT[0] += 1
+            self.step(step)
+
     def step(self, step):
-        COUNT[0] += 1
         for place, trainer in enumerate(self.trainers):
             if step.clear == "all":
                 trainer.optimizer.zero_grad()
@@ -179,31 +182,31 @@ class Training(RuleBasedStateMachine):
             new = [task in arriving and damage.get(task) != "zero" for task in TASKS]
             assert (trainer.splitter.counts - state["counts"]).tolist() == new
 
-    @rule(log_scale=st.none() | st.integers(0, 12))
+    @rule(operation=st.sampled_from(["evaluate", "restore", "deepcopy", None]) | st.integers(0, 12))
+    def other(self, operation):
+        if operation == "evaluate":
+            self.evaluate()
+        elif isinstance(operation, str):
+            trainer = self.trainers[0]
+            self.trainers[1:] = [trainer.copied() if operation == "deepcopy" else trainer.restored()]
+        else:
+            self.assign_scaler(operation)
+
     def assign_scaler(self, log_scale):
         """Begin or end mixed precision, with gradients set to None."""
-        COUNT[0] += 1
         for trainer in self.trainers:
             trainer.optimizer.zero_grad()
             trainer.splitter.scaler = None
             if log_scale is not None:
                 trainer.splitter.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**log_scale, growth_interval=2)
 
-    @rule(step=STEP)
-    def evaluate(self, step):
+    def evaluate(self):
         """Run a forward pass in evaluation, which returns the features themselves."""
-        COUNT[0] += 1
         for trainer in self.trainers:
-            z = trainer.model.features(step, torch.arange(NUM_ROWS))
+            z = trainer.model.features(Step(0), torch.arange(ROWS))
             trainer.splitter.eval()
             assert all(view is z for view in trainer.splitter(z).values())
             trainer.splitter.train()
-
-    @rule(deep=st.booleans())
-    def copy(self, deep):
-        COUNT[0] += 1
-        trainer = self.trainers[0]
-        self.trainers[1:] = [trainer.copied() if deep else trainer.restored()]
 
     @invariant()
     def copies_are_equal(self):

@@ -50,7 +50,7 @@ class Step(NamedTuple):
         extra: Whether there is a further loss, a regulariser.
         measure: Whether conflict is measured on some parameters only.
         stacked: Whether the losses are given as one tensor, if all tasks are present.
-        clear: Parameters whose ``.grad`` is set to None before: "all", those of the "model", "none".
+        clear: Parameters whose ``.grad`` is set to None before: "all", "model" (not the balancer's), "none".
         update: Whether the optimizer makes its step.
         observe: Whether the losses are observed after the optimizer's step.
         trial: Whether `weights` is called first.
