@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo test test-all lint benchmark clean
+.PHONY: demo test test-all lint mutation benchmark clean
 
 demo: $(VENV)/experiments.installed  ## train digits with GO4Align + PCGrad
 	$(VENV)/bin/python experiments/trainer.py --loss_method=go4align --gradient_method=pcgrad
@@ -21,6 +21,9 @@ lint: $(VENV)/dev.installed  ## style, types, structure and language
 	$(VENV)/bin/codespell balance experiments benchmarks tests README.md CHANGELOG.md Makefile pyproject.toml
 	$(VENV)/bin/python tests/structure.py
 	$(VENV)/bin/python tests/plain_english.py
+
+mutation: $(VENV)/mutation.installed  ## small changes of the sources that the tests must notice; takes hours
+	$(VENV)/bin/python tests/mutation.py
 
 benchmark: $(VENV)/benchmark.installed  ## time and accuracy beside other libraries
 	$(VENV)/bin/python benchmarks/bench_rules.py

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
@@ -16,6 +16,9 @@ settings.register_profile("dev", max_examples=30, deadline=None, database=None)
 settings.register_profile("ci", max_examples=60, deadline=None, database=None, derandomize=True)
 settings.register_profile(
     "thorough", max_examples=1000, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "mutation", max_examples=15, deadline=None, database=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
