@@ -81,6 +81,18 @@ def test_conflict_averse_direction_of_nearly_opposite_gradients(angle):
         assert np.linalg.norm(weights @ J - J.mean(axis=0)) <= (1 + 1e-3) * mean
 
 
+def test_conflict_averse_direction_of_nearly_opposite_gradients_conflicts_only_with_tasks_without_a_weight():
+    """All other tasks are exactly at a gain of zero, although the cone is too thin for the exact projection."""
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        J = random.normal(size=(5, 7))
+        J[1] = -2 * J[0] + 10.0 ** random.uniform(-12, -7) * random.normal(size=7)
+        x = conflict_averse_weights(J @ J.T, 1.0)
+        assert (x >= 0).all()
+        gains = J @ ((1 / 5 + x) @ J) / np.linalg.norm(J, axis=1)
+        assert (np.abs(gains[x > 0]) <= 1e-10 * np.linalg.norm(J.mean(axis=0))).all()
+
+
 @pytest.mark.parametrize("c", [0.1, 0.4, 0.9])
 @pytest.mark.parametrize("kind", ["stationary", "opposite", "zero_row", "low_rank", "generic", "rounded"])
 def test_conflict_averse_direction_is_continuous_where_it_is_unique(kind, c):

@@ -5,6 +5,9 @@ from hypothesis import given
 from balance.solvers.linear_algebra import (
     equal_projection_error,
     equal_projection_weights,
+    gradient_norms,
+    least_distance,
+    non_negative_minimum,
     share_between_equals,
     square_root,
 )
@@ -21,6 +24,49 @@ def test_square_root(J):
 def test_share_between_equals_keeps_the_sum():
     G = np.array([[2.0, 2.0, 1.0], [2.0, 2.0, 1.0], [1.0, 1.0, 3.0]])
     assert share_between_equals(np.array([0.6, 0.0, 0.4]), G).tolist() == [0.3, 0.3, 0.4]
+
+
+def random_problem(seed):
+    """A regular quadratic function and any guess of the positive variables."""
+    random = np.random.default_rng(seed)
+    K = int(random.integers(1, 12))
+    R = random.normal(size=(K + 2, K)) + 2 * random.normal(size=(K + 2, 1))
+    return R.T @ R, random.normal(size=K), random.random(K) < 0.5
+
+
+def test_non_negative_minimum_satisfies_its_optimality_conditions_whatever_the_guess():
+    for seed in range(300):
+        M, b, guess = random_problem(seed)
+        before = guess.copy()
+        x = non_negative_minimum(M, b, guess)
+        assert x is not None
+        assert (x >= 0).all()
+        assert (M @ x - b >= -1e-9).all()
+        assert x * (M @ x - b) == pytest.approx(np.zeros(len(b)), abs=1e-9)
+        assert (guess == before).all()
+
+
+def test_non_negative_minimum_of_a_nearly_singular_matrix_is_none():
+    """Its smallest pivot counts, and every free variable is a pivot."""
+    for angle, regular in ((1e-3, True), (1e-5, False)):
+        R = np.array([[1.0, 1.0], [0.0, angle]])
+        x = non_negative_minimum(R.T @ R, np.array([1.0, 1.0 + angle**2 / 2]), np.array([True, True]))
+        assert (x is not None) == regular
+    assert non_negative_minimum(np.array([[1.0, 2.0], [2.0, 1.0]]), np.ones(2), np.array([True, True])) is None
+
+
+def test_non_negative_minimum_without_positive_variables():
+    assert non_negative_minimum(np.eye(2), np.array([-1.0, -2.0]), np.array([True, False])).tolist() == [0, 0]
+
+
+def test_least_distance():
+    """By hand: y minimises y² + (2 y - 1)², and a negative product is worth nothing."""
+    assert least_distance(np.array([[1.0]]), np.array([2.0])).tolist() == pytest.approx([0.4])
+    assert least_distance(np.array([[1.0]]), np.array([-2.0])).tolist() == [0]
+
+
+def test_gradient_norms_of_a_square_that_rounding_made_negative():
+    assert gradient_norms(np.diag([4.0, 0.0, -1e-20])).tolist() == [2, 0, 0]
 
 
 @given(jacobians(kinds=("generic",)))
