@@ -53,6 +53,7 @@ PRELOADED = [
     "sklearn.cluster",
 ]
 SLOWEST, SECONDS = 4.0, 8.0  # slower tests are left out; tests of a mutant take this long together
+TIMEOUT = 120.0
 MEMORY = 8 << 30
 UNSEEN = ("__repr__", "__str__", "extra_repr")
 ALIKE = ({"Is", "Eq"}, {"IsNot", "NotEq"})  # no difference between objects that are equal only to themselves
@@ -273,7 +274,7 @@ class Project:
         path.write_text(mutant.code(), encoding="utf-8")
         files = sorted({name.partition("::")[0] for name in names})
         try:
-            status = in_fork(self.folder, ["-x", *files], Selection(names), 3 * SECONDS + 30)
+            status = in_fork(self.folder, ["-x", *files], Selection(names), TIMEOUT)
         finally:
             shutil.copy2(ROOT / mutant.path, path)
         return "timeout" if status is None else "survived" if status == 0 else "killed"
@@ -288,7 +289,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=100, help="mutants per folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path, default=Path("runs/mutation.jsonl"), help="outcomes; mutants in it are skipped")
-    parser.add_argument("--again", action="store_true", help="run the survivors in the record again")
+    parser.add_argument("--again", action="store_true", help="run again what the record does not list as killed")
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "mutation", "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True
@@ -312,7 +313,7 @@ def score(folder: str, mutants: list[Mutant], record: Path, *, again: bool) -> N
         os.environ["PYTHONPATH"] = str(copy)
         project = Project(copy, [*TESTS[folder], *ALWAYS], record.with_suffix(".tests.json"))
         for mutant in mutants:
-            if mutant not in outcomes or (again and outcomes[mutant] == "survived"):
+            if mutant not in outcomes or (again and outcomes[mutant] != "killed"):
                 begin = time.monotonic()
                 outcomes[mutant] = project.outcome(mutant)
                 entry = {"mutant": mutant, "outcome": outcomes[mutant], "difference": mutant.difference()}

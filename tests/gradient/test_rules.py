@@ -75,6 +75,14 @@ def test_cvxpy_agrees(name, num_tasks):
 
 
 @pytest.mark.parametrize("name", ["cagrad", "nashmtl"])
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_cvxpy_agrees_at_other_scales(name, scale):
+    J = scale * make_jacobian(3, "generic", 0)
+    a, b = direction(name, J), direction(name, J, solver="cvxpy")
+    assert (a - b).norm() <= 1e-3 * a.norm()
+
+
+@pytest.mark.parametrize("name", ["cagrad", "nashmtl"])
 def test_cvxpy_agrees_where_there_is_no_solution(name):
     torch.testing.assert_close(direction(name, OPPOSITE, solver="cvxpy"), direction(name, OPPOSITE), atol=1e-6, rtol=0)
 
@@ -87,6 +95,7 @@ def test_cvxpy_agrees_where_there_is_no_solution(name):
         ("nashmtl", {"max_norm": 0.0}, "must be positive or None"),
         ("nashmtl", {"update_every": 5}, "has no option 'update_every'"),
         ("graddrop", {"leak": 1.5}, r"must be in 0\.\.1"),
+        ("graddrop", {"leak": -0.5}, r"must be in 0\.\.1"),
         ("mgda", {"normalization": "l1"}, "must be one of"),
     ],
 )
