@@ -57,7 +57,9 @@ ON_GRAMIANS = [name for name in gradient_balancers.names() if gradient_balancers
 
 
 @pytest.mark.parametrize("name", ON_GRAMIANS)
-@pytest.mark.parametrize("gramian", [torch.ones(2), torch.ones(2, 3), torch.zeros(0, 0), torch.ones(2, 2, 1), torch.full((2, 2), torch.nan)])
+@pytest.mark.parametrize(
+    "gramian", [torch.ones(2), torch.ones(2, 3), torch.zeros(0, 0), torch.ones(2, 2, 1), torch.full((2, 2), torch.nan)]
+)
 def test_a_gramian_that_is_none_is_told(name, gramian):
     with pytest.raises(ValueError, match="gramian must"):
         gradient_balancers.build(name, num_tasks=2)(gramian)
