@@ -100,7 +100,7 @@ def test_optimizers_and_their_options(words, kind, options, tiny):
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
 @pytest.mark.parametrize("words", [["--loss_method=uw"], ["--loss_method=famo", "--gradient_method=pcgrad"]])
 def test_precision_of_a_step(precision, dtype, words, tiny):
-    """The forward passes have the precision, the gradients equal the fp32 gradients to rounding, and rules see unscaled losses."""
+    """Forward passes have the precision, gradients equal the fp32 gradients to rounding, and rules see unscaled losses."""
     run, exact = (prepare(*tiny("digits", *words, f"train.precision={name}")) for name in (precision, "fp32"))
     run = run._replace(scaler=torch.amp.GradScaler("cpu", init_scale=64.0, enabled=precision == "fp16"))
     dtypes = []
