@@ -70,6 +70,8 @@ class Splitter(nn.Module):
     A task whose view no loss reaches is absent: a gradient balancer sees the smaller problem, and the task's state does not
     change. The normalisation still divides by the weights of all tasks. A moving average does not change where the gradient
     is exactly zero. Where any gradient is infinite or NaN no state changes, and the trunk gets NaN, which a GradScaler needs.
+    If a reentrant checkpoint (``use_reentrant=True``) contains the splitter but not the heads, torch replaces the missing
+    gradients by zeros. An absent task is then present, with gradient zero.
 
     Under ``torch.distributed`` squared lengths and Gramians are summed over all ranks, in every backward pass, in a process
     group that nothing else uses. The sum is exact, since different samples are different coordinates. So all ranks compute
@@ -176,7 +178,7 @@ class Splitter(nn.Module):
         self._scaler = scaler
 
     def forward(self, features: Any) -> dict[str, Any]:
-        """Return a view of the features for each task; in evaluation or without gradients the features themselves.
+        """Return a view of the features for each task; in evaluation the features themselves.
 
         Args:
             features: A tensor, or tuples, lists and dicts of tensors, which are balanced together. Tensors that require no
@@ -191,7 +193,9 @@ class Splitter(nn.Module):
         """
         tensors = tensors_of(features)
         live = list({id(z): z for z in tensors if z.requires_grad}.values())
-        if not (live and self.training and torch.is_grad_enabled()):
+        if self.training and not torch.is_grad_enabled():  # a reentrant checkpoint needs a different tensor for every task
+            return {task: map_leaves(lambda z: z.view_as(z), features) for task in self.tasks}
+        if not (live and self.training):
             return dict.fromkeys(self.tasks, features)
         self._check_samples(live)
         self.ranks.connect()  # in the backward pass a wrapper's collectives could come in between

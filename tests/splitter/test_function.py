@@ -135,11 +135,26 @@ def test_zero_gradients(mode):
     assert splitter.counts.tolist() == [0, 0, 0]
 
 
-def test_evaluation_and_no_grad_give_the_features_themselves():
+@pytest.mark.parametrize("mode", [{}, {"gradient": "mgda"}], ids=name_of)
+def test_a_reentrant_checkpoint_around_the_splitter(mode):
+    """Its first forward pass is without gradients, and must return a tensor for every task."""
+    network, twin = (Network(splitter_of(TASKS, mode)) for _ in range(2))
+    x = data().requires_grad_()
+    views = checkpoint(lambda x: tuple(network.splitter(network.trunk(x)).values()), x, use_reentrant=True)
+    outputs = {task: network.heads[task](view) for task, view in zip(TASKS, views, strict=True)}
+    sum((y - i).square().mean() * 10**i for i, y in enumerate(outputs.values())).backward()
+    sum(twin.losses(data()).values()).backward()
+    assert_same(network.grads(), twin.grads(), rtol=0, atol=0)
+
+
+def test_evaluation_and_no_grad_give_the_features():
     splitter = Splitter(TASKS)
     x = torch.randn(3, 2, requires_grad=True)
     with torch.no_grad():
-        assert all(view is x for view in splitter(x).values())
+        views = splitter({"x": x})
+        assert len({id(view["x"]) for view in views.values()}) == len(TASKS)
+        assert all(view["x"].data_ptr() == x.data_ptr() for view in views.values())
+        assert all(torch.equal(view["x"], x) for view in views.values())
     assert splitter(x.detach())["a"].requires_grad is False
     splitter.eval()
     views = splitter([x])

@@ -21,11 +21,13 @@ MODES = [
     *({"gradient": name} for name in ("pcgrad", "nashmtl", "mgda", "imtl", "cagrad", "every")),
 ]
 WRAPS = [{}, UNUSED, {"static_graph": True, **TINY}, {"gradient_as_bucket_view": True, **TINY}]
+REENTRANT = ("reentrant", "reentrant splitter")
 LACKING = ("absent", "alternating", "nowhere", "disjoint", "unlabelled")  # tasks
 FEW = [
     Case(wrap=TINY, batches="unequal"),
     Case({"gradient": "pcgrad"}, UNUSED, "alternating"),
     Case({"gradient": "nashmtl"}, {"static_graph": True}, checkpointed="reentrant"),
+    Case({"gradient": "mgda"}, {"static_graph": True}, "unequal", checkpointed="reentrant splitter"),
     Case({"projection": 1}, UNUSED, "unlabelled", "no_sync"),
 ]
 MATRIX = [
@@ -34,7 +36,11 @@ MATRIX = [
     *(Case(mode, UNUSED, "alternating", accumulation) for mode, accumulation in product(MODES, ("sync", "no_sync"))),
     *(Case(mode, wrap, "unequal", "no_sync") for mode, wrap in product(MODES, (WRAPS[0], WRAPS[3]))),
     *(Case(mode, wrap, "unequal", None, place) for mode, wrap, place in product(MODES, WRAPS, ("trunk", "splitter"))),
-    *(Case(mode, {"static_graph": True}, "unequal", None, "reentrant") for mode in MODES),
+    *(
+        Case(mode, {"static_graph": True}, "unequal", None, f"reentrant{place}")
+        for mode in MODES
+        for place in ("", " splitter")
+    ),
 ]
 SHARDED = [
     Case(mode, "shards", batches, None, place)

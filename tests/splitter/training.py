@@ -24,7 +24,8 @@ class Case:
         batches: Lengths: ``"equal"`` or ``"unequal"``. Ranks that lack task b: ``"absent"`` (one rank), ``"alternating"``,
             ``"nowhere"`` (all ranks). ``"disjoint"``: different tasks on each rank. ``"unlabelled"``: no task on one rank.
         accumulation: Whether gradients are reduced in the first of two micro-batches; None: one micro-batch.
-        checkpointed: ``"trunk"``, ``"splitter"``, or ``"reentrant"`` for the trunk.
+        checkpointed: ``"trunk"``, ``"splitter"``, ``"reentrant"`` for the trunk, or
+            ``"reentrant splitter"`` for trunk and splitter.
     """
 
     mode: dict = field(default_factory=dict)
@@ -48,15 +49,17 @@ class Net(nn.Module):
         self.double()
 
     def forward(self, x, tasks=TASKS):
+        if self.checkpointed == "reentrant splitter":
+            views = checkpoint(lambda x: tuple(self.splitter(self.trunk(x)).values()), x.requires_grad_(), use_reentrant=True)
+            return self.outputs(dict(zip(TASKS, views, strict=True)), tasks)
         if self.checkpointed == "splitter":
-            return checkpoint(lambda z: self.outputs(self.trunk(z), tasks), x, use_reentrant=False)
+            return checkpoint(lambda z: self.outputs(self.splitter(self.trunk(z)), tasks), x, use_reentrant=False)
         if self.checkpointed:
             z = checkpoint(self.trunk, x.requires_grad_(), use_reentrant=self.checkpointed == "reentrant")
-            return self.outputs(z, tasks)
-        return self.outputs(self.trunk(x), tasks)
+            return self.outputs(self.splitter(z), tasks)
+        return self.outputs(self.splitter(self.trunk(x)), tasks)
 
-    def outputs(self, z, tasks):
-        views = self.splitter(z)
+    def outputs(self, views, tasks):
         return {task: self.heads[task](views[task]) for task in tasks} or {"none": views["a"] * 0}
 
 
