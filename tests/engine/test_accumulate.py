@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from balance import Balancer
-from balance.engine.accumulate import accumulate, are_finite, cleared_grads, gradient_sum, leaf_gradients, without_hooks
+from balance.engine.accumulate import (
+    accumulate,
+    accumulate_reduced,
+    are_finite,
+    cleared_grads,
+    gradient_sum,
+    leaf_gradients,
+    merged_pairs,
+    without_hooks,
+)
 
 OPTIMIZERS = {name: cls for name, cls in vars(torch.optim).items() if inspect.isclass(cls) and cls is not torch.optim.Optimizer}
 FLAGS = [
@@ -185,3 +194,48 @@ def test_without_hooks_restores_hooks_in_their_order():
     handle.remove()
     a.sum().backward()
     assert calls == [1, 2, 3, 1, 3]
+
+
+def leaves_with_hooks(calls):
+    """Leaf tensors of several layouts and their gradients; hooks double a gradient and note the final one."""
+    channels_last = torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    half, table, plain = torch.zeros(3, dtype=torch.bfloat16), torch.zeros(5, 2), torch.zeros(4)
+    leaves = [channels_last, *(leaf.requires_grad_() for leaf in (half, table, plain))]
+    plain.register_hook(lambda gradient: 2 * gradient)
+    plain.register_hook(lambda gradient: gradient + 1)
+    plain.register_post_accumulate_grad_hook(lambda leaf: calls.append(leaf.grad.clone()))
+    sparse = torch.sparse_coo_tensor(torch.tensor([[1, 3]]), torch.ones(2, 2), (5, 2), check_invariants=True)
+    return leaves, [torch.ones(2, 3, 4, 4), torch.full((3,), 0.5), sparse, torch.arange(4.0)]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_reduced_gradients_are_added_as_by_a_backward_pass(times):
+    results = []
+    for add in (accumulate, accumulate_reduced):
+        calls = []
+        leaves, gradients = leaves_with_hooks(calls)
+        for _ in range(times):
+            add(zip(leaves, gradients, strict=True))
+        results.append((leaves, calls))
+    for leaf, other in zip(results[0][0], results[1][0], strict=True):
+        assert (leaf.grad.dtype, leaf.grad.is_sparse) == (other.grad.dtype, other.grad.is_sparse)
+        assert leaf.grad.is_sparse or leaf.grad.stride() == other.grad.stride()
+        assert torch.equal(leaf.grad.to_dense(), other.grad.to_dense())
+    assert len(results[1][1]) == times
+    assert all(map(torch.equal, results[0][1], results[1][1]))
+
+
+def test_reduced_gradients_pass_by_the_hooks_of_wrappers():
+    leaf, calls = torch.zeros(2, requires_grad=True), []
+    node = torch.autograd.graph.get_gradient_edge(leaf).node  # where DistributedDataParallel has its hooks
+    node.register_hook(lambda *_: calls.append(1))
+    accumulate_reduced([(leaf, torch.ones(2))])
+    assert (leaf.grad.tolist(), calls) == ([1, 1], [])
+    accumulate([(leaf, torch.ones(2))])
+    assert (leaf.grad.tolist(), calls) == ([2, 2], [1])
+
+
+def test_pairs_are_merged_by_leaf():
+    a, b = torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)
+    pairs = merged_pairs([(a, torch.ones(2))], [(b, torch.ones(1)), (a, torch.ones(2))])
+    assert [(leaf is a, gradient.tolist()) for leaf, gradient in pairs] == [(True, [2, 2]), (False, [1])]
