@@ -38,6 +38,21 @@ EXPECTED = {
 }
 
 
+DEFAULTS = {
+    "cagrad": {"c": 0.4, "rescale": "paper", "solver": "exact"},
+    "graddrop": {"leak": 0.0, "seed": 0},
+    "imtl": {"official": False},
+    "mgda": {"normalization": "none"},
+    "nashmtl": {"max_norm": 1.0, "solver": "newton"},
+    "pcgrad": {"order": "random", "seed": 0},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_defaults_are_as_documented(name):
+    assert {option: p.default for option, p in gradient_balancers.options(name).items()} == DEFAULTS[name]
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_documented_results(name):
     at_zero, opposite, zero_row, one = EXPECTED[name]

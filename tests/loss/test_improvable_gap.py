@@ -62,6 +62,15 @@ def test_igbv2_schedule():
     assert len(acts) == 5
 
 
+def test_igbv2_trains_from_the_first_step_of_the_fourth_epoch():
+    rule = build_igbv2()
+    run_igbv2(rule, (0, 150), per_epoch=50)
+    initial = copy.deepcopy(rule.agent.actor.state_dict())
+    assert all(torch.equal(value, initial[key]) for key, value in build_igbv2().agent.actor.state_dict().items())
+    run_igbv2(rule, (150, 151), per_epoch=50)
+    assert not all(torch.equal(value, initial[key]) for key, value in rule.agent.actor.state_dict().items())
+
+
 def test_the_agent_learns_what_pays():
     """If only weight on the first task lowers the losses, the actor learns to give it weight."""
     rule = loss_balancers.build("igbv2", num_tasks=2, base_epoch=0, sac_lr=3e-3, buffer_size=500)

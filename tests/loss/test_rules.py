@@ -99,6 +99,63 @@ def test_a_loss_of_zero_is_explained_by_a_task_without_labels(name):
         rule(torch.tensor([-1.0, 0.0]))
 
 
+DEFAULTS = {
+    "dwa": {"temperature": 2.0, "mode": "epoch", "window": 25},
+    "famo": {"gamma": 1e-3, "lr": 0.025, "min_losses": None, "next_batch": False},
+    "go4align": {"num_groups": 2, "step_size": 1e-4, "grouping": "kmeans"},
+    "igbv1": {"base_epoch": 1},
+    "igbv2": {"base_epoch": 1, "sac_lr": 3e-4, "buffer_size": 10_000, "official": False, "seed": 0},
+    "ls": {},
+    "rlw": {"scale": 1.0, "seed": 0},
+    "scaleinvls": {"min_losses": None},
+    "stl": {"main_task": 0},
+    "uw": {"init": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", loss_balancers.names())
+def test_defaults_are_as_documented(name):
+    assert {option: p.default for option, p in loss_balancers.options(name).items()} == DEFAULTS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dwa", {"temperature": 0.0}, "temperature of 'dwa' must be positive"),
+        ("dwa", {"window": 0}, "window of 'dwa' must be at least 1"),
+        ("famo", {"gamma": -0.5}, "gamma of 'famo' must not be negative"),
+        ("famo", {"lr": 0.0}, "lr of 'famo' must be positive"),
+        ("famo", {"lr": -0.5}, "lr of 'famo' must be positive"),
+        ("famo", {"min_losses": [0.0]}, "one number for each of 2 tasks"),
+        ("go4align", {"num_groups": 0}, "num_groups of 'go4align' must be at least 1"),
+        ("go4align", {"step_size": -0.5}, "step_size of 'go4align' must not be negative"),
+        ("igbv2", {"sac_lr": -0.5}, "sac_lr of 'igbv2' must be positive"),
+        ("rlw", {"scale": 0.0}, "scale of 'rlw' must be positive"),
+        ("stl", {"main_task": 2}, r"main_task of 'stl' must be in 0\.\.1"),
+        ("stl", {"main_task": -1}, r"main_task of 'stl' must be in 0\.\.1"),
+    ],
+)
+def test_options_out_of_range(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        loss_balancers.build(name, num_tasks=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dwa", {"window": 1, "temperature": 0.5}),
+        ("famo", {"gamma": 0.0, "lr": 0.5}),
+        ("go4align", {"num_groups": 1, "step_size": 0.0}),
+        ("igbv1", {"base_epoch": 0}),
+        ("igbv2", {"base_epoch": 0, "buffer_size": 1, "sac_lr": 0.5}),
+        ("rlw", {"scale": 0.5}),
+        ("stl", {"main_task": 1}),
+    ],
+)
+def test_options_at_the_ends_of_their_ranges(name, options):
+    assert loss_balancers.build(name, num_tasks=2, **options)(torch.ones(2)).isfinite().all()
+
+
 def failing(rule):
     """Calls that raise: a wrong number of losses, and losses outside the rule's domain."""
     kind = type(rule).__name__

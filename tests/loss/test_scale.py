@@ -21,3 +21,10 @@ def test_one_bound_for_each_task(bounds):
     theta = torch.ones((), requires_grad=True)
     with pytest.raises(ValueError, match="one number for each task"):
         Balancer(("a", "b"), loss="scaleinvls", loss_options={"min_losses": bounds}).backward({"a": theta, "b": theta})
+
+
+def test_one_bound_for_each_task_also_where_tasks_are_absent():
+    with pytest.raises(ValueError, match="one number for each task"):
+        loss_balancers.build("scaleinvls", min_losses=[0.0, 0.0])(torch.ones(2), present=torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match="one number for each task"):
+        loss_balancers.build("scaleinvls", min_losses=[0.0])(torch.ones(2), present=torch.tensor([0, 0]))
