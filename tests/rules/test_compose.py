@@ -203,6 +203,17 @@ def test_smoothed_weights_are_a_moving_average():
     assert [rule(torch.eye(2)).tolist() for _ in range(3)] == [[1, 0], [0.75, 0.25], [0.5625, 0.4375]]
 
 
+@pytest.mark.parametrize("beta", [-0.25, 1.0, 1.5])
+def test_smoothing_out_of_range(beta):
+    with pytest.raises(ValueError, match=r"must be in 0\.\.1, 1 excluded"):
+        compose.smoothed("mgda", beta, 3)
+
+
+def test_smoothing_by_zero_changes_nothing():
+    rule = compose.smoothed(recorded([[1.0, 0.0], [0.0, 1.0]]), 0.0, 2)
+    assert [rule(torch.eye(2)).tolist() for _ in range(2)] == [[1, 0], [0, 1]]
+
+
 def test_smoothing_keeps_what_averages_keep():
     check_gradient_balancer(lambda K: compose.smoothed("mgda", 0.9, K), ("on_simplex", "permutation_equivariant"))
 
