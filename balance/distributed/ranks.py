@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
     from torch.distributed import ProcessGroup, Work
 
@@ -18,30 +21,37 @@ _REDUCE_SCATTER: Any = getattr(distributed, "reduce_scatter_single", None) or ge
 _ALL_GATHER: Any = getattr(distributed, "all_gather_single", None) or getattr(distributed, "all_gather_into_tensor", None)
 
 
+# Groups that several objects share, with the groups that they were made from. Each group costs threads or a communicator
+_SHARED: list[tuple[ProcessGroup, ProcessGroup]] = []
+
+
 class Ranks:
-    """The processes that train one model together, with a process group used by nothing else.
+    """The processes that train one model together, with a process group that no wrapper uses.
 
     The collectives of a stage would otherwise interleave with the collectives of DistributedDataParallel, in a different
     order on different ranks. The group is created when it is first used, so every rank must reach that point.
 
     Args:
         process_group: The data-parallel processes; None: all processes.
+        is_shared: Use one group for all objects that say so. Their collectives must have the same order on all ranks.
 
     Attributes:
         has_checked_reduction: Whether the wrapper of the model has been checked once.
     """
 
-    def __init__(self, process_group: ProcessGroup | None = None) -> None:
+    def __init__(self, process_group: ProcessGroup | None = None, *, is_shared: bool = False) -> None:
+        self.is_shared = is_shared
         self.has_checked_reduction = False
         self._process_group = process_group
         self._own_group: ProcessGroup | None = None
         self._parent: ProcessGroup | None = None  # the group that the own group was made from
 
-    def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:
-        return Ranks, ()  # a process group belongs to one process; a copy in another process uses all processes
+    def __reduce__(self) -> tuple[Callable[..., Ranks], tuple[()]]:
+        # A process group belongs to one process; a copy in another process uses all processes
+        return partial(Ranks, is_shared=self.is_shared), ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        return Ranks(self._process_group)
+        return Ranks(self._process_group, is_shared=self.is_shared)
 
     @property
     def size(self) -> int:
@@ -61,11 +71,11 @@ class Ranks:
         parent = self._process_group or distributed.group.WORLD
         if self._own_group is None or self._parent is not parent:  # torch.distributed may have been restarted
             assert parent is not None
-            members = distributed.get_process_group_ranks(parent)
-            # Without local synchronization, processes outside of the group would have to take part
-            local = len(members) < distributed.get_world_size()
-            self._own_group = distributed.new_group(members, use_local_synchronization=local)
+            shared = next((group for other, group in _SHARED if other is parent), None) if self.is_shared else None
+            self._own_group = _new_group(parent) if shared is None else shared
             self._parent = parent
+            if self.is_shared and shared is None:
+                _SHARED.append((parent, self._own_group))
         return self._own_group
 
     def connect(self) -> None:
@@ -112,3 +122,12 @@ class Ranks:
         if f"{tensor.device.type}:" in distributed.get_backend_config(self.group):
             return tensor.device
         return torch.device("cuda", torch.cuda.current_device())
+
+
+def _new_group(parent: ProcessGroup) -> ProcessGroup:
+    """Create a process group with the members of another one."""
+    members = distributed.get_process_group_ranks(parent)
+    # Without local synchronization, processes outside of the group would have to take part
+    local = len(members) < distributed.get_world_size()
+    group: ProcessGroup = distributed.new_group(members, use_local_synchronization=local)
+    return group

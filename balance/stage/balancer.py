@@ -139,7 +139,7 @@ class Balancer(nn.Module):
         self._skipped = False  # whether the gradient scaler was to skip the last step
         self._report: Report | None = None
         self.own_gradients = OwnGradients()
-        self.ranks = Ranks(process_group)
+        self.ranks = Ranks(process_group, is_shared=True)
         self.collection: Collection | None = None
 
     @property

@@ -49,7 +49,7 @@ def deferred_loss(given: StepArguments, run: Callable[[StepArguments], object]) 
     given.check()
     given_losses = given.losses.values() if isinstance(given.losses, Mapping) else [given.losses]
     tensors = [loss for loss in (*given_losses, given.extra) if isinstance(loss, Tensor)]  # the step refuses anything else
-    values = [tensor.detach().float().sum() for tensor in tensors]
+    values = [tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).sum() for tensor in tensors]
     value = torch.stack([value.to(values[0].device) for value in values]).sum() if values else torch.zeros(())
     handle = torch.ones((), device=value.device, requires_grad=True)
 
