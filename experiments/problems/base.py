@@ -118,6 +118,8 @@ class Problem:
         targets: Return by task the part of a batch that the metrics compare outputs with.
         ModelConfig: A dataclass, the group ``model`` of a configuration.
         ON_DISK: The value of ``data.source`` that ``data.path`` implies; None if the problem reads no files.
+        counts: Return by task the number of values in a batch that its loss is the mean of, such as labelled pixels. Several
+            processes weight their losses with it. None for the number of samples. It may have a parameter ``protocol`` as well.
         score: Return the number by which the best epoch is chosen, the lowest, from its validation metrics; None for delta_m.
     """
 
@@ -131,6 +133,7 @@ class Problem:
     targets: Callable[[Batch], ByTask]
     ModelConfig: type = NoOptions
     ON_DISK: str | None = None
+    counts: Callable[[Batch], dict[str, int]] | None = None
     score: Callable[[Mapping[str, float]], float] | None = None
 
 
@@ -182,8 +185,9 @@ def _problem(folder: ModuleType) -> Problem:
 
 
 def under(protocol: str, problem: Problem) -> Problem:
-    """Return a problem with the losses and metrics of a protocol, where these depend on the protocol."""
-    functions: dict[str, Callable[..., Any]] = {"losses": problem.losses, "metrics": problem.metrics}
+    """Return a problem with the losses, counts and metrics of a protocol, where these depend on the protocol."""
+    names = ("losses", "counts", "metrics")
+    functions: dict[str, Callable[..., Any]] = {name: function for name in names if (function := getattr(problem, name))}
     bound: dict[str, Any] = {
         name: partial(function, protocol=protocol)
         for name, function in functions.items()

@@ -11,6 +11,7 @@ import torch
 from balance import metrics as balance_metrics
 from experiments.analysis import baselines as reference
 from experiments.recording.store import common_of
+from experiments.training import ranks
 from experiments.training.checkpoint_files import write_file
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ class Selection:
 
     def save(self) -> None:
         """Save the state of the best epoch."""
-        write_file(self.run.folder / "best.pt", lambda file: torch.save(self.state, file))
+        if ranks.is_first():
+            write_file(self.run.folder / "best.pt", lambda file: torch.save(self.state, file))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the selection so far."""

@@ -7,15 +7,15 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
+
+from experiments.problems.base import Batch
+from experiments.training import ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from omegaconf import DictConfig
-    from torch.utils.data import Dataset
-
-    from experiments.problems.base import Batch
 
 
 class JoinedBatchSampler(BatchSampler):
@@ -73,6 +73,26 @@ class ResumableSampler(Sampler[list[int]]):
         self.first = position
 
 
+class OwnPart(Dataset[Batch | None]):
+    """The part of every batch that this rank trains on; None where it has no sample.
+
+    Args:
+        data: Data whose items are batches when it is indexed with a list. Data that draws as it is read is read by every rank
+            in whole batches, so that all ranks draw equal numbers.
+    """
+
+    def __init__(self, data: Dataset[Batch]) -> None:
+        self.data = data
+
+    def __getitem__(self, indices: list[int]) -> Batch | None:
+        own = ranks.part(len(indices))
+        if hasattr(self.data, "generator"):
+            batch = tuple(tensor[own] for tensor in self.data[indices])
+        else:
+            batch = self.data[indices[own]] if indices[own] else ()
+        return batch if indices[own] else None
+
+
 def training_batches(data: Dataset[Batch], config: DictConfig) -> DataLoader[Batch]:
     """Return training data in batches, shuffled anew for each epoch.
 
@@ -90,7 +110,7 @@ def training_batches(data: Dataset[Batch], config: DictConfig) -> DataLoader[Bat
     order = RandomSampler(data, generator=generator)  # type: ignore[arg-type]
     sampler = BatchSampler if config.protocol == "paper" else JoinedBatchSampler
     lists = ResumableSampler(sampler(order, train.batch_size, drop_last=False), generator)
-    return _data_loader(data, lists, train.num_workers)
+    return _data_loader(data if ranks.size() == 1 else OwnPart(data), lists, train.num_workers)
 
 
 def sampler_of(batches: DataLoader[Batch]) -> ResumableSampler:
@@ -105,7 +125,7 @@ def evaluation_batches(data: Dataset[Batch], train: DictConfig) -> DataLoader[Ba
     return _data_loader(data, BatchSampler(order, train.eval_batch_size, drop_last=False), train.num_workers)
 
 
-def _data_loader(data: Dataset[Batch], lists: Sampler[list[int]], workers: int) -> DataLoader[Batch]:
+def _data_loader(data: Dataset[Any], lists: Sampler[list[int]], workers: int) -> DataLoader[Batch]:
     """Return a data loader that indexes the data with whole lists, and collates nothing."""
     return DataLoader(data, sampler=lists, batch_size=None, num_workers=workers)
 
@@ -114,6 +134,11 @@ def set_epoch(data: Dataset[Batch], epoch: int) -> None:
     """Set the epoch of data that changes from epoch to epoch. Call it before the epoch's workers start."""
     if hasattr(data, "set_epoch"):
         data.set_epoch(epoch)
+
+
+def num_samples(batch: Batch) -> int:
+    """Return the number of samples of a batch, which its first tensor has."""
+    return next(len(part) for part in batch if isinstance(part, torch.Tensor))
 
 
 def to_device(batch: Batch, device: str) -> Batch:

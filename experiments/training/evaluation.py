@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from experiments.training import interruption
+from experiments.training import interruption, ranks
 from experiments.training.data import evaluation_batches, to_device
+from experiments.training.interruption import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
     from experiments.training.run import Run
 
 
-@torch.no_grad()
 def evaluate(run: Run, data: Dataset[Batch]) -> dict[str, float]:
     """Return the metrics of the network over all samples of a data set; for the test data, print the metrics' remarks.
+
+    The first rank evaluates, and the other ranks wait. Every rank must call it.
 
     Args:
         run: The network, and the metrics of its problem.
@@ -32,11 +34,21 @@ def evaluate(run: Run, data: Dataset[Batch]) -> dict[str, float]:
         Metrics by name.
 
     Raises:
-        Interrupted: If a signal requests the end of the run; see `interruption.check`.
+        Interrupted: If a signal requests the end of the run.
     """
+    metrics, number = ranks.from_first(measure(run, data) if ranks.is_first() else ({}, 0))
+    if number:
+        raise Interrupted(number)
+    return metrics
+
+
+@torch.no_grad()
+def measure(run: Run, data: Dataset[Batch]) -> tuple[dict[str, float], int]:
+    """Return the metrics in this process, and 0; no metrics, and the number of a signal, if one arrives."""
     metrics = run.problem.metrics()
     for metric in metrics.values():
         metric.to(run.config.device)
+        metric.distributed_available_fn = lambda: False  # the other ranks wait, and evaluate nothing
     run.model.eval()
     for cpu_batch in evaluation_batches(data, run.config.train):
         batch = to_device(cpu_batch, run.config.device)
@@ -44,10 +56,11 @@ def evaluate(run: Run, data: Dataset[Batch]) -> dict[str, float]:
         for name, metric in metrics.items():
             task = name.partition("/")[0]
             metric.update(outputs[task], targets[task])
-        interruption.check()
+        if number := interruption.received_here():
+            return {}, number
     if data is run.data.test:
         print_remarks(run, metrics)
-    return {name: metric.compute().item() for name, metric in metrics.items()}
+    return {name: metric.compute().item() for name, metric in metrics.items()}, 0
 
 
 def print_remarks(run: Run, metrics: Mapping[str, Metric]) -> None:

@@ -51,14 +51,9 @@ def _note(number: int, _: FrameType | None) -> None:
 
 def received() -> int:
     """Return the number of the signal that any rank has received; 0 for none. Every rank must call it."""
-    return ranks.largest(max(_received, default=0))
+    return ranks.largest(received_here())
 
 
-def check() -> None:
-    """Raise an exception if any rank has received a signal. Every rank must call it.
-
-    Raises:
-        Interrupted: If a signal has been received.
-    """
-    if number := received():
-        raise Interrupted(number)
+def received_here() -> int:
+    """Return the number of the signal that this rank has received; 0 for none."""
+    return max(_received, default=0)

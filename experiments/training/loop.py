@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.problems import base as problems
 from experiments.recording.run_log import log_inputs, log_model, new_tracker, step_metrics
-from experiments.training import interruption
+from experiments.training import interruption, ranks
 from experiments.training.checkpoint import Selection, checkpoint
 from experiments.training.checkpoint_files import load_newest, save_last
 from experiments.training.console import print_result, progress_bar
@@ -100,9 +100,9 @@ class Training:
             run.balancer.end_epoch()
             self.tracker.log_metrics({"cost/waiting": batches.waiting_share()}, self.step)
 
-    def train_on(self, batch: Batch) -> None:
+    def train_on(self, batch: Batch | None) -> None:
         """Make one step, and log it."""
-        report = self.make_step(to_device(batch, self.run.config.device))
+        report = self.make_step(batch and to_device(batch, self.run.config.device))
         if self.step % self.run.config.log_every == 0:
             self.tracker.log_metrics(step_metrics(report), self.step)
             self.bar.show_losses(report)
@@ -110,7 +110,7 @@ class Training:
         self.position += 1
         self.bar.advance(self.epoch + 1)
 
-    def make_step(self, batch: Batch) -> Report:
+    def make_step(self, batch: Batch | None) -> Report:
         """Make one step, and measure its time or its memory."""
         make = partial(train_step, self.run, self.optimizer, batch)
         if self.step == self.memory_step:
@@ -141,7 +141,8 @@ class Training:
         self.epoch, self.position = self.epoch + 1, 0
         self.schedule.after_epoch(self.selection.update(self.epoch, metrics, checkpoint(self.run, self.epoch)))
         self.save(self.state())
-        interruption.check()
+        if number := interruption.received():
+            raise Interrupted(number)
         return metrics
 
     @property
@@ -179,7 +180,7 @@ class Training:
         """
         is_due = time.monotonic() - self.saved_at >= 60 * self.run.config.train.checkpoint_minutes
         number = interruption.received()
-        if number or is_due:
+        if number or ranks.largest(is_due):
             self.save(self.state())
         if number:
             raise Interrupted(number)
@@ -187,7 +188,8 @@ class Training:
     def save(self, state: Mapping[str, Any]) -> None:
         """Save a checkpoint, after the metrics before it are written."""
         self.tracker.flush()
-        save_last(state, self.run.folder)
+        if ranks.is_first():
+            save_last(state, self.run.folder)
         self.saved_at = time.monotonic()
 
     def state(self) -> dict[str, Any]:
@@ -203,14 +205,14 @@ class Training:
             "tests": list(self.tests),
             "order": sampler_of(run.batches).state(self.position),
             "data": generator_state(run.data.train),
-            "random": random_state(),
+            "random": ranks.by_rank(random_state()),
         }
 
     def resume(self) -> None:
         """Continue from the newest checkpoint in the run's folder, if any; metrics that are written are not written again."""
         if self.run.run_id is not None:
             self.tracker.skip_written()
-        state = load_newest(self.run.folder)
+        state = ranks.from_first(load_newest(self.run.folder) if ranks.is_first() else None)
         if state is not None:
             self.load_state(state)
             self.bar.resume(self.step)
@@ -227,4 +229,5 @@ class Training:
         self.tests = list(state["tests"])
         sampler_of(run.batches).resume(state["order"], self.position)
         set_generator_state(run.data.train, state["data"])
-        set_random_state(state["random"])
+        if len(state["random"]) == ranks.size():  # otherwise each rank draws as at the beginning
+            set_random_state(state["random"][ranks.rank()])

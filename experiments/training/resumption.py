@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.recording.store import Store, fingerprint
+from experiments.training import ranks
 from experiments.training.checkpoint_files import PREVIOUS, write_file
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ def released(lock: BaseFileLock | None) -> Iterator[None]:
 
 def finish(folder: Path, final: Mapping[str, float]) -> None:
     """Mark the run in a folder as finished, by the file of its final metrics; remove the files that only resuming needs."""
+    if not ranks.is_first():
+        return
     content = json.dumps(final, indent=2) + "\n"
     write_file(folder / FINAL, lambda file: file.write(content.encode()))
     for name in (PREVIOUS, LOCK):

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 
 from balance.config import build_balancer, measured
 from balance.tracking import connect
 from experiments.problems import base as problems
+from experiments.training import ranks
 from experiments.training.checkpoint_files import write_file
 from experiments.training.data import training_batches
 from experiments.training.resumption import CONFIG, find_unfinished, lock_of
@@ -25,7 +29,14 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from balance import Balancer
-    from experiments.problems.base import Batch, Network, Problem, Splits
+    from experiments.problems.base import Batch, ByTask, Network, Problem, Splits
+
+
+# The option not to send buffers before each forward pass; torch 2.13 has given it another name
+_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+_WITHOUT_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers": False
+}
 
 
 class Run(NamedTuple):
@@ -40,6 +51,7 @@ class Run(NamedTuple):
     folder: Path  # for its files; `build` leaves the folder of all runs here
     console: Console
     scaler: GradScaler  # of the losses, disabled without train.precision=fp16
+    forward: nn.Module  # from inputs to features and outputs; of several ranks, a wrapper that reduces gradients
     lock: BaseFileLock | None = None  # of the folder, until the run ends
     run_id: str | None = None  # of the MLflow run that is resumed; None for a new one
 
@@ -61,6 +73,17 @@ def prepare(config: DictConfig, console: Console | None = None) -> Run:
         OSError: If the output folder cannot be written, or the tracking store cannot be used.
     """
     run = build(config, console)
+    placed = place(run) if ranks.is_first() else run
+    return placed._replace(folder=ranks.from_first(placed.folder))
+
+
+def place(run: Run) -> Run:
+    """Return a run with the locked folder of the unfinished run that it continues, or with a new one.
+
+    Raises:
+        OSError: If the output folder cannot be written, or the tracking store cannot be used.
+    """
+    config = run.config
     unfinished = find_unfinished(config) if config.resume else None
     if unfinished is not None:
         run.console.print(f"Resuming the run in {unfinished.folder}", soft_wrap=True)
@@ -96,7 +119,25 @@ def build(config: DictConfig, console: Console | None = None) -> Run:
     model = problem.build_model(config.model).to(config.device)
     measured(dict(model.trunk.named_parameters()), config.balancer.measure)  # refuses patterns that fit no parameter
     scaler = GradScaler(torch.device(config.device).type, enabled=config.train.precision == "fp16")
-    return Run(config, problem, data, batches, model, balancer, Path(config.output_dir), console or Console(), scaler)
+    console = (console or Console()) if ranks.is_first() else Console(quiet=True)
+    forward: nn.Module = Forward(model)
+    if ranks.size() > 1:
+        torch.manual_seed(config.seed + ranks.rank())  # ranks drop different units
+        forward = DistributedDataParallel(forward, **_WITHOUT_BUFFERS)  # a rank may have no batch, and no forward pass
+    return Run(config, problem, data, batches, model, balancer, Path(config.output_dir), console, scaler, forward)
+
+
+class Forward(nn.Module):
+    """The forward pass of a network, which returns features and outputs."""
+
+    def __init__(self, model: Network) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Any) -> tuple[Any, ByTask]:
+        """Return features, and outputs by task."""
+        features = self.model.trunk(inputs)
+        return features, self.model.heads(features)
 
 
 def check_device(device: str) -> None:

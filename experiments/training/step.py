@@ -11,10 +11,12 @@ from torch.optim import Optimizer
 
 from balance import extra_forward
 from balance.config import measured
+from experiments.training import ranks
+from experiments.training.data import num_samples
 
 if TYPE_CHECKING:
     from balance import Report
-    from experiments.problems.base import Batch
+    from experiments.problems.base import Batch, ByTask
     from experiments.training.run import Run
 
 
@@ -37,30 +39,48 @@ def autocast(run: Run) -> torch.autocast:
     return torch.autocast(torch.device(run.config.device).type, dtype, enabled=dtype != torch.float32)
 
 
-def train_step(run: Run, optimizer: Optimizer, batch: Batch) -> Report:
-    """Make one step of the optimizer.
+def train_step(run: Run, optimizer: Optimizer, batch: Batch | None) -> Report:
+    """Make one step of the optimizer. Every rank must call it, also without a sample.
 
     Args:
         run: Network, losses and balancer.
         optimizer: As `build_optimizer` returns it.
-        batch: A training batch on the run's device.
+        batch: A training batch on the run's device, of several ranks the part of this rank; None for no sample.
 
     Returns:
         The balancer's report on the step.
     """
     optimizer.zero_grad()
-    with autocast(run):
-        features = run.model.trunk(batch[0])
-        losses = run.problem.losses(run.model.heads(features), batch)
+    features, losses = (None, {}) if batch is None else compute_losses(run, batch)
     shared = dict(run.model.trunk.named_parameters())
     measure = measured(shared, run.config.balancer.measure)
-    report = run.balancer.backward(losses, shared=shared.values(), features=features, measure=measure, scaler=run.scaler)
+    counts = counts_of(run, losses, batch)
+    report = run.balancer.backward(
+        losses, shared=shared.values(), features=features, measure=measure, scaler=run.scaler, counts=counts
+    )
     clip_gradient(run, optimizer)
     run.scaler.step(optimizer)
     run.scaler.update()
     if run.balancer.needs_observation:
         observe(run, batch)
     return report
+
+
+def compute_losses(run: Run, batch: Batch) -> tuple[Any, ByTask]:
+    """Return the features and the losses of a batch."""
+    with autocast(run):
+        features, outputs = run.forward(batch[0])
+        return features, run.problem.losses(outputs, batch)
+
+
+def counts_of(run: Run, losses: ByTask, batch: Batch | None) -> dict[str, int] | None:
+    """Return the number of samples that each loss of this rank is a mean of; None for a single process."""
+    if ranks.size() == 1 or batch is None:
+        return None
+    if run.problem.counts is None:
+        return dict.fromkeys(losses, num_samples(batch))
+    counts = run.problem.counts(batch)
+    return {task: counts[task] for task in losses}
 
 
 def clip_gradient(run: Run, optimizer: Optimizer) -> None:
@@ -72,11 +92,12 @@ def clip_gradient(run: Run, optimizer: Optimizer) -> None:
 
 
 @torch.no_grad()
-def observe(run: Run, batch: Batch) -> None:
+def observe(run: Run, batch: Batch | None) -> None:
     """Show the balancer the losses of a batch after the step.
 
     Statistics of batch normalisation and random numbers do not change, except in the published protocol: the published codes
     let this second forward pass change them.
     """
     with extra_forward(run.model) if run.config.protocol == "sound" else nullcontext(), autocast(run):
-        run.balancer.observe(run.problem.losses(run.model(batch[0]), batch))
+        losses = {} if batch is None else run.problem.losses(run.model(batch[0]), batch)
+    run.balancer.observe(losses, counts=counts_of(run, losses, batch))

@@ -10,7 +10,7 @@ Source:
 
 from experiments.problems.cityscapes.data import ON_DISK, DataConfig, load
 from experiments.problems.cityscapes.model import ModelConfig, build_model
-from experiments.problems.cityscapes.tasks import HIGHER_IS_BETTER, TASKS, losses, metrics, targets
+from experiments.problems.cityscapes.tasks import HIGHER_IS_BETTER, TASKS, counts, losses, metrics, targets
 
 __all__ = [
     "HIGHER_IS_BETTER",
@@ -19,6 +19,7 @@ __all__ = [
     "DataConfig",
     "ModelConfig",
     "build_model",
+    "counts",
     "load",
     "losses",
     "metrics",

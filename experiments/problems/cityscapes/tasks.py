@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from experiments.datasets.layouts.dense import CITYSCAPES
 from experiments.problems.dense import metrics as dense
 from experiments.problems.dense.losses import depth_loss, present, segmentation_loss
+from experiments.problems.dense.masks import valid_depth, valid_labels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,15 @@ def losses(outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
             "depth": depth_loss(outputs["depth"], expected["depth"]),
         }
     )
+
+
+def counts(batch: Batch) -> dict[str, int]:
+    """Return by task the number of pixels that count."""
+    expected = targets(batch)
+    return {
+        "segmentation": int(valid_labels(expected["segmentation"]).sum()),
+        "depth": int(valid_depth(expected["depth"]).sum()),
+    }
 
 
 def metrics(protocol: ProtocolName = "sound") -> dict[str, Metric]:

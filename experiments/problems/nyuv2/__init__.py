@@ -11,7 +11,7 @@ Source:
 
 from experiments.problems.nyuv2.data import ON_DISK, DataConfig, load
 from experiments.problems.nyuv2.model import ModelConfig, build_model
-from experiments.problems.nyuv2.tasks import HIGHER_IS_BETTER, TASKS, losses, metrics, targets
+from experiments.problems.nyuv2.tasks import HIGHER_IS_BETTER, TASKS, counts, losses, metrics, targets
 
 __all__ = [
     "HIGHER_IS_BETTER",
@@ -20,6 +20,7 @@ __all__ = [
     "DataConfig",
     "ModelConfig",
     "build_model",
+    "counts",
     "load",
     "losses",
     "metrics",

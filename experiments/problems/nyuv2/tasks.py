@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from experiments.datasets.layouts.dense import NYUV2
 from experiments.problems.dense.losses import depth_loss, normal_loss, present, segmentation_loss
+from experiments.problems.dense.masks import valid_depth, valid_labels, valid_normals
 from experiments.problems.dense.metrics import HIGHER_IS_BETTER, depth_metrics, normal_metrics, segmentation_metrics
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from experiments.problems.base import Batch, ProtocolName
 
-__all__ = ["HIGHER_IS_BETTER", "TASKS", "losses", "metrics", "targets"]
+__all__ = ["HIGHER_IS_BETTER", "TASKS", "counts", "losses", "metrics", "targets"]
 
 TASKS = ("segmentation", "depth", "normals")
 
@@ -35,6 +36,16 @@ def losses(outputs: dict[str, Tensor], batch: Batch, protocol: ProtocolName = "s
             "normals": normal_loss(outputs["normals"], expected["normals"], protocol),
         }
     )
+
+
+def counts(batch: Batch, protocol: ProtocolName = "sound") -> dict[str, int]:
+    """Return by task the number of pixels that count."""
+    expected = targets(batch)
+    return {
+        "segmentation": int(valid_labels(expected["segmentation"]).sum()),
+        "depth": int(valid_depth(expected["depth"]).sum()),
+        "normals": int(valid_normals(expected["normals"], protocol).sum()),
+    }
 
 
 def metrics(protocol: ProtocolName = "sound") -> dict[str, Metric]:

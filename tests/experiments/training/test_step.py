@@ -113,9 +113,8 @@ def test_precision_of_a_step(precision, dtype, words, tiny):
         reports.append(train_step(each, optimizer, batch))
     assert dtypes == [dtype] * (2 if "--loss_method=famo" in words else 1)
     torch.testing.assert_close(reports[0].losses, reports[1].losses, rtol=2e-2, atol=1e-2)
-    scale = run.scaler.get_scale()
     for p, q in zip(run.model.parameters(), exact.model.parameters(), strict=True):
-        torch.testing.assert_close(p.grad / scale, q.grad, rtol=0.1, atol=0.1 * q.grad.abs().max().item())
+        torch.testing.assert_close(p.grad, q.grad, rtol=0.1, atol=0.1 * q.grad.abs().max().item())
 
 
 def test_an_overflow_is_skipped(tiny):
@@ -128,7 +127,7 @@ def test_an_overflow_is_skipped(tiny):
     assert run.scaler.get_scale() == 2.0**29
     assert not optimizer.state
     for key, value in (run.model.state_dict() | run.balancer.state_dict()).items():
-        assert torch.equal(value, before[key]), key
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
     while not optimizer.state:
         train_step(run, optimizer, batch)
     assert 1 < run.scaler.get_scale() < 2.0**29
