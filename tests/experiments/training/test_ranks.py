@@ -1,6 +1,18 @@
-"""Runs on several processes: every problem trains, and digits ends like on one process."""
+"""Runs on several processes: every problem trains, and ends like on one process."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
 
 from tests.distributed.processes import run_on_ranks
+from tests.experiments.short_runs import NAMES, ROOT
+from tests.experiments.training.interruptions import recorded
 from tests.experiments.training.on_ranks import assert_equal, train_all
 
 
@@ -16,3 +28,75 @@ def test_two_processes_train_digits_like_one(tiny, tmp_path):
     assert_equal(two[0][:2], one[:2], rtol=1e-3, atol=1e-4)  # Adam turns rounding into up to a step of 1e-3
     assert_equal(two[0][2:], one[2:], rtol=1e-1, atol=1e-3)
     assert len([*(tmp_path / "runs/digits").iterdir()]) == 2 * len(cases)
+
+
+@pytest.mark.slow
+def test_every_problem_trains_on_two_processes(tiny, tmp_path):
+    cases = [tiny(name, "--loss_method=go4align", "--gradient_method=mgda", "train.optimizer=sgd") for name in NAMES]
+    one = train_all(0, cases)
+    first, second = run_on_ranks(train_all, 2, tmp_path, cases)
+    assert_equal(first, second, rtol=0, atol=0)
+    for name, mine, theirs in zip(NAMES, first, one, strict=True):
+        assert mine["final"].keys() == theirs["final"].keys()
+        if name in ("digits", "toy", "multimnist", "regression100"):  # no statistics of batch normalisation, no augmentation
+            assert_equal([mine], [theirs], rtol=1e-3, atol=1e-5)
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+COMMAND = [
+    *(*TORCHRUN, str(ROOT / "experiments/trainer.py"), "--loss_method=rlw", "--gradient_method=pcgrad", "log_every=5"),
+    *("data.train_pairs=500", "train.batch_size=16", "train.epochs=20", "log_model=false", "train.checkpoint_minutes=0.004"),
+]
+
+
+def start(folder, *words):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    return subprocess.Popen([*COMMAND, *words], cwd=folder, env=environment, **options)
+
+
+def workers_of(process):
+    """The processes of the two ranks, once they train."""
+    for _ in range(600):
+        children = [
+            child for child in psutil.Process(process.pid).children(recursive=True) if "trainer.py" in str(child.cmdline())
+        ]
+        if len(children) == 2:
+            return children
+        time.sleep(0.1)
+    raise AssertionError("torchrun has started no processes")
+
+
+@pytest.mark.slow
+def test_five_kills_of_a_run_on_two_processes(tmp_path):
+    for name in ("undisturbed", "killed"):
+        (tmp_path / name).mkdir()
+    undisturbed = start(tmp_path / "undisturbed")
+    assert undisturbed.wait(timeout=900) == 0, undisturbed.stdout.read()
+    draw = random.Random(0)
+    for _ in range(5):
+        process = start(tmp_path / "killed", "resume=true")
+        workers = workers_of(process)
+        time.sleep(draw.uniform(2, 15))
+        for victim in (psutil.Process(process.pid), *workers):
+            victim.kill()
+        process.communicate()
+    last = start(tmp_path / "killed", "resume=true")
+    assert last.wait(timeout=900) == 0, last.stdout.read()
+    (expected,), (final,) = ([*tmp_path.glob(f"{name}/runs/digits/*/final.json")] for name in ("undisturbed", "killed"))
+    assert final.read_bytes() == expected.read_bytes()
+    assert recorded(tmp_path / "killed/runs")[1] == recorded(tmp_path / "undisturbed/runs")[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dead_rank_ends_the_job_within_a_minute(tmp_path, victim):
+    process = start(tmp_path, "train.epochs=1000")
+    workers = sorted(workers_of(process), key=lambda worker: int(worker.environ()["RANK"]))
+    time.sleep(15)
+    workers[victim].send_signal(signal.SIGKILL)
+    begin = time.monotonic()
+    output, _ = process.communicate(timeout=120)
+    assert time.monotonic() - begin < 60
+    assert process.returncode != 0
+    assert "SIGKILL" in output or "exitcode  : -9" in output.replace("exitcode: ", "exitcode  : ")
