@@ -32,6 +32,15 @@ def test_conflict_averse_weights_solve_the_published_problem_of_dependent_gradie
     assert_solves_the_published_problem(J.numpy(), c, tolerance=1e-6)
 
 
+@pytest.mark.parametrize("c", [0.4, 5.0])
+def test_conflict_averse_weights_of_nearly_parallel_gradients_that_limit_the_gain_together(c):
+    """Their Gramian is nearly singular, so that the points at a level come from least-distance programming."""
+    for angle in (1e-5, 3e-5):
+        J = np.array([[1.0, angle, 0.0], [1.0, -angle, 0.0], [0.2, 0.0, 3.0]])
+        assert (conflict_averse_weights(J @ J.T, c)[:2] > 0).all()
+        assert_solves_the_published_problem(J, c)
+
+
 @given(SEEDS, st.integers(2, 9), st.sampled_from([0.1, 0.4, 0.9]))
 def test_conflict_averse_weights_with_more_tasks_than_parameters(seed, num_tasks, c):
     J = np.random.default_rng(seed).normal(size=(num_tasks, max(1, num_tasks // 2)))
