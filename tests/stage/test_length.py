@@ -38,7 +38,7 @@ def test_a_direction_is_stretched_to_the_length_of_the_summed_gradient():
     ],
 )
 def test_the_whole_trunk_gets_the_intended_length(lengths, fixed, factor):
-    """Where a length is zero or not finite, the factor that was given remains."""
+    """The given factor remains if a length is zero or not finite."""
     remaining = list(lengths)
     gradients = SimpleNamespace(trunk_length=lambda weights: 10 * remaining.pop(0))
     weighting = SimpleNamespace(pull_back=lambda weights: weights, matrix=torch.eye(2))

@@ -55,12 +55,22 @@ def start(folder, *words):
     return subprocess.Popen([*COMMAND, *words], cwd=folder, env=environment, **options)
 
 
+def finish(process):
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+
+
+def is_rank(process):
+    try:
+        return "RANK" in process.environ()
+    except psutil.Error:  # it has ended, or has just begun
+        return False
+
+
 def workers_of(process):
     """The processes of the two ranks, once they train."""
     for _ in range(600):
-        children = [
-            child for child in psutil.Process(process.pid).children(recursive=True) if "trainer.py" in str(child.cmdline())
-        ]
+        children = [child for child in psutil.Process(process.pid).children(recursive=True) if is_rank(child)]
         if len(children) == 2:
             return children
         time.sleep(0.1)
@@ -71,8 +81,7 @@ def workers_of(process):
 def test_five_kills_of_a_run_on_two_processes(tmp_path):
     for name in ("undisturbed", "killed"):
         (tmp_path / name).mkdir()
-    undisturbed = start(tmp_path / "undisturbed")
-    assert undisturbed.wait(timeout=900) == 0, undisturbed.stdout.read()
+    finish(start(tmp_path / "undisturbed"))
     draw = random.Random(0)
     for _ in range(5):
         process = start(tmp_path / "killed", "resume=true")
@@ -81,8 +90,7 @@ def test_five_kills_of_a_run_on_two_processes(tmp_path):
         for victim in (psutil.Process(process.pid), *workers):
             victim.kill()
         process.communicate()
-    last = start(tmp_path / "killed", "resume=true")
-    assert last.wait(timeout=900) == 0, last.stdout.read()
+    finish(start(tmp_path / "killed", "resume=true"))
     (expected,), (final,) = ([*tmp_path.glob(f"{name}/runs/digits/*/final.json")] for name in ("undisturbed", "killed"))
     assert final.read_bytes() == expected.read_bytes()
     assert recorded(tmp_path / "killed/runs")[1] == recorded(tmp_path / "undisturbed/runs")[1]
