@@ -92,6 +92,26 @@ def test_micro_batches_are_one_batch(options, parts):
         torch.testing.assert_close(report.gramian, expected_report.gramian, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("options", [{"gradient": "mgda", "loss": "uw"}, {}], ids=str)
+def test_micro_batches_may_be_given_where_autograd_records_nothing(options):
+    network, other = double(), double()
+    balancer = Balancer(TASKS, **options)
+    with balancer.collect():
+        losses, counts, _ = losses_of(network, ALL)
+        with torch.no_grad():
+            balancer.backward(losses, counts=counts, shared=list(network.shared()))
+    Balancer(TASKS, **options).backward(losses_of(other, ALL)[0], shared=list(other.shared()))
+    assert_same(network.grads(), other.grads(), rtol=1e-9, atol=1e-11)
+
+
+def test_reused_weights_of_micro_batches_are_reused_weights_of_one_batch():
+    grads, _, report = train({"gradient": balance.compose.every(2, "mgda", 3)}, PARTS["mixed"], steps=4)
+    expected, _, _ = train({"gradient": balance.compose.every(2, "mgda", 3)}, None, steps=4)
+    assert report.gramian is None
+    for mine, theirs in zip(grads, expected, strict=True):
+        assert_same(mine, theirs, rtol=1e-9, atol=1e-11)
+
+
 def test_conflicts_are_seen_where_every_micro_batch_has_one_task():
     w = torch.zeros(2, requires_grad=True)
     balancer = Balancer(("math", "code"), gradient="pcgrad")
