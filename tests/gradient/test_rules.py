@@ -48,7 +48,7 @@ DEFAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DEFAULTS)
 def test_defaults_are_as_documented(name):
     assert {option: p.default for option, p in gradient_balancers.options(name).items()} == DEFAULTS[name]
 
