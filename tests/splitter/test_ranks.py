@@ -86,6 +86,7 @@ def run_few(rank):
     return train_all(rank, FEW), run_without_model(rank)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_the_whole_batch(tmp_path):
     trained, others = zip(*run_on_ranks(run_few, 2, tmp_path), strict=True)
     check(FEW, trained)

@@ -108,7 +108,9 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("order", ["together", "losses first", "kept"])
+@pytest.mark.parametrize(
+    "order", ["together", *(pytest.param(order, marks=pytest.mark.slow) for order in ("losses first", "kept"))]
+)
 def test_graphs_fifty_thousand_nodes_deep(order):
     done = subprocess.run([sys.executable, "-c", DEEP, order], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

@@ -15,10 +15,12 @@ from tests.experiments.short_runs import NAMES, ROOT
 from tests.experiments.training.interruptions import recorded
 from tests.experiments.training.on_ranks import assert_equal, train_all
 
+METHODS = (["--loss_method=rlw", "--gradient_method=pcgrad"], ["--loss_method=famo"], ["train.precision=fp16"])
 
-def test_two_processes_train_digits_like_one(tiny, tmp_path):
-    """Of 101 samples the ranks have 12 and 11, or 3 and 2."""
-    methods = (["--loss_method=rlw", "--gradient_method=pcgrad"], ["--loss_method=famo"], ["train.precision=fp16"])
+
+@pytest.mark.parametrize("methods", [METHODS[:1], pytest.param(METHODS, marks=pytest.mark.slow)], ids=["one", "three"])
+def test_two_processes_train_digits_like_one(methods, tiny, tmp_path):
+    """Of 97 samples the ranks have 12 and 11, or 3 and 2."""
     words = ["data.train_pairs=97", "train.batch_size=23", "train.epochs=2", "train.max_norm=1"]
     cases = [tiny("digits", *method, *words) for method in methods]
     one = train_all(0, cases)
