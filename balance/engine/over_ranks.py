@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from balance.engine.accumulate import LeafGradient
     from balance.engine.layers import MeasuredTensor
-    from balance.types import Gramian, Jacobian
+    from balance.types import Direction, Gramian, Jacobian
 
 
 class Layout(NamedTuple):
@@ -290,6 +290,12 @@ class GlobalGradients(TaskGradients):
         with without_hooks(trunk):
             local = weighted_pass(self.outputs, weights, trunk, retain_graph=True)
         return length(gradient for gradient in sum_gradients(self.ranks, trunk, local) if gradient is not None)
+
+    def split(self, direction: Direction) -> list[Tensor | None]:
+        """Split a direction into pieces for ``partition.inputs``; see `TaskGradients.split`. Shape (P,)."""
+        inputs = self.partition.inputs
+        pieces = torch.split(direction, [tensor.numel() for tensor in inputs])
+        return self.reached.applied([piece.view(tensor.shape) for piece, tensor in zip(pieces, inputs, strict=True)])
 
     def _summed(self, leaves: Sequence[Tensor], pairs: Sequence[LeafGradient]) -> list[LeafGradient]:
         by_leaf = {id(leaf): gradient for leaf, gradient in pairs}

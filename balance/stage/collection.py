@@ -83,7 +83,7 @@ class Collection:
         self._scaler: GradScaler | None = None
         self._extras: list[LeafGradient] = []
         self._num_extras = 0
-        self._is_half = False
+        self._is_whole = True  # False once a call has added only some of its gradients
 
     @torch.enable_grad()
     def add(self, given: StepArguments) -> Report:
@@ -111,12 +111,13 @@ class Collection:
         if given.extra is not None:
             self._extras = merged_pairs(self._extras, extra_gradients(given.extra, 1.0, seed))
             self._num_extras += 1
+        self._is_whole = False
         with torch.autocast(step.losses.device.type, enabled=False):
             self._add_gradients(step, parts, seed)
+        self._is_whole = True
         counts = torch.tensor(step.counts, dtype=torch.float64, device="cpu")
         self._sums[0, step.indices] += counts * step.host
         self._sums[1, step.indices] += counts
-        self._is_half |= step.is_half
         return unknown_report(step)
 
     def take_step(self) -> Outcome:
@@ -127,7 +128,13 @@ class Collection:
 
         Raises:
             ValueError: If there is no micro-batch, or a loss or gradient is not finite.
+            RuntimeError: If a call has failed after it had added some of its gradients.
         """
+        if not self._is_whole:
+            raise RuntimeError(
+                "A call inside of collect() failed during its backward passes, so that the step would lack some of its "
+                "gradients. Let its error leave the context, and collect again."
+            )
         owner, ranks, parameters = self._owner, self._owner.ranks, list(self._owner.parameters())
         step = self._mean_losses()
         agreed = None

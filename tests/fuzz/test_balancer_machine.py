@@ -6,12 +6,12 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, event, seed, settings
+from hypothesis import event, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 import balance
-from tests.fuzz.training import TASKS, Setup, Step, Trainer, all_finite, assert_near, assert_same, fields
+from tests.fuzz.training import MACHINE, TASKS, Setup, Step, Trainer, all_finite, assert_near, assert_same, fields
 
 STEPS, EXAMPLES = 40, int(os.environ.get("FUZZ_MACHINES", "190"))  # in all about 10 000 steps
 EXPECTED_WARNINGS = (
@@ -234,13 +234,7 @@ class Training(RuleBasedStateMachine):
 
 
 Trainer.initial_bias = Trainer(Setup()).model.trunk[0].bias.detach()
-FIXED = settings(
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate, Phase.shrink],
-    stateful_step_count=STEPS,
-)
+FIXED = settings(MACHINE, stateful_step_count=STEPS)
 
 
 def test_trainings():

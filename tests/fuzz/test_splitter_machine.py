@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, event, seed, settings
+from hypothesis import event, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 import balance
-from tests.fuzz.training import ROWS, TASKS, Net, Step, all_finite, assert_same, composed, fields
+from tests.fuzz.training import MACHINE, ROWS, TASKS, Net, Step, all_finite, assert_same, composed, fields
 
 STEPS, EXAMPLES = 40, int(os.environ.get("FUZZ_MACHINES", "190"))  # in all about 10 000 steps
 NOT_FINITE = ("nan", "inf", "overflow")
@@ -228,13 +228,7 @@ class Training(RuleBasedStateMachine):
 
 
 INITIAL_BIAS = Net().trunk[0].bias.detach()
-FIXED = settings(
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate, Phase.shrink],
-    stateful_step_count=STEPS,
-)
+FIXED = settings(MACHINE, stateful_step_count=STEPS)
 
 
 def test_trainings():

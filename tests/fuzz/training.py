@@ -9,6 +9,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor, nn
 
 import balance
@@ -16,6 +17,7 @@ import balance
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+MACHINE = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
 TASKS = ("a", "b", "c")
 ROWS = 6
 _PLACES = {task: k for k, task in enumerate(TASKS)}

@@ -249,6 +249,19 @@ def test_refusals(options, keywords, message):
     assert all(p.grad is None for p in network.parameters())
 
 
+def test_a_call_that_failed_half_way_is_not_forgotten():
+    network, balancer = Network(), Balancer(TASKS)
+    broken = network.losses()
+    broken["b"].backward()  # frees the graph that the pass of the second task needs
+    context = balancer.collect()
+    context.__enter__()
+    with pytest.raises(RuntimeError, match="second time"):
+        balancer.backward(broken)
+    with pytest.raises(RuntimeError, match="lack some of its gradients"):
+        context.__exit__(None, None, None)
+    assert balancer.report is None
+
+
 def test_an_empty_or_second_collection_is_refused():
     balancer = Balancer(TASKS)
     with pytest.raises(ValueError, match="must have at least one of the tasks"), balancer.collect():
