@@ -10,8 +10,12 @@ from tests import claims
 
 TESTS = Path(__file__).parent
 CHANGELOG = (TESTS.parent / "CHANGELOG.md").read_text(encoding="utf-8")
-REFERENCES = ast.walk(ast.parse((TESTS / "test_references.py").read_text(encoding="utf-8")))
-STRINGS = {node.value for node in REFERENCES if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+STRINGS = {
+    node.value
+    for path in (TESTS / "references").glob("*.py")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    if isinstance(node, ast.Constant) and isinstance(node.value, str)
+}
 METHODS = [
     *(pytest.param(name, claims.LOSS_ROWS, id=name) for name in loss_balancers.names()),
     *(pytest.param(name, claims.GRADIENT_ROWS, id=name) for name in gradient_balancers.names()),
@@ -20,12 +24,12 @@ METHODS = [
 
 @pytest.mark.parametrize(("name", "rows"), METHODS)
 def test_method_has_a_row_of_claims(name, rows):
-    assert name in rows, f"Add a row for '{name}' to tests/claims.py."
+    assert name in rows, f"Add a row for '{name}' to tests/claims."
 
 
 @pytest.mark.parametrize(("name", "rows"), METHODS)
 def test_method_has_a_row_of_references(name, rows):
-    assert name in STRINGS, f"Add a row for '{name}' to tests/test_references.py: a fixed input and a known result."
+    assert name in STRINGS, f"Add a row for '{name}' to tests/references: a fixed input and a known result."
 
 
 @pytest.mark.parametrize(("name", "rows"), METHODS)

@@ -57,12 +57,14 @@ class Context:
         num_tasks: Number of all tasks.
         losses: Their raw losses, detached, float64, on the host; None where nobody has them. Shape (K,).
         tasks: Their names, for messages; None where nobody has them.
+        cross: Inner products of their gradients on two further batches; None where nobody has them. Shape (K, K).
     """
 
     indices: Tensor
     num_tasks: int
     losses: Losses | None = None
     tasks: tuple[str, ...] | None = None
+    cross: Tensor | None = None
 
     @classmethod
     def of_all(cls, num_tasks: int, losses: Losses | None = None) -> Context:
@@ -314,7 +316,10 @@ class AdaptedGradientBalancer(_Adapted):
 
     def forward(self, gramian: Gramian, context: Context) -> Weights:
         """Return the weights, checked and detached. Shape (K, K) -> (K,)."""
-        return _checked_weights(self._call(gramian, context, **self._losses(context)), len(gramian))
+        keywords = self._losses(context)
+        if context.cross is not None and "cross" in self._keywords:
+            keywords["cross"] = context.cross
+        return _checked_weights(self._call(gramian, context, **keywords), len(gramian))
 
     def reuse(self, context: Context) -> Weights | None:
         """Return the weights of an earlier step, checked, or None if the rule must solve. Shape (K,)."""

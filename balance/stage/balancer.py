@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from balance.distributed.ranks import Ranks
 from balance.engine.engine import Engine, Estimate
@@ -21,15 +20,13 @@ from balance.stage.arguments import (
     StepArguments,
     ZeroPolicy,
     listed,
-    read_losses,
-    require_present,
     task_names,
 )
 from balance.stage.choices import check_choices, check_jacobian_balancer
 from balance.stage.collection import Collection, collecting
 from balance.stage.deferred import deferred_loss
 from balance.stage.execution import execute, prepare
-from balance.stage.over_ranks import mean_over_ranks
+from balance.stage.learning import LearningStage
 from balance.stage.own_gradients import OwnGradients
 from balance.stage.reminders import Reminders
 from balance.types import EngineChoice, GradientRule, Heads, LossRule, Memory, Scale, Source
@@ -51,7 +48,7 @@ if TYPE_CHECKING:
 _DEFAULTS = {"source": "parameters", "scale": "paper", "nan": "error", "zero": "present"}
 
 
-class Balancer(nn.Module):
+class Balancer(LearningStage):
     """A loss balancer and a gradient balancer, composed, in place of ``losses.sum().backward()``.
 
     The stage is an ``nn.Module``: its ``parameters()`` belong in the optimizer and its ``state_dict()`` in the checkpoint.
@@ -91,8 +88,6 @@ class Balancer(nn.Module):
         TypeError: If an option has the wrong type.
     """
 
-    loss_sums: Tensor
-    loss_counts: Tensor
     stretch: Tensor
 
     def __init__(
@@ -113,10 +108,9 @@ class Balancer(nn.Module):
         memory: Memory = "jacobian",
         process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
         check_choices(source, heads, scale, nan, zero, engine, memory)
-        self.tasks = task_names(tasks)
-        self.source, self.scale, self.nan, self.zero = source, scale, nan, zero
+        super().__init__(task_names(tasks), nan, zero, Ranks(process_group, is_shared=True))
+        self.source, self.scale = source, scale
         self._descriptions = describe(loss, loss_options), _description(gradient, gradient_options)
         K = len(self.tasks)
         self.loss_balancer: LossBalancer = build_loss_balancer(loss, loss_options, K, 2 * seed)
@@ -131,21 +125,11 @@ class Balancer(nn.Module):
         self.engine = Engine(engine, memory)
         self.reminders = Reminders(self._descriptions[0])
         warn_of_pairing(loss, gradient, K)
-        # Sums of the losses of the epoch, for rules that update once per epoch
-        self.register_buffer("loss_sums", torch.zeros(K, dtype=torch.float64, device="cpu"))
-        self.register_buffer("loss_counts", torch.zeros(K, dtype=torch.int64, device="cpu"))
         # Factor of ``scale`` on the last direction, for steps that reuse its weights
         self.register_buffer("stretch", torch.ones((), dtype=torch.float64, device="cpu"))
-        self._skipped = False  # whether the gradient scaler was to skip the last step
         self._report: Report | None = None
         self.own_gradients = OwnGradients()
-        self.ranks = Ranks(process_group, is_shared=True)
         self.collection: Collection | None = None
-
-    @property
-    def needs_observation(self) -> bool:
-        """True if `observe` must be called after each optimizer step."""
-        return self.loss_balancer.needs_observation
 
     def backward(
         self,
@@ -305,7 +289,7 @@ class Balancer(nn.Module):
         given.check()
         if self.collection is not None and not is_trial:
             return self.collection.add(given)
-        if self._skipped:
+        if not is_trial:
             self._skipped = False
         outcome = execute(self, given, prepare(self, given), is_trial=is_trial)
         return outcome.report if is_trial else self._finish(outcome)
@@ -313,35 +297,6 @@ class Balancer(nn.Module):
     def _finish(self, outcome: Outcome) -> Report:
         self._skipped, self._report = outcome.skipped, outcome.report
         return outcome.report
-
-    @torch.no_grad()
-    def observe(self, losses: Mapping[str, Tensor] | Tensor, *, counts: Counts | None = None) -> None:
-        """Pass the losses of the same batch after the optimizer's step to a rule that learns from them (famo).
-
-        Args:
-            losses: As for `backward`, of the same tasks.
-            counts: As for `backward`.
-
-        Raises:
-            ValueError: If a loss is not finite or out of the rule's domain; the rule's state is then as before.
-        """
-        if not self.needs_observation or self._skipped:
-            return
-        step = read_losses(losses, self.tasks, self.nan, self.zero, counts)
-        if self.ranks.size > 1:
-            step = mean_over_ranks(step, self.tasks, self.ranks)
-        require_present(step, losses, self.tasks)
-        if bad := step.not_finite():
-            raise ValueError(f"Losses must be finite, but got {bad}. Look at the data and the learning rate.")
-        self.loss_balancer.observe(step.losses, step.context)
-        self.reminders.observed()
-
-    def end_epoch(self) -> None:
-        """Close an epoch: rules that update once per epoch get its mean losses, NaN for a task that was never present."""
-        self.reminders.epoch_ended()
-        self.loss_balancer.end_epoch(self.loss_sums / self.loss_counts)
-        self.loss_sums.zero_()
-        self.loss_counts.zero_()
 
     def estimate(
         self,

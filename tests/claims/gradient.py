@@ -1,0 +1,86 @@
+"""Claims that each gradient balancer satisfies; see `tests.claims`."""
+
+from balance import gradient_balancers
+
+GENERIC = "on linearly independent gradients"
+
+TWO = [[1.0, 0.0], [-1.0, 1.0]]  # two gradients in conflict
+SKEWED = [[1.0, 0.0], [0.0, 3.0]]
+THREE = [[1.0, 3.0, 1.0], [-3.0, 3.0, -3.0], [0.0, -3.0, 0.0]]  # conflicts that depend on the order
+NEGATIVE = [[1.0, 1.0, 0.0], [20.0, 4.0, 6.0], [4.0, 20.0, 6.0]]  # IMTL-G's weights are of both signs
+ACUTE = [[1.0, 0.0], [1.0, 0.1]]  # nearly parallel, no conflict
+
+# What is usual for a rule that sees the Jacobian; a row lists what differs
+ON_JACOBIANS = {
+    "finite": True,
+    "permutation_equivariant": True,
+    "rotation_equivariant": True,
+    "conflict_free": TWO,
+    "unchanged_by_scaling_one_task": SKEWED,
+    "scales_with_the_gradients": True,
+    "linear_under_scaling": SKEWED,
+    "sum_without_conflict": SKEWED,
+    "equal_projections": SKEWED,
+}
+# The same for a rule that sees the Gramian
+ON_GRAMIANS = ON_JACOBIANS | {
+    "positive_at_one_task": True,
+    "on_simplex": SKEWED,
+    "at_least_one": SKEWED,
+    "non_negative": True,
+}
+
+GRADIENT_ROWS = {
+    "mgda": ON_GRAMIANS | {"on_simplex": True, "conflict_free": True},  # scaling: believed, but it favours small gradients
+    "pcgrad": ON_GRAMIANS
+    | {
+        "permutation_equivariant": THREE,  # in distribution only
+        "on_simplex": TWO,
+        "at_least_one": True,
+        "conflict_free": THREE,  # believed, but true for two tasks only
+        "linear_under_scaling": True,
+        "sum_without_conflict": True,
+    },
+    "cagrad": ON_GRAMIANS | {"conflict_free": [[10.0, 0.0], [-1.0, 0.1]]},  # believed, but it takes c >= 1
+    "imtl": ON_GRAMIANS
+    | {
+        "on_simplex": NEGATIVE,  # believed, but weights can be negative
+        "non_negative": NEGATIVE,
+        "conflict_free": GENERIC,
+        "unchanged_by_scaling_one_task": GENERIC,
+        "equal_projections": GENERIC,
+    },
+    "nashmtl": ON_GRAMIANS
+    | {
+        "conflict_free": True,
+        "unchanged_by_scaling_one_task": GENERIC,
+        "scales_with_the_gradients": SKEWED,  # the direction has length max_norm
+        "equal_projections": [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 1.0]],  # for two tasks it is IMTL-G
+    },
+    "graddrop": ON_JACOBIANS
+    | {
+        "rotation_equivariant": TWO,
+        "conflict_free": [[0.0, 3.0, 2.0], [0.0, -2.0, -3.0]],
+        "linear_under_scaling": [[1.0] * 6, [-1.0] * 6],
+        "sum_without_conflict": True,
+    },
+}
+
+
+# What options other than the default ones add: (name, options) and the claims that hold with them, on degenerate input too
+GRADIENT_OPTIONS = [
+    ("mgda", {"normalization": "l2"}, ["on_simplex"]),  # with parallel gradients the order decides
+    ("pcgrad", {"order": "fixed"}, ["rotation_equivariant", "linear_under_scaling", "sum_without_conflict"]),
+    ("cagrad", {"c": 1.0}, ["conflict_free", "permutation_equivariant", "rotation_equivariant", "non_negative"]),
+    ("cagrad", {"c": 1.0, "rescale": 0}, ["conflict_free", "permutation_equivariant", "scales_with_the_gradients"]),
+    ("cagrad", {"c": 1.5, "rescale": 2}, ["conflict_free", "permutation_equivariant"]),
+    ("cagrad", {"c": 10.0, "rescale": 0}, ["conflict_free", "permutation_equivariant"]),
+    ("cagrad", {"c": 0.0}, ["linear_under_scaling", "on_simplex"]),
+    ("imtl", {"official": True}, ["permutation_equivariant", "rotation_equivariant", "scales_with_the_gradients"]),
+    ("nashmtl", {"max_norm": None}, ["conflict_free", "permutation_equivariant", "non_negative"]),
+    ("graddrop", {"leak": 1.0}, ["permutation_equivariant", "rotation_equivariant", "linear_under_scaling"]),
+]
+
+
+def gradient_factory(name, **options):
+    return lambda num_tasks: gradient_balancers.build(name, num_tasks=num_tasks, **options)
