@@ -28,7 +28,8 @@ from balance.stage.plain_step import (
     take_plain_step,
 )
 from balance.stage.plain_step_over_ranks import take_plain_step_over_ranks
-from balance.stage.step import BalancedStep, Stage
+from balance.stage.step import BalancedStep
+from balance.stage.writing import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
