@@ -18,6 +18,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from balance.messages import unknown
 from balance.rules import compose as compose_rules
 from balance.rules.registry import Registry, gradient_balancers, loss_balancers
+from balance.rules.switch import Switch
 from balance.stage.balancer import Balancer
 from balance.types import EngineChoice, GradientRule, Heads, Memory, Scale, Source
 
@@ -118,12 +119,14 @@ def _range_in_words(metadata: Mapping[str, Any]) -> str:
 class StageConfig:
     """Options of the stage and of the composition of its two rules; see `Balancer`."""
 
+    weights: dict[str, float] = setting({}, help="priorities of tasks by name, factors on their losses; 1 where left out")
     source: Source = setting("parameters", help="tensors at which conflict is measured")
     heads: Heads | None = setting(None, help="treatment of task-specific heads; null: as in the method's paper code")
     scale: Scale = setting("paper", help="scale of the gradient balancer's weights")
     engine: EngineChoice = setting("auto", help="backward passes one by one or in a batch")
     memory: Memory = setting("jacobian", help="task gradients or only their inner products in memory")
     measure: list[str] | None = setting(None, help="patterns of names: only at these shared parameters is conflict measured")
+    warmup: int = setting(0, minimum=0, help="number of steps with equal weights before the gradient balancer begins")
     every: int = setting(1, minimum=1, help="number of steps that use the same weights; see `balance.compose.every`")
     smoothing: float = setting(0.0, minimum=0, below=1, help="weight of the past in a moving average of the weights")
     groups: list[list[str]] | None = setting(None, help="names of the tasks of each group, if whole groups are balanced")
@@ -244,11 +247,14 @@ def build_balancer(config: DictConfig, tasks: Sequence[str]) -> Balancer:
     stage, names = options["balancer"], method_names(config.loss_method)
     if stage.pop("measure") is not None:
         _check_measure(config.gradient_method, stage["source"])
+    weights, steps = stage.pop("weights") or None, stage.pop("warmup")
     composed = {key: stage.pop(key) for key in ("groups", "smoothing", "every")}
     gradient, gradient_options = config.gradient_method, options["gradient"]
     if composed != {"groups": None, "smoothing": 0.0, "every": 1}:
         gradient = _composed(gradient, gradient_options, tuple(tasks), **composed)
         gradient_options = {}
+    if steps:
+        gradient, gradient_options = _after_warmup(gradient, gradient_options, steps)
     return Balancer(
         tuple(tasks),
         loss=names if len(names) > 1 else names[0],
@@ -256,8 +262,15 @@ def build_balancer(config: DictConfig, tasks: Sequence[str]) -> Balancer:
         loss_options=options["loss"],
         gradient_options=gradient_options,
         seed=config.seed,
+        weights=weights,
         **stage,
     )
+
+
+def _after_warmup(gradient: str | GradientRule | None, options: Mapping[str, Any], steps: int) -> tuple[Switch, dict[str, Any]]:
+    if gradient is None:
+        raise ValueError("balancer.warmup needs a gradient method, but got none.")
+    return compose_rules.warmup((gradient, options) if isinstance(gradient, str) else gradient, steps), {}
 
 
 def measured(shared: Mapping[str, Parameter], patterns: Sequence[str] | None) -> list[Parameter] | None:

@@ -123,6 +123,7 @@ class GradientBalancer(Protocol):
         fixed_length: Whether the length of the direction does not depend on the lengths of the gradients.
         reuses: Whether some steps use the weights of earlier steps.
         uses_losses: Whether the formula contains the losses.
+        uses_cross: Whether the formula contains the inner products of two further batches.
         learns: Whether steps can change the rule's state.
     """
 
@@ -136,6 +137,8 @@ class GradientBalancer(Protocol):
     def reuses(self) -> bool: ...  # noqa: D102
     @property
     def uses_losses(self) -> bool: ...  # noqa: D102
+    @property
+    def uses_cross(self) -> bool: ...  # noqa: D102
     @property
     def learns(self) -> bool: ...  # noqa: D102
 
@@ -194,10 +197,11 @@ def adapt_gradient_balancer(
     """
     if isinstance(rule, AdaptedGradientBalancer | AdaptedJacobianBalancer):
         return rule
+    if sees == "gramian":
+        return AdaptedGradientBalancer(rule, heads, fixed_length=fixed_length)
     heads = heads or getattr(rule, "heads", None) or "unweighted"
     fixed_length = bool(getattr(rule, "fixed_length", False) if fixed_length is None else fixed_length)
-    adapted = AdaptedGradientBalancer if sees == "gramian" else AdaptedJacobianBalancer
-    return adapted(rule, heads, fixed_length=fixed_length)
+    return AdaptedJacobianBalancer(rule, heads, fixed_length=fixed_length)
 
 
 def try_out(rule: GradientBalancer, num_tasks: int) -> None:
@@ -303,11 +307,23 @@ class AdaptedGradientBalancer(_Adapted):
 
     sees: Literal["gramian"] = "gramian"
 
-    def __init__(self, rule: Callable[..., Tensor], heads: Heads, *, fixed_length: bool) -> None:
+    def __init__(self, rule: Callable[..., Tensor], heads: Heads | None, *, fixed_length: bool | None) -> None:
         super().__init__(rule)
-        self.heads, self.fixed_length = heads, fixed_length
+        self.given_heads, self.given_fixed_length = heads, fixed_length
         self.uses_losses = "losses" in self._keywords
+        self.uses_cross = "cross" in self._keywords
         self._has_reuse = hasattr(rule, "reuse")
+
+    @property
+    def heads(self) -> Heads:
+        """Treatment of heads: as given, or as the rule says, which can change from step to step."""
+        return self.given_heads or getattr(self.rule, "heads", None) or "unweighted"
+
+    @property
+    def fixed_length(self) -> bool:
+        """True if the length of the direction does not depend on the lengths of the gradients."""
+        given = self.given_fixed_length
+        return bool(getattr(self.rule, "fixed_length", False) if given is None else given)
 
     @property
     def reuses(self) -> bool:
@@ -317,7 +333,7 @@ class AdaptedGradientBalancer(_Adapted):
     def forward(self, gramian: Gramian, context: Context) -> Weights:
         """Return the weights, checked and detached. Shape (K, K) -> (K,)."""
         keywords = self._losses(context)
-        if context.cross is not None and "cross" in self._keywords:
+        if context.cross is not None and self.uses_cross:
             keywords["cross"] = context.cross
         return _checked_weights(self._call(gramian, context, **keywords), len(gramian))
 

@@ -13,6 +13,7 @@ from balance.engine.partition import read_features, read_shared
 from balance.rules.build import build_gradient_balancer, build_loss_balancer, warn_of_pairing
 from balance.rules.casting import preserving
 from balance.rules.options import describe
+from balance.rules.priorities import read_priorities
 from balance.rules.task_names import check_tasks, encode_tasks
 from balance.stage.arguments import (
     Counts,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
     from torch.distributed import ProcessGroup
 
-    from balance.rules.protocol import GradientBalancer, JacobianBalancer, LossBalancer
+    from balance.rules.protocol import GradientBalancer, JacobianBalancer
     from balance.stage.plain_step import Outcome
     from balance.stage.report import Report
 
@@ -61,6 +62,11 @@ class Balancer(LearningStage):
             ordinary backward pass of the sum of the weighted losses.
         loss_options: Options of a registered loss balancer; of several, options by name.
         gradient_options: Options of a registered gradient balancer.
+        weights: Priorities of the tasks, 1 for tasks that are left out: factors on the losses under any pair of rules. They
+            multiply what the loss balancer returns, so that no loss balancer can remove them as a difference of scale. A
+            gradient balancer registered as a remedy for ``"gradient length"`` would remove them too. It sees the gradients
+            without the priorities, and its weights apply to the gradients with them. What it promises, such as no conflict,
+            then holds for equal priorities only.
         source: Tensors on which conflict is measured: the shared ``"parameters"``, or the ``"features"`` that they compute.
             With features every sample counts separately, and one backward pass goes through the trunk instead of K.
         heads: Task-specific parameters get the gradients of the weighted losses unchanged (``"unweighted"``) or times the
@@ -98,6 +104,7 @@ class Balancer(LearningStage):
         *,
         loss_options: Mapping[str, Any] | None = None,
         gradient_options: Mapping[str, Any] | None = None,
+        weights: Mapping[str, float] | Sequence[float] | None = None,
         source: Source = "parameters",
         heads: Heads | None = None,
         scale: Scale = "paper",
@@ -113,13 +120,14 @@ class Balancer(LearningStage):
         self.source, self.scale = source, scale
         self._descriptions = describe(loss, loss_options), _description(gradient, gradient_options)
         K = len(self.tasks)
-        self.loss_balancer: LossBalancer = build_loss_balancer(loss, loss_options, K, 2 * seed)
+        self.priorities = read_priorities(weights, self.tasks)
+        self.loss_balancer = build_loss_balancer(loss, loss_options, K, 2 * seed, self.priorities)
         self.gradient_balancer: GradientBalancer | JacobianBalancer | None = None
         if gradient is not None:
-            self.gradient_balancer = build_gradient_balancer(gradient, gradient_options, K, 2 * seed + 1)
+            self.gradient_balancer = build_gradient_balancer(gradient, gradient_options, K, 2 * seed + 1, self.priorities)
         elif gradient_options:
             raise ValueError(f"gradient_options need a gradient balancer, but got {dict(gradient_options)} and gradient=None.")
-        self.heads: Heads = heads or ("unweighted" if self.gradient_balancer is None else self.gradient_balancer.heads)
+        self._heads = heads
         if self.gradient_balancer is not None and self.gradient_balancer.sees == "jacobian":
             check_jacobian_balancer(self._descriptions[1], self.heads, scale, memory)
         self.engine = Engine(engine, memory)
@@ -130,6 +138,11 @@ class Balancer(LearningStage):
         self._report: Report | None = None
         self.own_gradients = OwnGradients()
         self.collection: Collection | None = None
+
+    @property
+    def heads(self) -> Heads:
+        """Treatment of task-specific parameters: as chosen, or as the gradient balancer's paper code does."""
+        return self._heads or ("unweighted" if self.gradient_balancer is None else self.gradient_balancer.heads)
 
     def backward(
         self,
@@ -341,6 +354,8 @@ class Balancer(LearningStage):
         loss, gradient = self._descriptions
         chosen = [f"{name}={getattr(self, name)!r}" for name, default in _DEFAULTS.items() if getattr(self, name) != default]
         engine = {"engine": (self.engine.choice, "auto"), "memory": (self.engine.memory, "jacobian")}
+        if self.priorities is not None:
+            chosen.append(f"weights={self.priorities.tolist()}")
         chosen += [f"{name}={value!r}" for name, (value, default) in engine.items() if value != default]
         return f"Balancer({', '.join([repr(self.tasks), f'loss={loss}', f'gradient={gradient}', *chosen])})"
 

@@ -56,7 +56,6 @@ class Stage(Protocol):
     """
 
     loss_balancer: LossBalancer
-    heads: Heads
     scale: Scale
     zero: ZeroPolicy
     source: Source
@@ -64,6 +63,9 @@ class Stage(Protocol):
     stretch: Tensor
     reminders: Reminders
     ranks: Ranks
+
+    @property
+    def heads(self) -> Heads: ...  # noqa: D102 - see the class
 
 
 class Measurement(NamedTuple):
