@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -87,7 +87,7 @@ class Switch:
         return [(equal if rule is None or rule == "ls" else rule, options) for rule, options in pairs]
 
     def __call__(self, *data: Tensor, **keywords: Tensor) -> Tensor:  # noqa: ARG002 - as a rule is called
-        """Refuse a call, since only a stage knows the number of tasks.
+        """Refuse a call, since the number of tasks comes from a stage.
 
         Raises:
             TypeError: Always.
@@ -112,10 +112,10 @@ class _Turns(nn.Module):
     steps: Tensor
     position: Tensor
 
-    def __init__(self, given: Switch, rules: list[Any], num_tasks: int) -> None:
+    def __init__(self, given: Switch, rules: Iterable[object], num_tasks: int) -> None:
         super().__init__()
         self.given, self.num_tasks = given, num_tasks
-        self.rules = nn.ModuleList(rules)
+        self.rules = nn.ModuleList(cast("Iterable[nn.Module]", rules))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device="cpu"))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64, device="cpu"))
 

@@ -97,6 +97,7 @@ class StepArguments:
     factor: float = 1.0
     counts: Counts | None = None
     extra: Tensor | None = None
+    further: Sequence[Mapping[str, Tensor] | Tensor] | None = None
 
     def check(self) -> None:
         """Check the arguments that need no context.

@@ -65,8 +65,8 @@ class Balancer(LearningStage):
         weights: Priorities of the tasks, 1 for tasks that are left out: factors on the losses under any pair of rules. They
             multiply what the loss balancer returns, so that no loss balancer can remove them as a difference of scale. A
             gradient balancer registered as a remedy for ``"gradient length"`` would remove them too. It sees the gradients
-            without the priorities, and its weights apply to the gradients with them. What it promises, such as no conflict,
-            then holds for equal priorities only.
+            without the priorities, and its weights apply to the gradients with them. Its promises, such as no conflict, then
+            hold for equal priorities only.
         source: Tensors on which conflict is measured: the shared ``"parameters"``, or the ``"features"`` that they compute.
             With features every sample counts separately, and one backward pass goes through the trunk instead of K.
         heads: Task-specific parameters get the gradients of the weighted losses unchanged (``"unweighted"``) or times the
@@ -155,6 +155,7 @@ class Balancer(LearningStage):
         factor: float = 1.0,
         counts: Counts | None = None,
         extra: Tensor | None = None,
+        further: Sequence[Mapping[str, Tensor] | Tensor] | None = None,
     ) -> Report:
         """Balance the losses and add the result to ``.grad`` of every parameter, like ``losses.sum().backward()``.
 
@@ -198,6 +199,9 @@ class Balancer(LearningStage):
                 ranks, or of several calls inside of `collect`, are means of different numbers. A task with none is absent.
             extra: A further loss (a scalar) that no rule sees, such as a regulariser: its gradients are added to the direction,
                 times ``factor``. Over several ranks its mean is taken.
+            further: Losses of the same tasks on two further, independent batches, as a pair. A rule that needs independent
+                samples (sdmgrad, modo) gets the inner products of their gradients of the shared parameters. The direction, and
+                the gradients of the heads, come from ``losses`` alone.
 
         Returns:
             The record of the step.
@@ -208,7 +212,7 @@ class Balancer(LearningStage):
             TypeError: If a loss is not a tensor, or ``shared`` is not an iterable of parameters.
             RuntimeError: If the graph cannot be walked once for each task, or several processes do not train one model.
         """
-        given = StepArguments(losses, listed(shared), features, listed(measure), scaler, factor, counts, extra)
+        given = StepArguments(losses, listed(shared), features, listed(measure), scaler, factor, counts, extra, further)
         return self._run(given)
 
     def weights(

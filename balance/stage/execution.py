@@ -15,6 +15,7 @@ from balance.engine.over_ranks import sum_gradients
 from balance.engine.partition import partition_graph, read_features, read_shared
 from balance.rules.snapshot import Snapshot
 from balance.stage.arguments import read_losses, require_present
+from balance.stage.further_batches import check_further, cross_gramian
 from balance.stage.loss_weighting import weighted_step
 from balance.stage.ordinary_backward import NotFiniteError, require_finite
 from balance.stage.over_ranks import agree
@@ -108,6 +109,13 @@ def prepare(owner: Owner, given: StepArguments) -> Prepared:
         TypeError: If an argument has the wrong type.
         RuntimeError: If the graph cannot be walked once for each task, or the ranks have not the same parameters.
     """
+    check_further(
+        given,
+        owner.gradient_balancer,
+        owner.source,
+        num_ranks=owner.ranks.size,
+        is_collecting=owner.collection is not None,
+    )
     step = read_losses(given.losses, owner.tasks, owner.nan, owner.zero, given.counts)
     parameters = list(owner.parameters())
     parts = read_partition(owner, step, given, parameters)
@@ -232,7 +240,9 @@ def _outcome(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial
         extras = _extra_pairs(owner, given, prepared, seed)
     is_sharded = any(map(is_distributed_tensor, parts.trunk))
     rule = owner.gradient_balancer
-    whole = BalancedStep(owner, rule, step, parts, seed, factor, list(extras), collected, is_trial, is_sharded)
+    policies = (owner.nan, owner.zero)
+    cross = cross_gramian(given, step, owner.tasks, policies, prepared.parameters, owner.engine, retain_graph=is_trial)
+    whole = BalancedStep(owner, rule, step, parts, seed, factor, list(extras), collected, is_trial, is_sharded, cross)
     return Outcome(whole.run())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -108,7 +109,8 @@ class BalancedStep(StepWriter):
 
     def _solve(self, gradients: TaskGradients, weighting: Weighting, balanced: Tensor, G: Gramian) -> Weights:
         """Apply the rule and the option ``scale`` to the balanced tasks. Shape (k,)."""
-        weights = self.rule(G, self.step.context_of(balanced)).to(G)
+        cross = None if self.cross is None else weighting.gramian(self.cross)
+        weights = self.rule(G, replace(self.step.context_of(balanced), cross=cross)).to(G)
         if self.stage.scale == "sum":
             return weights * stretch_to_sum(weights)
         stretch = stretch_of_weights(self.stage.scale, G, weights)

@@ -91,6 +91,7 @@ class StepWriter:
         collected: The tasks' gradients, if they have been computed before; None: they are computed in this step.
         is_trial: Whether the step only computes weights; it then leaves ``.grad`` and the graph as they are.
         is_sharded: Whether FSDP2 shards the parameters.
+        cross: Inner products of the tasks' gradients on two further batches. Shape (K, K).
     """
 
     stage: Stage
@@ -103,6 +104,7 @@ class StepWriter:
     collected: TaskGradients | None
     is_trial: bool
     is_sharded: bool
+    cross: Gramian | None = None
 
     @property
     def _outputs(self) -> LossOutputs:
