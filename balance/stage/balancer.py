@@ -9,6 +9,7 @@ import torch
 
 from balance.distributed.ranks import Ranks
 from balance.engine.engine import Engine, Estimate
+from balance.engine.metric import OptimizerMetric
 from balance.engine.partition import read_features, read_shared
 from balance.rules.build import build_gradient_balancer, build_loss_balancer, warn_of_pairing
 from balance.rules.casting import preserving
@@ -23,7 +24,7 @@ from balance.stage.arguments import (
     listed,
     task_names,
 )
-from balance.stage.choices import check_choices, check_jacobian_balancer
+from balance.stage.choices import check_choices, check_jacobian_balancer, check_metric
 from balance.stage.collection import Collection, collecting
 from balance.stage.deferred import deferred_loss
 from balance.stage.execution import execute, prepare
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.amp.grad_scaler import GradScaler
     from torch.distributed import ProcessGroup
+    from torch.optim import Optimizer
 
     from balance.rules.protocol import GradientBalancer, JacobianBalancer
     from balance.stage.plain_step import Outcome
@@ -50,7 +52,7 @@ _DEFAULTS = {"source": "parameters", "scale": "paper", "nan": "error", "zero": "
 
 
 class Balancer(LearningStage):
-    """A loss balancer and a gradient balancer, composed, in place of ``losses.sum().backward()``.
+    r"""A loss balancer and a gradient balancer, composed, in place of ``losses.sum().backward()``.
 
     The stage is an ``nn.Module``: its ``parameters()`` belong in the optimizer and its ``state_dict()`` in the checkpoint.
 
@@ -87,6 +89,10 @@ class Balancer(LearningStage):
             as shared parameters. For a linear or convolutional layer whose batch is smaller than its weight, only the
             gradients of its outputs are kept, which suffice. ``"gramian"``: at most 0.4 times as many numbers, or the gradients
             of the largest parameter. The passes are repeated for parts of the parameters, and a weighted backward pass follows.
+        metric: The optimizer of the shared parameters: conflict and length are then measured as its steps change the losses,
+            to first order. The Gramian is :math:`J P^{-1} J^\top` with the optimizer's current diagonal P, of Adam, AdamW,
+            RMSprop or Adagrad; SGD has the identity. The direction is a combination of the gradients themselves. Lengths of
+            directions are lengths in this metric. Can be set later, as ``balancer.metric = optimizer``.
         process_group: The data-parallel processes that train together; None: all processes of torch.distributed.
 
     Raises:
@@ -113,6 +119,7 @@ class Balancer(LearningStage):
         zero: ZeroPolicy = "present",
         engine: EngineChoice = "auto",
         memory: Memory = "jacobian",
+        metric: Optimizer | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         check_choices(source, heads, scale, nan, zero, engine, memory)
@@ -131,6 +138,7 @@ class Balancer(LearningStage):
         if self.gradient_balancer is not None and self.gradient_balancer.sees == "jacobian":
             check_jacobian_balancer(self._descriptions[1], self.heads, scale, memory)
         self.engine = Engine(engine, memory)
+        self.metric = metric
         self.reminders = Reminders(self._descriptions[0])
         warn_of_pairing(loss, gradient, K)
         # Factor of ``scale`` on the last direction, for steps that reuse its weights
@@ -138,6 +146,17 @@ class Balancer(LearningStage):
         self._report: Report | None = None
         self.own_gradients = OwnGradients()
         self.collection: Collection | None = None
+
+    @property
+    def metric(self) -> OptimizerMetric | None:
+        """Metric of the inner products of gradients, of an optimizer; None: the usual one."""
+        return self._metric
+
+    @metric.setter
+    def metric(self, optimizer: Optimizer | None) -> None:
+        if optimizer is not None:
+            check_metric(self.source, self.gradient_balancer)
+        self._metric = None if optimizer is None else OptimizerMetric(optimizer)
 
     @property
     def heads(self) -> Heads:
@@ -201,7 +220,7 @@ class Balancer(LearningStage):
                 times ``factor``. Over several ranks its mean is taken.
             further: Losses of the same tasks on two further, independent batches, as a pair. A rule that needs independent
                 samples (sdmgrad, modo) gets the inner products of their gradients of the shared parameters. The direction, and
-                the gradients of the heads, come from ``losses`` alone.
+                the gradients of the heads, come from ``losses``.
 
         Returns:
             The record of the step.

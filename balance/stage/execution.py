@@ -149,6 +149,8 @@ def read_partition(owner: Owner, step: StepLosses, given: StepArguments, paramet
     if (sharded := sharded_partition(roots, shared, parameters)) is not None:
         _check_sharded(owner, given)
         return sharded
+    if owner.metric is not None and given.measure is not None:
+        raise ValueError("measure cannot be combined with a metric, since lengths in it need all shared parameters. Use one.")
     parts = partition_graph(owner.source, step.roots, given.shared, given.features, given.measure, parameters)
     if owner.gradient_balancer.sees == "jacobian":
         if given.measure is not None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from balance.distributed.ranks import Ranks
     from balance.engine.accumulate import LeafGradient
     from balance.engine.engine import Engine
+    from balance.engine.metric import OptimizerMetric
     from balance.engine.partition import Partition
     from balance.engine.task_gradients import TaskGradients
     from balance.rules.protocol import GradientBalancer, JacobianBalancer, LossBalancer
@@ -53,6 +54,7 @@ class Stage(Protocol):
         stretch: Factor of ``scale`` on the last direction, for steps that reuse its weights. Shape ()
         reminders: Warnings that are given once.
         ranks: The processes that train together.
+        metric: Metric of the inner products of gradients; None: the usual one.
     """
 
     loss_balancer: LossBalancer
@@ -64,6 +66,8 @@ class Stage(Protocol):
     reminders: Reminders
     ranks: Ranks
 
+    @property
+    def metric(self) -> OptimizerMetric | None: ...  # noqa: D102 - see the class
     @property
     def heads(self) -> Heads: ...  # noqa: D102 - see the class
 
@@ -116,12 +120,18 @@ class StepWriter:
             return self.collected
         if self.is_sharded:
             num_ranks = self.stage.ranks.size
-            return FullyShardedGradients.measure(self._outputs, self.parts, num_ranks, retain_graph=self.is_trial)
+            return FullyShardedGradients.measure(
+                self._outputs, self.parts, num_ranks, retain_graph=self.is_trial, roots=self._roots()
+            )
         ranks = self.stage.ranks if self.stage.ranks.size > 1 else None
         as_matrix = self.rule.sees == "jacobian"
         return self.stage.engine.measure(
-            self._outputs, self.parts, as_matrix=as_matrix, retain_graph=self.is_trial, ranks=ranks
+            self._outputs, self.parts, as_matrix=as_matrix, retain_graph=self.is_trial, ranks=ranks, roots=self._roots()
         )
+
+    def _roots(self) -> list[Tensor] | None:
+        """Return the factors of the metric on the coordinates of each shared parameter; None: 1."""
+        return None if self.stage.metric is None else self.stage.metric.roots(self.parts.inputs)
 
     def _head_weights(self, weighted: WeightedStep, weights: Weights) -> Weights:
         """Return the weights of the raw gradients of the heads. Shape (K,)."""
@@ -141,7 +151,7 @@ class StepWriter:
             *weighted.parameter_pairs(self.factor * self.seed.scale),
         ]
         bound = None
-        if not gradients.needs_pass:
+        if not gradients.needs_pass and self.stage.metric is None:  # lengths in another metric bound nothing
             bound = bound_of_sums((shared_weights, head_weights), (measured.shared_lengths, measured.head_lengths))
         self._write(gradients, shared_weights.tolist(), others, bound)
 
