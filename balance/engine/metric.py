@@ -26,7 +26,8 @@ class OptimizerMetric:
     P is the root of the optimizer's current average of squared gradients, plus its epsilon. The average of Adam is corrected
     for its start at zero. SGD has the identity. Learning rates of parameter groups count relative to the largest of them.
     Momentum and weight decay are left out. A parameter without state gets the mean of all other entries of
-    :math:`P^{-1}`; if none has state, P is the identity.
+    :math:`P^{-1}`; if none has state, P is the identity. A coordinate whose gradients have all been zero so far has an entry of
+    epsilon, so that its first gradient can dominate all inner products.
 
     Args:
         optimizer: Adam, AdamW, RMSprop, Adagrad or SGD, or a wrapper that has it as ``optimizer``.
