@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -20,6 +20,7 @@ from balance.rules import compose as compose_rules
 from balance.rules.registry import Registry, gradient_balancers, loss_balancers
 from balance.rules.switch import Switch
 from balance.stage.balancer import Balancer
+from balance.stage.choices import check_metric
 from balance.types import EngineChoice, GradientRule, Heads, Memory, Scale, Source
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+Metric = Literal["gradients", "optimizer"]
 
 # Tests of a value against the entries of a field's metadata
 _TESTS: dict[str, Callable[[Any, Any], bool]] = {
@@ -125,6 +127,7 @@ class StageConfig:
     scale: Scale = setting("paper", help="scale of the gradient balancer's weights")
     engine: EngineChoice = setting("auto", help="backward passes one by one or in a batch")
     memory: Memory = setting("jacobian", help="task gradients or only their inner products in memory")
+    metric: Metric = setting("gradients", help="inner products of gradients, or as the optimizer's steps change the losses")
     measure: list[str] | None = setting(None, help="patterns of names: only at these shared parameters is conflict measured")
     warmup: int = setting(0, minimum=0, help="number of steps with equal weights before the gradient balancer begins")
     every: int = setting(1, minimum=1, help="number of steps that use the same weights; see `balance.compose.every`")
@@ -233,7 +236,7 @@ def build_balancer(config: DictConfig, tasks: Sequence[str]) -> Balancer:
         tasks: Names of the tasks.
 
     Returns:
-        A new stage.
+        A new stage. With ``balancer.metric=optimizer`` its ``metric`` is to be set to the optimizer.
 
     Raises:
         ValueError: If a method or an option is unknown or out of range, or a mandatory option is missing.
@@ -247,6 +250,7 @@ def build_balancer(config: DictConfig, tasks: Sequence[str]) -> Balancer:
     stage, names = options["balancer"], method_names(config.loss_method)
     if stage.pop("measure") is not None:
         _check_measure(config.gradient_method, stage["source"])
+    metric = stage.pop("metric")
     weights, steps = stage.pop("weights") or None, stage.pop("warmup")
     composed = {key: stage.pop(key) for key in ("groups", "smoothing", "every")}
     gradient, gradient_options = config.gradient_method, options["gradient"]
@@ -255,7 +259,7 @@ def build_balancer(config: DictConfig, tasks: Sequence[str]) -> Balancer:
         gradient_options = {}
     if steps:
         gradient, gradient_options = _after_warmup(gradient, gradient_options, steps)
-    return Balancer(
+    balancer = Balancer(
         tuple(tasks),
         loss=names if len(names) > 1 else names[0],
         gradient=gradient,
@@ -265,6 +269,9 @@ def build_balancer(config: DictConfig, tasks: Sequence[str]) -> Balancer:
         weights=weights,
         **stage,
     )
+    if metric == "optimizer":  # which is built later, with the balancer's parameters
+        check_metric(balancer.source, balancer.gradient_balancer)
+    return balancer
 
 
 def _after_warmup(gradient: str | GradientRule | None, options: Mapping[str, Any], steps: int) -> tuple[Switch, dict[str, Any]]:

@@ -24,13 +24,25 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_optimizer(run: Run) -> Optimizer:
-    """Build the optimizer of the model and, with a separate learning rate, of the parameters of the balancer."""
+    """Return an optimizer of the model and, with another learning rate, of the balancer's parameters.
+
+    With ``balancer.metric=optimizer`` it becomes the metric of the balancer.
+
+    Args:
+        run: The run.
+
+    Returns:
+        A new optimizer.
+    """
     train = run.config.train
     classes: dict[str, type[Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     model = {"params": list(run.model.parameters()), "lr": train.lr, "weight_decay": train.weight_decay}
     balancer = {"params": list(run.balancer.parameters()), "lr": train.balancer_lr, "weight_decay": 0.0}
     options: Any = OmegaConf.to_container(run.config.optimizer)
-    return classes[train.optimizer]([model, balancer], **options)
+    optimizer = classes[train.optimizer]([model, balancer], **options)
+    if run.config.balancer.metric == "optimizer":
+        run.balancer.metric = optimizer
+    return optimizer
 
 
 def autocast(run: Run) -> torch.autocast:
