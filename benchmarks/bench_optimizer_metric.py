@@ -2,8 +2,8 @@
 
 python benchmarks/bench_optimizer_metric.py [--seeds 0 1 2] [--methods mgda] [--steps 250] [--output benchmarks/results]
 
-For each problem, method, metric and seed: the share of steps that raise a loss of their batch to first order, before and after
-the optimizer has divided the direction by its diagonal, and the final test metric.
+It prints the share of steps that raise a loss of their batch to first order: by the direction, and by the step of the optimizer,
+which divides the direction by its diagonal. It also prints the test metrics after the last step.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def measure(problem: str, method: str, optimizer: str, metric: str, seed: int, s
 
 
 def endless(run: Run) -> Iterator[Batch]:
-    """Yield training batches, epoch after epoch; at the end of an epoch the balancer is told."""
+    """Yield training batches, epoch after epoch; the balancer closes each epoch."""
     while True:
         yield from run.batches
         run.balancer.end_epoch()

@@ -33,6 +33,8 @@ LAYERS = (
     {"balance.splitter"},
     {"balance.diagnosis"},
     {"balance.config", "balance.tracking", "balance.testing"},
+    {"balance.catalogue"},
+    {"balance.__main__"},
     {"balance"},
     {"experiments.datasets"},
     {"experiments.problems"},  # its rooms are ordered by PROBLEMS
