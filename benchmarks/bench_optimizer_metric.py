@@ -2,8 +2,8 @@
 
 python benchmarks/bench_optimizer_metric.py [--seeds 0 1 2] [--methods mgda] [--steps 250] [--output benchmarks/results]
 
-It prints the share of steps that raise a loss of their batch to first order: by the direction, and by the step of the optimizer,
-which divides the direction by its diagonal. It also prints the test metrics after the last step.
+It prints the share of steps that raise a loss of their batch to first order, by the direction and by the optimizer's step. The
+step is the direction divided by the optimizer's diagonal, and momentum. It also prints the test metrics after the last step.
 """
 
 from __future__ import annotations
