@@ -5,6 +5,7 @@ An author writes a rule in the simplest form: a function of one tensor. A rule m
     present=      indices of the tasks of this step; passed only if tasks are absent
     losses=       gradient balancers: the raw losses of these tasks, detached
     observe(losses), end_epoch(mean_losses)      loss balancers that learn between steps
+    observe_validation(losses)                   loss balancers that learn from validation data
     reuse(present)                               gradient balancers that use weights of earlier steps
 
 `adapt_loss_balancer` and `adapt_gradient_balancer` read that form once, when a stage is built. All other code calls rules
@@ -89,6 +90,7 @@ class LossBalancer(Protocol):
         observes: Whether the rule has to see the raw losses. In a chain it must be the first.
         needs_observation: Whether `observe` must be called after every optimizer step.
         needs_epochs: Whether `end_epoch` must be called after every epoch.
+        needs_validation: Whether `observe_validation` must be called every few steps.
         learns: Whether steps can change the rule's state.
     """
 
@@ -100,6 +102,8 @@ class LossBalancer(Protocol):
     def needs_observation(self) -> bool: ...  # noqa: D102
     @property
     def needs_epochs(self) -> bool: ...  # noqa: D102
+    @property
+    def needs_validation(self) -> bool: ...  # noqa: D102
 
     def __call__(self, losses: Losses, context: Context) -> WeightedLosses:
         """Return the weighted losses of the present tasks, differentiable. Shape (K,) -> (K,)."""
@@ -109,6 +113,9 @@ class LossBalancer(Protocol):
 
     def observe(self, losses: Losses, context: Context) -> None:
         """Learn from the losses of the same batch after the optimizer step. Shape (K,)."""
+
+    def observe_validation(self, losses: Losses, context: Context) -> None:
+        """Learn from the losses of a batch of validation data. Shape (K,)."""
 
     def end_epoch(self, mean_losses: Tensor) -> None:
         """Learn from the mean raw losses of an epoch, NaN for tasks that were never present. Shape (all tasks,)."""
@@ -264,6 +271,7 @@ class AdaptedLossBalancer(_Adapted):
         super().__init__(rule)
         self.observes = hasattr(rule, "observe")
         self.needs_epochs = bool(getattr(rule, "needs_epochs", False))
+        self.observes_validation = hasattr(rule, "observe_validation")
 
     @property
     def learns(self) -> bool:
@@ -275,6 +283,11 @@ class AdaptedLossBalancer(_Adapted):
         """True if `observe` must be called after every optimizer step."""
         return self.observes and bool(getattr(self.rule, "needs_observation", True))
 
+    @property
+    def needs_validation(self) -> bool:
+        """True if `observe_validation` must be called every few steps."""
+        return self.observes_validation and bool(getattr(self.rule, "needs_validation", True))
+
     def forward(self, losses: Losses, context: Context) -> WeightedLosses:
         """Return the weighted losses, unchecked. Shape (K,) -> (K,)."""
         return cast("WeightedLosses", self._call(losses, context))
@@ -285,9 +298,15 @@ class AdaptedLossBalancer(_Adapted):
 
     def observe(self, losses: Losses, context: Context) -> None:
         """Pass the losses after the optimizer step to a rule that observes them. Shape (K,)."""
-        if not self.observes:
-            return
-        observe: Callable[..., None] = cast("Any", self.rule).observe
+        if self.observes:
+            self._pass_on(cast("Any", self.rule).observe, losses, context)
+
+    def observe_validation(self, losses: Losses, context: Context) -> None:
+        """Pass the losses of a batch of validation data to a rule that observes them. Shape (K,)."""
+        if self.observes_validation:
+            self._pass_on(cast("Any", self.rule).observe_validation, losses, context)
+
+    def _pass_on(self, observe: Callable[..., None], losses: Losses, context: Context) -> None:
         present = context.present
         with _Naming(context):
             observe(losses, **({"present": present} if present is not None and "present" in _keywords(observe) else {}))
