@@ -100,10 +100,7 @@ class CoBa(nn.Module):
         """
         weights = values(self.weights[indices(present, len(self.weights))])
         unknown = weights.isnan()
-        if unknown.all():
-            weights = torch.ones_like(weights)
-        else:
-            weights = torch.where(unknown, weights.nanmean(), weights)
+        weights = torch.ones_like(weights) if unknown.all() else torch.where(unknown, weights.nanmean(), weights)
         return weigh(losses, weights / weights.sum())
 
     def observe_validation(self, losses: Losses, present: Tensor | None = None) -> None:

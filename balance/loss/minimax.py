@@ -33,8 +33,8 @@ class Minimax(nn.Module):
     .. math:: \min_\theta \max_w \sum_k w_k L_k(\theta)
 
     The gradient of the sum with respect to a weight is the loss. With ``ascent="gradient"`` a weight grows by ``lr`` times its
-    loss at every update. With ``ascent="adam"`` it takes an Adam step, whose length is about ``lr`` at first, whatever the loss.
-    A step uses the weights from before its own update. Weights never fall while losses are positive, so the effective
+    loss at every update. With ``ascent="adam"`` it takes an Adam step, whose length is about ``lr`` at first, whatever the
+    loss. A step uses the weights from before its own update. Weights never fall while losses are positive, so the effective
     learning rate grows with them. One task is weighted too. An absent task keeps its weight and its moments.
 
     Args:
@@ -48,8 +48,8 @@ class Minimax(nn.Module):
         ValueError: If an option is out of range.
 
     Source:
-        McClenny & Braga-Neto, "Self-Adaptive Physics-Informed Neural Networks", J. Comput. Phys. 2023, with one weight for each
-        loss and the identity as mask, as in MiniMaxAdaptiveLoss of NeuralPDE. ``lr=0.005`` is the rate of the authors' examples.
+        McClenny & Braga-Neto, "Self-Adaptive Physics-Informed Neural Networks", J. Comput. Phys. 2023, with one weight for
+        each loss and the identity as mask, as in MiniMaxAdaptiveLoss of NeuralPDE.
         NeuralPDE has Adam with rate 1e-4 for equations and 0.5 for boundary conditions. A negative loss is an error,
         since weights could become negative.
     """
@@ -60,9 +60,7 @@ class Minimax(nn.Module):
     steps: Tensor
     calls: Tensor
 
-    def __init__(
-        self, num_tasks: int, lr: float = 0.005, ascent: Ascent = "adam", every: int = 1, init: float = 1.0
-    ) -> None:
+    def __init__(self, num_tasks: int, lr: float = 0.005, ascent: Ascent = "adam", every: int = 1, init: float = 1.0) -> None:
         super().__init__()
         for name, number in (("lr", lr), ("init", init)):
             if not 0 < number < float("inf"):

@@ -101,7 +101,7 @@ class SoftAdapt(nn.Module):
         return weighted
 
     def _logits(self, history: Tensor) -> Tensor:
-        """Return the logarithms of the weights, up to a constant. Shape (window, K) -> (K,)."""
+        """Return the logarithms of the weights, up to a constant, given losses of shape (window, K). Shape (K,)."""
         slopes = (self.coefficients @ history).nan_to_num(nan=0.0)
         scale = (self.coefficients.abs() @ history.abs()).nan_to_num(nan=0.0)
         slopes = torch.where(slopes.abs() > ROUNDING * scale, slopes, 0.0)
@@ -164,8 +164,8 @@ class ReLoBRaLo(nn.Module):
 
     Source:
         Bischof & Kraus, "Multi-Objective Loss Balancing for Physics-Informed Deep Learning", 2021, with α and T as in the
-        authors' code. Differs: one draw for all tasks, from a separate generator. The weights of the first step are 1. No 1e-8 is
-        added to a denominator, so that a loss of zero is an error.
+        authors' code. Differs: one draw for all tasks, from a separate generator. The weights of the first step are 1. No 1e-8
+        is added to a denominator, so that a loss of zero is an error.
     """
 
     first: Tensor
@@ -234,9 +234,10 @@ class ResidualNormalization(nn.Module):
     .. math:: \sum_k \bigl| e^{\xi_k} L_k - \bar L r_k^\alpha \bigr|, \qquad
         r_k = \frac{L_k / L_k(0)}{\frac1K \sum_j L_j / L_j(0)}
 
-    at :math:`e^\xi = w`, with the mean :math:`\bar L` of the losses and the first losses L(0). So all weighted losses
-    approach the mean loss, and a loss that has fallen little a larger value. Weights are positive, start at 1 and sum to K. One
-    task has weight 1. Absent tasks take no part and keep their state.
+    at :math:`e^\xi = w`, with the mean :math:`\bar L` of the losses and the first losses L(0). So every
+    weighted loss is drawn towards the mean loss, and towards a larger value if it has fallen little. Since the weights sum to
+    K, not all can reach it. Weights are positive and start at 1. One task has weight 1. Absent tasks take no part and keep their
+    state.
 
     Args:
         num_tasks: K.

@@ -44,9 +44,7 @@ class Preference:
         ValueError: If there is not one number for each task, or a number is out of range.
     """
 
-    def __init__(
-        self, num_tasks: int, preference: list[float] | None, reference: list[float] | None, method: str
-    ) -> None:
+    def __init__(self, num_tasks: int, preference: list[float] | None, reference: list[float] | None, method: str) -> None:
         self.preference = numbers_by_task(preference, num_tasks, "preference", method)
         self.reference = numbers_by_task(reference, num_tasks, "reference", method, non_negative=False)
 
@@ -102,7 +100,7 @@ class SmoothTchebycheff(nn.Module):
 
     Source:
         Lin et al., "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", ICML 2024, is the plain form.
-        The logarithms, the factor K and the warm-up are those of the authors' multi-task code and of LibMTL. Differs: no
+        Logarithms, factor K and warm-up are as in the authors' multi-task code and in LibMTL. Differs: no
         1e-20 inside of the logarithms, so that a loss of zero is an error. The value of the sum is not the scalarisation.
     """
 
@@ -194,8 +192,8 @@ class Tchebycheff:
 
     Source:
         Bowman, "On the Relationship of the Tchebycheff Norm and the Efficient Frontier of Multiple-Criteria Objectives", 1976;
-        augmented as by Steuer & Choo, Math. Program. 1983, modified as by Kaliszewski, Comput. Oper. Res. 1987. Differs: no absolute
-        values, so that a loss below its reference point counts as small.
+        augmented as by Steuer & Choo, Math. Program. 1983, modified as by Kaliszewski, Comput. Oper. Res. 1987. Differs: no
+        absolute values, so that a loss below its reference point counts as small.
     """
 
     def __init__(

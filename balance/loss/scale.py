@@ -1,4 +1,4 @@
-"""Scale-invariant losses: the logarithm of every loss, alone or times the geometric mean."""
+"""Scale-invariant losses: their logarithms, and their geometric mean."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def gls(losses: Losses) -> WeightedLosses:
 
     .. math:: \tilde L_k = \frac{M}{K} \log L_k, \qquad M = \Bigl( \prod_j L_j \Bigr)^{1/K}
 
-    with M as a constant, so that the gradient of the sum is the gradient of M. The weights are :math:`M / (K L_k)`. The direction
-    is that of the logarithms, and its length does not vanish with a common unit of the losses. Multiplying a loss by a constant
+    with M as a constant, so that the gradient of the sum is the gradient of M. The weights are :math:`M / (K L_k)`. The
+    direction is the direction of the logarithms. Multiplying a loss by a constant
     changes the length of the direction only. One task keeps the gradient of its loss. A loss that approaches zero gets an
     unlimited weight relative to the other losses.
 

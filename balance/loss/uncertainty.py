@@ -95,8 +95,8 @@ class ImpartialLosses(nn.Module):
         init: Initial log-scale of every task.
 
     Source:
-        Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, on loss balance. The paper allows any base above one; as in
-        its experiments the base is e. The published method IMTL is this rule with the gradient balancer imtl.
+        Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, on loss balance. The paper allows any base above one; as
+        in its experiments the base is e. The published method IMTL is this rule with the gradient balancer imtl.
     """
 
     def __init__(self, num_tasks: int, init: float = 0.0) -> None:
