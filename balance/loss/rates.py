@@ -236,8 +236,8 @@ class ResidualNormalization(nn.Module):
 
     at :math:`e^\xi = w`, with the mean :math:`\bar L` of the losses and the first losses L(0). So every
     weighted loss is drawn towards the mean loss, and towards a larger value if it has fallen little. Since the weights sum to
-    K, not all can reach it. Weights are positive and start at 1. One task has weight 1. Absent tasks take no part and keep their
-    state.
+    K, not all can reach it. Weights are positive and start at 1. One task has weight 1. Absent tasks take no part and keep
+    their state.
 
     Args:
         num_tasks: K.
