@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from balance.types import GradientRule, LossRule, WeightedLosses
 
 
+_SWITCHING = ("stl", "tchebycheff")  # which give some tasks weight zero
+_NOT_ALWAYS_POSITIVE = ("constant", "cosmos", "linear_schedule", "pbi", *_SWITCHING)
+
+
 def build_loss_balancer(
     rule: str | Sequence[str] | LossRule,
     options: Mapping[str, Any] | None,
@@ -101,13 +105,13 @@ def warn_of_pairing(loss: object, gradient: object, num_tasks: int) -> None:
     if not isinstance(gradient, str) or num_tasks == 1:
         return
     loss = " + ".join(loss) if isinstance(loss, list | tuple) else loss
-    if loss == "stl" and gradient == "mgda":
+    if loss in _SWITCHING and gradient == "mgda":
         warnings.warn(
-            "mgda gives all weight to the zero gradients of the tasks that stl switches off: the shared parameters "
-            "will not train. Use stl without a gradient balancer.",
+            f"mgda gives all weight to the zero gradients of the tasks that {loss} switches off: the shared parameters "
+            f"will not train. Use {loss} without a gradient balancer.",
             stacklevel=3,
         )
-    if loss not in ("ls", "stl") and gradient_balancers.traits(gradient).ignores_weights:
+    if loss not in ("ls", *_NOT_ALWAYS_POSITIVE) and gradient_balancers.traits(gradient).ignores_weights:
         warnings.warn(f"{gradient} ignores positive loss weights: {loss} has no effect.", stacklevel=3)
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
-from balance.rules.protocol import Context, adapt_loss_balancer
+from balance.rules.context import Context
+from balance.rules.protocol import adapt_loss_balancer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 class Chain(nn.Module):
     """Loss balancers applied from left to right, each to the losses that the balancer before it has weighted.
 
-    Weights and states follow from the values that reach a rule. Only the means of an epoch are always means of the raw losses.
-    A rule that observes losses after the step (famo) must be the first, since no other rule gets the raw losses.
+    Weights and states follow from the values that reach a rule. Only the means of an epoch and the validation losses are
+    always raw. A rule that observes losses after the step (famo) must be the first, since no other rule gets the raw losses.
 
     Args:
         rules: Built loss balancers.
@@ -31,6 +32,7 @@ class Chain(nn.Module):
     Attributes:
         needs_observation: Whether the first rule must observe the losses after each step.
         needs_epochs: Whether a rule needs the mean losses of epochs.
+        needs_validation: Whether a rule needs losses of validation data.
 
     Raises:
         ValueError: If there is no rule, or one that observes is not the first.
@@ -49,6 +51,7 @@ class Chain(nn.Module):
         self.num_tasks = num_tasks
         self.needs_observation = adapted[0].needs_observation
         self.needs_epochs = any(rule.needs_epochs for rule in adapted)
+        self.needs_validation = any(rule.needs_validation for rule in adapted)
 
     def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
         """Apply all rules. Shape (K,) -> (K,)."""
@@ -62,6 +65,11 @@ class Chain(nn.Module):
     def observe(self, losses: Losses, present: Tensor | None = None) -> None:
         """Pass the losses after the step to the first rule. Shape (K,)."""
         next(self._balancers()).observe(losses, Context.of(present, self.num_tasks))
+
+    def observe_validation(self, losses: Losses, present: Tensor | None = None) -> None:
+        """Pass the raw losses of validation data to every rule that uses them. Shape (K,)."""
+        for rule in self._balancers():
+            rule.observe_validation(losses, Context.of(present, self.num_tasks))
 
     def end_epoch(self, mean_losses: Tensor) -> None:
         """Pass the mean raw losses of an epoch to every rule that uses them. Shape (K,)."""

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from balance.rules.context import Context
 from balance.rules.options import describe, require_callable
-from balance.rules.protocol import AdaptedGradientBalancer, Context, adapt_gradient_balancer, try_out
+from balance.rules.protocol import AdaptedGradientBalancer, adapt_gradient_balancer, try_out
 from balance.rules.registry import gradient_balancers
 from balance.rules.switch import Switch, switch, warmup
 

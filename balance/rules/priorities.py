@@ -16,7 +16,8 @@ from balance.rules.registry import gradient_balancers
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.rules.protocol import Context, GradientBalancer, JacobianBalancer, LossBalancer
+    from balance.rules.context import Context
+    from balance.rules.protocol import GradientBalancer, JacobianBalancer, LossBalancer
     from balance.types import Gramian, Losses, WeightedLosses, Weights
 
 

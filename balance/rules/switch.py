@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 from torch import nn
 
+from balance.rules.context import Context
 from balance.rules.options import describe
-from balance.rules.protocol import Context
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,6 +143,11 @@ class SwitchedLosses(_Turns):
         return cast("LossBalancer", self.active).needs_observation
 
     @property
+    def needs_validation(self) -> bool:
+        """True if the rule of the last step needs losses of validation data."""
+        return cast("LossBalancer", self.active).needs_validation
+
+    @property
     def needs_epochs(self) -> bool:
         """True if a rule needs the mean losses of epochs."""
         return any(cast("LossBalancer", rule).needs_epochs for rule in self.rules)
@@ -156,6 +161,10 @@ class SwitchedLosses(_Turns):
     def observe(self, losses: Losses, present: Tensor | None = None) -> None:
         """Pass the losses after the step to the rule of the step. Shape (K,)."""
         self.active.observe(losses, Context.of(present, self.num_tasks))
+
+    def observe_validation(self, losses: Losses, present: Tensor | None = None) -> None:
+        """Pass the losses of validation data to the rule of the last step. Shape (K,)."""
+        self.active.observe_validation(losses, Context.of(present, self.num_tasks))
 
     def end_epoch(self, mean_losses: Tensor) -> None:
         """Pass the mean losses of an epoch to the rule of the last step. Shape (tasks,)."""

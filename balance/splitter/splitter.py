@@ -14,9 +14,10 @@ from balance.engine.trees import map_leaves
 from balance.messages import unknown
 from balance.rules.build import build_gradient_balancer
 from balance.rules.casting import preserving
+from balance.rules.context import Context
 from balance.rules.generator import SeededGenerator
 from balance.rules.options import describe
-from balance.rules.protocol import Context, GradientBalancer, JacobianBalancer
+from balance.rules.protocol import GradientBalancer, JacobianBalancer
 from balance.rules.registry import gradient_balancers
 from balance.rules.task_names import check_tasks, encode_tasks
 from balance.splitter.arguments import check_beta, check_scaler, read_projection, read_weights, tensors_of

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from balance.engine.graph import unstacked_roots
 from balance.messages import unknown
-from balance.rules.protocol import Context
+from balance.rules.context import Context
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
