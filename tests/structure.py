@@ -44,7 +44,7 @@ LAYERS = (
     {"experiments.training"},
     {"experiments.sweeps"},
     {"experiments.cli"},
-    {f"experiments.{command}" for command in ("trainer", "sweep", "compare", "diagnose", "baselines")},
+    {f"experiments.{command}" for command in ("trainer", "sweep", "front", "compare", "diagnose", "baselines")},
 )
 PROBLEMS = ("experiments.problems.base", "experiments.problems.dense")  # every other problem lies above both
 FORBIDDEN = {  # although their layers are lower
