@@ -1,0 +1,212 @@
+"""Proof, read from autograd's graph, that each loss of a vector depends on its own sample only.
+
+One backward pass of the sum of such losses contains the gradients of all of them, each at its own sample. The proof goes from the
+losses down to the tensors on which conflict is measured. Every operation between them must be one that keeps samples apart, and
+every use of a measured parameter must have known gradients by sample. Whatever is not known is no proof: functions that Python
+code defines, hooks, and saved tensors that hooks unpack.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.autograd.graph import GradientEdge
+
+from balance.engine.graph import edge
+from balance.engine.nodes import FunctionNode, LeafNode, has_hooks, is_packed, kind, saved_tensors
+from balance.engine.sample_axis import input_place
+from balance.engine.sample_gradients import use_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from balance.engine.graph import Trace
+    from balance.engine.sample_gradients import Use
+
+_End = tuple[Any, int]  # node and number of the output
+
+
+class SampleGraph(NamedTuple):
+    """The part of a graph between B losses and some tensors, in which samples are proved to be independent.
+
+    Attributes:
+        uses: By position of a measured parameter, its uses; all of them are in this graph.
+        places: By position of a measured tensor that is no parameter, the distance of its samples in row-major order.
+        lowest: Nodes of uses below which there is no other use.
+    """
+
+    uses: Mapping[int, Sequence[Use]]
+    places: Mapping[int, int]
+    lowest: Sequence[Any]
+
+
+def independent_samples(losses: Tensor, graph: Trace, measured: Sequence[Tensor], *, at_features: bool) -> SampleGraph | None:
+    """Return the graph between losses and measured tensors if its samples are proved to be independent.
+
+    Args:
+        losses: One loss for each sample. Shape (B,).
+        graph: The graph below the losses, down to the measured tensors.
+        measured: Leaf tensors, or features at which the graph ends.
+        at_features: The measured tensors are features.
+
+    Returns:
+        None if there is no proof.
+    """
+    walk = _Walk(losses, graph, measured, at_features=at_features)
+    return walk.result() if walk.is_proved() else None
+
+
+class _Walk:
+    """Walk from the losses to the measured tensors.
+
+    Attributes:
+        positions: By node and output, the positions of the measured tensors.
+        needed: Nodes with a path to a measured tensor.
+    """
+
+    def __init__(self, losses: Tensor, graph: Trace, measured: Sequence[Tensor], *, at_features: bool) -> None:
+        self.losses, self.graph, self.at_features = losses, graph, at_features
+        ends = [(end.node, end.output_nr) for end in map(edge, measured)]
+        self.positions: dict[_End, int] = {end: i for i, end in enumerate(ends)}
+        starts = graph.entrances if at_features else [node for node, _ in ends if node in graph.users]
+        self.needed = self._above(starts)
+        self.inner: dict[_End, int] = {}  # place of the samples, by node and output
+        self.uses: dict[int, list[Use]] = {}
+        self.places: dict[int, int] = {}
+
+    def _above(self, starts: Sequence[Any]) -> dict[Any, int]:
+        """Return the nodes with a path to any of some nodes, each with the number of its uses by such nodes."""
+        counts: dict[Any, int] = {}
+        stack = [node for node in starts if node is not None]
+        while stack:
+            node = stack.pop()
+            if node in counts:
+                continue
+            counts[node] = 0
+            stack += [user for user, _ in self.graph.users[node] if user is not None]
+        for node in counts:
+            counts[node] = sum(user is not None for user, _ in self.graph.users[node])
+        return counts
+
+    def is_proved(self) -> bool:
+        """Return whether samples are independent; every node comes after all nodes that use it."""
+        root, B = edge(self.losses), len(self.losses)
+        if B < 2 or not self._is_plain_root(root) or not self._is_transparent():
+            return False
+        self.inner[root.node, root.output_nr] = 1
+        waiting, ready = dict(self.needed), [root.node]
+        while ready:
+            node = ready.pop()
+            if type(node) is LeafNode or self._leaf_below(node) is not None:
+                continue  # its user has looked at it
+            if any(map(is_packed, saved_tensors(node))) or not all(map(self._follow, *_inputs(node))):
+                return False
+            for below, number in node.next_functions:
+                if below in waiting and not (self.at_features and (below, number) in self.positions):
+                    waiting[below] -= 1
+                    if waiting[below] == 0:
+                        ready.append(below)
+        return self._has_all_uses()
+
+    def _is_transparent(self) -> bool:
+        """Return whether no Python code acts on a gradient in the graph."""
+        nodes = [node for node in self.graph.users if type(node) is not LeafNode]
+        if any(isinstance(node, FunctionNode) or has_hooks(node) for node in nodes):
+            return False
+        return not any(_has_tensor_hooks(node, i) for node in nodes for i in range(len(node._input_metadata)))
+
+    def _is_plain_root(self, root: GradientEdge) -> bool:
+        """Return whether the walk can begin at the losses, and no other node of the graph uses them."""
+        return self.losses.ndim == 1 and self.needed.get(root.node) == 0 and type(root.node) is not LeafNode
+
+    def _has_all_uses(self) -> bool:
+        """Return whether every reached measured parameter was looked at in all its uses."""
+        if self.at_features:
+            return True
+        reached = [node for node, _ in self.positions if node in self.graph.users]
+        return all(self.positions[node, 0] in self.uses for node in reached)
+
+    def _follow(self, node: Any, position: int) -> bool:
+        """Follow one input of a node; return False if that is not certain to keep samples apart."""
+        below, number = node.next_functions[position]
+        is_end = (below, number) in self.positions
+        if below is None or not (is_end or below in self.needed):
+            return True  # no measured tensor depends on this input
+        leaf = None if self.at_features and is_end else self._leaf_below(below)
+        if leaf is not None:
+            return self._note_use(node, position, below, leaf)
+        given = tuple(below._input_metadata[number].shape)
+        places = {self._input_place(node, position, i, given) for i in range(len(node._input_metadata))} - {-1}
+        place = places.pop() if len(places) == 1 else None
+        if place is None or self.inner.setdefault((below, number), place) != place:
+            return False
+        if is_end and self.at_features:
+            self.places[self.positions[below, number]] = place
+        return True
+
+    def _input_place(self, node: Any, position: int, output: int, given: tuple[int, ...]) -> int | None:
+        """Return the place of the samples in an input, given one output of the node; -1 if that output is not used."""
+        inner = self.inner.get((node, output))
+        if inner is None:
+            return -1
+        shape = tuple(node._input_metadata[output].shape)
+        return input_place(node, position, shape, given, inner, len(self.losses))
+
+    def _leaf_below(self, node: Any) -> Tensor | None:
+        """Return the measured leaf tensor that a node is, or that it transposes."""
+        if kind(node) == "TBackward0":
+            node = node.next_functions[0][0]
+        is_leaf = type(node) is LeafNode and not self.at_features and (node, 0) in self.positions
+        return node.variable if is_leaf else None
+
+    def _note_use(self, node: Any, position: int, below: Any, leaf: Tensor) -> bool:
+        is_transposed = type(below) is not LeafNode
+        inner = self.inner.get((node, 0))
+        if inner is None:
+            return False
+        use = use_of(node, position, leaf, transposed=is_transposed, inner=inner, num_samples=len(self.losses))
+        if use is None:
+            return False
+        self.uses.setdefault(self.positions[edge(leaf).node, 0], []).append(use)
+        return True
+
+    def result(self) -> SampleGraph:
+        """Return the graph that was walked."""
+        nodes = {use.node for uses in self.uses.values() for use in uses}
+        above = set(self._above([user for node in nodes for user, _ in self.graph.users[node]]))
+        return SampleGraph(self.uses, self.places, [node for node in nodes if node not in above])
+
+
+class _Probe(torch.Tensor):
+    """A gradient of zero that notes whether any function gets it."""
+
+    seen = False
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        cls.seen = True
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def _inputs(node: Any) -> tuple[list[Any], range]:
+    """Return a node for each of its inputs, and the numbers of the inputs."""
+    return [node] * len(node.next_functions), range(len(node.next_functions))
+
+
+def _has_tensor_hooks(node: Any, output: int) -> bool:
+    """Return whether a hook acts on the gradient of an output.
+
+    Torch does not list the hooks of a tensor from its node. So a gradient of zero passes through them, which notes whether a
+    hook uses or replaces it. A hook that does neither cannot act on the gradient.
+    """
+    metadata = node._input_metadata[output]
+    zero = torch.zeros((), dtype=metadata.dtype, device=metadata.device).expand(metadata.shape).as_subclass(_Probe)
+    place = GradientEdge(node, output)
+    _Probe.seen = False
+    (arrived,) = torch.autograd.Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
+        (place,), (zero,), True, False, (place,), allow_unreachable=True, accumulate_grad=False
+    )
+    return arrived is not zero or _Probe.seen
