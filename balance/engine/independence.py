@@ -8,6 +8,7 @@ code defines, hooks, and saved tensors that hooks unpack.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from balance.engine.graph import Trace
     from balance.engine.sample_gradients import Use
 
+_WEIGHT = ("AddmmBackward0", 2)
 _End = tuple[Any, int]  # node and number of the output
 
 
@@ -36,11 +38,15 @@ class SampleGraph(NamedTuple):
         uses: By position of a measured parameter, its uses; all of them are in this graph.
         places: By position of a measured tensor that is no parameter, the distance of its samples in row-major order.
         lowest: Nodes of uses below which there is no other use.
+        biased: Positions of weights of linear layers whose bias is measured with the weight; the bias itself is not in ``uses``.
+        reached: Positions of all measured tensors that the losses reach.
     """
 
     uses: Mapping[int, Sequence[Use]]
     places: Mapping[int, int]
     lowest: Sequence[Any]
+    biased: set[int]
+    reached: set[int]
 
 
 def independent_samples(losses: Tensor, graph: Trace, measured: Sequence[Tensor], *, at_features: bool) -> SampleGraph | None:
@@ -175,9 +181,24 @@ class _Walk:
 
     def result(self) -> SampleGraph:
         """Return the graph that was walked."""
+        biases = self._biases()
+        reached = {*self.uses, *self.places}
+        for bias in biases.values():
+            del self.uses[bias]
         nodes = {use.node for uses in self.uses.values() for use in uses}
         above = set(self._above([user for node in nodes for user, _ in self.graph.users[node]]))
-        return SampleGraph(self.uses, self.places, [node for node in nodes if node not in above])
+        return SampleGraph(self.uses, self.places, [node for node in nodes if node not in above], set(biases), reached)
+
+    def _biases(self) -> dict[int, int]:
+        """Return by position of the weight of a linear layer the position of its bias, if both have no other use."""
+        single = {(uses[0].node, uses[0].position): i for i, uses in self.uses.items() if len(uses) == 1}
+        pairs = [(i, single.get((node, 0))) for (node, position), i in single.items() if (kind(node), position) == _WEIGHT]
+        return {weight: bias for weight, bias in pairs if bias is not None and self._is_full(bias)}
+
+    def _is_full(self, bias: int) -> bool:
+        """Return whether a bias has a number for each output of its layer."""
+        use = self.uses[bias][0]
+        return use.leaf.shape == use.node._input_metadata[0].shape[1:]
 
 
 class _Probe(torch.Tensor):
@@ -196,6 +217,11 @@ def _inputs(node: Any) -> tuple[list[Any], range]:
     return [node] * len(node.next_functions), range(len(node.next_functions))
 
 
+@lru_cache(maxsize=16)
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=device)
+
+
 def _has_tensor_hooks(node: Any, output: int) -> bool:
     """Return whether a hook acts on the gradient of an output.
 
@@ -203,7 +229,7 @@ def _has_tensor_hooks(node: Any, output: int) -> bool:
     hook uses or replaces it. A hook that does neither cannot act on the gradient.
     """
     metadata = node._input_metadata[output]
-    zero = torch.zeros((), dtype=metadata.dtype, device=metadata.device).expand(metadata.shape).as_subclass(_Probe)
+    zero = _zero(metadata.dtype, metadata.device).expand(metadata.shape).as_subclass(_Probe)
     place = GradientEdge(node, output)
     _Probe.seen = False
     (arrived,) = torch.autograd.Variable._execution_engine.run_backward(  # type: ignore[attr-defined]

@@ -111,8 +111,7 @@ def measure_samples(outputs: SampleOutputs, partition: Partition, *, retain_grap
     if samples is None:
         return None
     K = outputs.num_tasks
-    reached = samples.places if at_features else samples.uses
-    gradients = SampleGradients(outputs, partition, [[i in reached] * K for i in range(len(partition.inputs))], losses=outputs)
+    gradients = SampleGradients(outputs, partition, [[i in samples.reached] * K for i in range(len(partition.inputs))], losses=outputs)
     if at_features:
         gramian = _measure_features(outputs, samples, gradients, retain_graph=retain_graph or bool(partition.heads))
     else:
@@ -131,7 +130,7 @@ def _measure_parameters(outputs: SampleOutputs, samples: SampleGraph, gramian: S
     arrivals = _Arrivals(samples, gramian)
     targets = [GradientEdge(node, 0) for node in samples.lowest]
     if not targets:
-        return gramian.total
+        return gramian.total()
     beginning = outputs.weighted_cotangents([1.0] * outputs.num_tasks)
     with arrivals.recording():
         gradients = torch.autograd.grad(
@@ -143,7 +142,7 @@ def _measure_parameters(outputs: SampleOutputs, samples: SampleGraph, gramian: S
         )
     for node, gradient in zip(samples.lowest, gradients, strict=True):
         arrivals.add(node, gradient)
-    return gramian.total
+    return gramian.total()
 
 
 class _Arrivals:
@@ -181,7 +180,9 @@ class _Arrivals:
             if not self._missing[i]:
                 arrived = self._gradients.pop(i)
                 pairs = [(use, arrived[use.node]) for use in self._samples.uses[i]]
-                self._gramian.add([(use, delta) for use, delta in pairs if delta is not None])
+                present = [(use, delta) for use, delta in pairs if delta is not None]
+                if present:
+                    self._gramian.add(present, with_bias=i in self._samples.biased)
 
 
 def _measure_features(

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.nn import functional
 
 from balance.engine.nodes import kind
 from balance.engine.sample_axis import by_sample, locate
@@ -21,10 +20,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from balance.engine.sample_axis import Place
+    from balance.types import Gramian
 
 # Numbers that are in memory at once, unless one row of a parameter has more
-_AT_ONCE = 1 << 22
+_AT_ONCE = 1 << 23
 _AT_ONCE_ON_ACCELERATOR = 1 << 26
+_BLOCK = 64  # samples whose inner products are computed at once
 _DOUBLE = 4  # cost of a multiplication in double precision relative to one in single precision
 _MOVED = 20  # cost of moving a number, relative to a multiplication
 
@@ -137,7 +138,7 @@ def _is_plain_product(use: Use, output: tuple[int, ...]) -> bool:
 
 
 def _is_plain_convolution(use: Use, output: tuple[int, ...]) -> bool:
-    return use.place.axis == 0 and len(output) in (3, 4) and not use.node._saved_transposed
+    return use.place.axis == 0 and len(output) > 2 and not use.node._saved_transposed
 
 
 def _is_batch_first(use: Use, output: tuple[int, ...]) -> bool:
@@ -227,26 +228,28 @@ def _padding_index(node: Any) -> int:
 
 
 def _convolution(use: Use, delta: Tensor, begin: int, end: int) -> Tensor:
-    """Return the gradients of the filters of a convolution, a few samples at a time."""
-    node, B = use.node, use.num_samples
-    weight, X = use.leaf, node._saved_input.detach().to(delta.dtype)
-    options = {"dilation": node._saved_dilation, "padding": node._saved_padding, "stride": node._saved_stride}
-    kernel = tuple(weight.shape[2:])
-    if weight.ndim == 3:  # as an image of height one
-        X, kernel = X[:, :, None], (1, *kernel)
-        options = {name: (int(name != "padding"), *value) for name, value in options.items()}
-    groups, D = node._saved_groups, delta.flatten(2)
-    width, positions = weight[0].numel(), D.shape[2]
-    at_once = max(_limit(delta) // max(width * groups * positions, 1), 1)
-    results = []
-    for x, d in zip(X.split(at_once), D.split(at_once), strict=True):
-        patches = functional.unfold(x, kernel, **options).unflatten(1, (groups, width))
-        if groups == 1:
-            results.append(d[:, begin:end] @ patches[:, 0].mT)
-        else:
-            results.append((d.unflatten(1, (groups, -1)) @ patches.mT).flatten(1, 2)[:, begin:end])
-    by_image = torch.cat(results).flatten(1)
-    return by_image if len(by_image) == B else by_sample(by_image, use.place, B).sum(dim=(1, 2))
+    """Return the gradients of the filters of a convolution, by one convolution that has a group for each image."""
+    node, weight, X = use.node, use.leaf, use.node._saved_input.detach()
+    groups, images = node._saved_groups, len(delta)
+    if groups == 1:
+        delta = delta[:, begin:end]
+    filters = weight.new_empty(images * delta.shape[1], *weight.shape[1:], dtype=delta.dtype)  # only its shape matters
+    _, gradient, _ = torch.ops.aten.convolution_backward(
+        delta.reshape(1, -1, *delta.shape[2:]),
+        X.to(delta.dtype).reshape(1, -1, *X.shape[2:]),
+        filters,
+        None,
+        node._saved_stride,
+        node._saved_padding,
+        node._saved_dilation,
+        False,  # not transposed  # noqa: FBT003
+        [0] * (X.ndim - 2),
+        groups * images,
+        [False, True, False],
+    )
+    by_image = gradient.reshape(images, delta.shape[1], -1)
+    by_image = (by_image if groups == 1 else by_image[:, begin:end]).flatten(1)
+    return by_image if images == use.num_samples else by_sample(by_image, use.place, use.num_samples).sum(dim=(1, 2))
 
 
 def _limit(tensor: Tensor) -> int:
@@ -298,19 +301,28 @@ class SampleGramian:
     """
 
     def __init__(self, num_samples: int, device: torch.device) -> None:
-        self.total = torch.zeros(num_samples, num_samples, dtype=torch.float64, device=device)
+        self._upper = torch.zeros(num_samples, num_samples, dtype=torch.float64, device=device)
+        # A product of a matrix and its transpose is symmetric, which saves up to half of the multiplications
+        self._block = _BLOCK if device.type == "cpu" else num_samples
 
-    def add(self, uses: Sequence[tuple[Use, Tensor]]) -> None:
+    def total(self) -> Gramian:
+        """Return the inner products over all parameters so far. Shape (B, B)."""
+        return self._upper.triu() + self._upper.triu(1).T
+
+    def add(self, uses: Sequence[tuple[Use, Tensor]], *, with_bias: bool = False) -> None:
         """Add the inner products of the gradients of one parameter.
 
         Args:
             uses: All uses of the parameter, each with the gradient of the output of its operation.
+            with_bias: Add the bias of the layer as well, if the parameter is the weight of a linear layer.
         """
         first, delta = uses[0]
         factors = first.factors(delta) if len(uses) == 1 else None
         if factors is not None and _is_cheaper(factors):
-            self._add_products(factors)
+            self._add_products(factors, with_bias=with_bias)
             return
+        if factors is not None and with_bias:
+            self._add_rows(factors.outputs.sum(1))
         leaf = first.leaf
         length, row = (len(leaf), leaf[0].numel()) if leaf.ndim else (1, 1)
         step = max(_limit(delta) // max(row * first.num_samples, 1), 1)
@@ -320,20 +332,23 @@ class SampleGramian:
             self._add_rows(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
 
     def _add_rows(self, J: Tensor) -> None:
-        J = J.double().to(self.total.device)
-        self.total.addmm_(J, J.T)
+        J = J.double().to(self._upper.device)
+        for begin in range(0, len(J), self._block):
+            self._upper[begin : begin + self._block, begin:].addmm_(J[begin : begin + self._block], J[begin:].T)
 
-    def _add_products(self, factors: Factors) -> None:
+    def _add_products(self, factors: Factors, *, with_bias: bool) -> None:
         """Add the inner products of matrices, given by their factors, for a few samples at a time."""
         B, rows = factors.outputs.shape[:2]
         outputs, inputs = (part.double().flatten(0, 1) for part in factors)
-        step = max(_limit(outputs) // (B * rows * rows), 1) * rows
-        for begin in range(0, B * rows, step):
-            part = slice(begin, begin + step)
-            products = (outputs[part] @ outputs.T).mul_(inputs[part] @ inputs.T)
+        step = min(max(_limit(outputs) // (B * rows * rows), 1), self._block)
+        for begin in range(0, B, step):
+            end, rest = min(begin + step, B), slice(begin * rows, None)
+            part = slice(begin * rows, end * rows)
+            products = inputs[part] @ inputs[rest].T
+            products = (products.add_(1) if with_bias else products).mul_(outputs[part] @ outputs[rest].T)
             if rows > 1:
-                products = products.view(-1, rows, B, rows).sum(dim=(1, 3))
-            self.total[begin // rows : (begin + step) // rows] += products.to(self.total.device)
+                products = products.view(end - begin, rows, B - begin, rows).sum(dim=(1, 3))
+            self._upper[begin:end, begin:] += products.to(self._upper.device)
 
 
 def _is_cheaper(factors: Factors) -> bool:
