@@ -108,7 +108,7 @@ class _Walk:
             node = ready.pop()
             if type(node) is LeafNode or self._leaf_below(node) is not None:
                 continue  # its user has looked at it
-            if any(map(is_packed, saved_tensors(node))) or not all(map(self._follow, *_inputs(node))):
+            if _is_complex(node) or any(map(is_packed, saved_tensors(node))) or not all(map(self._follow, *_inputs(node))):
                 return False
             for below, number in node.next_functions:
                 if below in waiting and not (self.at_features and (below, number) in self.positions):
@@ -210,6 +210,10 @@ class _Probe(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         cls.seen = True
         return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def _is_complex(node: Any) -> bool:
+    return any(metadata.dtype.is_complex for metadata in node._input_metadata)
 
 
 def _inputs(node: Any) -> tuple[list[Any], range]:

@@ -102,7 +102,7 @@ def measure_samples(outputs: SampleOutputs, partition: Partition, *, retain_grap
         None if samples are not proved to be independent.
     """
     at_features = partition.source == "features"
-    if partition.functions or (at_features and (not partition.features or any(map(_is_hooked, partition.inputs)))):
+    if at_features and (not partition.features or any(map(_is_hooked, partition.inputs))):
         return None
     graph = partition.upper_graph
     if partition.features and not at_features:
