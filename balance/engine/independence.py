@@ -1,15 +1,15 @@
 """Proof, read from autograd's graph, that each loss of a vector depends on its own sample only.
 
-One backward pass of the sum of such losses contains the gradients of all of them, each at its own sample. The proof goes from the
-losses down to the tensors on which conflict is measured. Every operation between them must be one that keeps samples apart, and
-every use of a measured parameter must have known gradients by sample. Whatever is not known is no proof: functions that Python
-code defines, hooks, and saved tensors that hooks unpack.
+One backward pass of the sum of such losses contains the gradients of all of them, each at its own sample. The proof goes from
+the losses down to the tensors on which conflict is measured. Every operation between them must be one that keeps samples
+apart, and every use of a measured parameter must have known gradients by sample. Whatever is not known is no proof. Examples
+are functions that Python code defines, hooks, and saved tensors that hooks unpack.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch.autograd.graph import GradientEdge
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from balance.engine.graph import Trace
     from balance.engine.sample_gradients import Use
 
+_ENGINE: Any = torch.autograd.Variable._execution_engine
 _WEIGHT = ("AddmmBackward0", 2)
 _End = tuple[Any, int]  # node and number of the output
 
@@ -38,7 +39,7 @@ class SampleGraph(NamedTuple):
         uses: By position of a measured parameter, its uses; all of them are in this graph.
         places: By position of a measured tensor that is no parameter, the distance of its samples in row-major order.
         lowest: Nodes of uses below which there is no other use.
-        biased: Positions of weights of linear layers whose bias is measured with the weight; the bias itself is not in ``uses``.
+        biased: Positions of weights of linear layers whose bias is measured with them, and is not in ``uses``.
         reached: Positions of all measured tensors that the losses reach.
     """
 
@@ -77,7 +78,7 @@ class _Walk:
         self.losses, self.graph, self.at_features = losses, graph, at_features
         ends = [(end.node, end.output_nr) for end in map(edge, measured)]
         self.positions: dict[_End, int] = {end: i for i, end in enumerate(ends)}
-        starts = graph.entrances if at_features else [node for node, _ in ends if node in graph.users]
+        starts: list[Any] = graph.entrances if at_features else [node for node, _ in ends if node in graph.users]
         self.needed = self._above(starts)
         self.inner: dict[_End, int] = {}  # place of the samples, by node and output
         self.uses: dict[int, list[Use]] = {}
@@ -103,18 +104,19 @@ class _Walk:
         if B < 2 or not self._is_plain_root(root) or not self._is_transparent():
             return False
         self.inner[root.node, root.output_nr] = 1
-        waiting, ready = dict(self.needed), [root.node]
+        waiting, ready = dict(self.needed), [cast("Any", root.node)]
         while ready:
             node = ready.pop()
             if type(node) is LeafNode or self._leaf_below(node) is not None:
                 continue  # its user has looked at it
-            if _is_complex(node) or any(map(is_packed, saved_tensors(node))) or not all(map(self._follow, *_inputs(node))):
+            if _is_complex(node) or any(map(is_packed, saved_tensors(node))):
                 return False
-            for below, number in node.next_functions:
-                if below in waiting and not (self.at_features and (below, number) in self.positions):
-                    waiting[below] -= 1
-                    if waiting[below] == 0:
-                        ready.append(below)
+            if not all(self._follow(node, position) for position in range(len(node.next_functions))):
+                return False
+            inputs: list[_End] = [end for end in node.next_functions if not (self.at_features and end in self.positions)]
+            for below, _ in inputs:
+                waiting[below] = waiting.get(below, 0) - 1
+            ready += [below for below in dict.fromkeys(below for below, _ in inputs) if waiting[below] == 0]
         return self._has_all_uses()
 
     def _is_transparent(self) -> bool:
@@ -198,7 +200,8 @@ class _Walk:
     def _is_full(self, bias: int) -> bool:
         """Return whether a bias has a number for each output of its layer."""
         use = self.uses[bias][0]
-        return use.leaf.shape == use.node._input_metadata[0].shape[1:]
+        outputs: tuple[int, ...] = tuple(use.node._input_metadata[0].shape[1:])
+        return tuple(use.leaf.shape) == outputs
 
 
 class _Probe(torch.Tensor):
@@ -207,18 +210,13 @@ class _Probe(torch.Tensor):
     seen = False
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         cls.seen = True
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 def _is_complex(node: Any) -> bool:
     return any(metadata.dtype.is_complex for metadata in node._input_metadata)
-
-
-def _inputs(node: Any) -> tuple[list[Any], range]:
-    """Return a node for each of its inputs, and the numbers of the inputs."""
-    return [node] * len(node.next_functions), range(len(node.next_functions))
 
 
 @lru_cache(maxsize=16)
@@ -232,11 +230,14 @@ def _has_tensor_hooks(node: Any, output: int) -> bool:
     Torch does not list the hooks of a tensor from its node. So a gradient of zero passes through them, which notes whether a
     hook uses or replaces it. A hook that does neither cannot act on the gradient.
     """
-    metadata = node._input_metadata[output]
+    metadata, _Probe.seen = node._input_metadata[output], False
     zero = _zero(metadata.dtype, metadata.device).expand(metadata.shape).as_subclass(_Probe)
-    place = GradientEdge(node, output)
-    _Probe.seen = False
-    (arrived,) = torch.autograd.Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
-        (place,), (zero,), True, False, (place,), allow_unreachable=True, accumulate_grad=False
-    )
-    return arrived is not zero or _Probe.seen
+    place = (GradientEdge(node, output),)
+    options = {"keep_graph": True, "create_graph": False, "allow_unreachable": True, "accumulate_grad": False}
+    try:  # torch.autograd.grad itself would look at the gradient
+        (arrived,) = _ENGINE.run_backward(place, (zero,), inputs=place, **options)
+    except Exception:  # noqa: BLE001 - a hook may refuse a gradient of zero in any way
+        return True
+    if _Probe.seen:
+        _zero.cache_clear()  # the hook may have changed it
+    return _Probe.seen or arrived is not zero

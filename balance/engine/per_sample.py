@@ -111,7 +111,9 @@ def measure_samples(outputs: SampleOutputs, partition: Partition, *, retain_grap
     if samples is None:
         return None
     K = outputs.num_tasks
-    gradients = SampleGradients(outputs, partition, [[i in samples.reached] * K for i in range(len(partition.inputs))], losses=outputs)
+    gradients = SampleGradients(
+        outputs, partition, [[i in samples.reached] * K for i in range(len(partition.inputs))], losses=outputs
+    )
     if at_features:
         gramian = _measure_features(outputs, samples, gradients, retain_graph=retain_graph or bool(partition.heads))
     else:
@@ -135,7 +137,7 @@ def _measure_parameters(outputs: SampleOutputs, samples: SampleGraph, gramian: S
     with arrivals.recording():
         gradients = torch.autograd.grad(
             beginning.outputs,  # type: ignore[arg-type]
-            targets,  # type: ignore[arg-type]
+            targets,
             beginning.values,
             retain_graph=True,
             allow_unused=True,

@@ -1,10 +1,10 @@
 """Operations of autograd whose gradients keep samples apart, and the place of the samples among the numbers of a tensor.
 
-A tensor of a batch of B samples is stored in row-major order as (outer, B, inner): the number at index n belongs to sample
-``(n // inner) % B``. Reshaping leaves this property as it is, so one integer, ``inner``, is the place of the samples.
+In row-major order, a tensor of a batch of B samples has the shape (outer, B, inner). The number at index n belongs to sample
+``(n // inner) % B``. Reshaping does not change this, so one integer, ``inner``, is the place of the samples.
 
 Each rule below takes the place of the samples in the output of an operation, and returns their place in an input. It does so
-only where the gradient of sample i in the output yields a gradient of sample i alone in the input. Operations without a rule
+only where the gradient of sample i in the output yields a gradient of only sample i in the input. Operations without a rule
 are unknown.
 """
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from balance.engine.nodes import kind
 
@@ -59,8 +61,9 @@ def by_sample(tensor: Tensor, place: Place, num_samples: int) -> Tensor:
     """Return a tensor with the samples first. Shape (B, ..., outer, inner, ...), with the other dimensions in order."""
     if place == (0, 1) and len(tensor) == num_samples:
         return tensor[:, None, None]
-    split = tensor.unflatten(place.axis, (-1, num_samples, place.inner))
-    return split.movedim(place.axis + 1, 0)
+    shape = tensor.shape
+    split = tensor.reshape(*shape[: place.axis], -1, num_samples, place.inner, *shape[place.axis + 1 :])
+    return torch.movedim(split, place.axis + 1, 0)
 
 
 def input_place(node: Any, position: int, output: Shape, given: Shape, inner: int, num_samples: int) -> int | None:

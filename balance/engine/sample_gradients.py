@@ -1,8 +1,8 @@
 """Gradients of a parameter by sample, from the gradient of the output of an operation that uses the parameter.
 
 The gradient Δ of the output contains the gradients of all losses, each at its own sample. A linear layer with inputs A has the
-weight gradient Δᵢᵀ Aᵢ for sample i. Inner products of these matrices are sums of the products (Δ Δᵀ) * (A Aᵀ), which is cheaper
-than the matrices where each sample has few rows.
+weight gradient Δᵢᵀ Aᵢ for sample i. Inner products of these matrices are sums of the products (Δ Δᵀ) * (A Aᵀ). The products are
+cheaper than the matrices where each sample has few rows.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _is_before_normalized(use: Use, output: tuple[int, ...]) -> bool:
 
 
 def _is_plain_embedding(use: Use, output: tuple[int, ...]) -> bool:
-    return use.place.axis < len(output) - 1 and not use.node._saved_scale_grad_by_freq
+    return use.place.axis < len(output) - 1 and use.node._saved_scale_grad_by_freq is False
 
 
 def _matrix(use: Use, delta: Tensor, begin: int, end: int) -> Tensor:
@@ -171,7 +171,8 @@ def _scaled(use: Use, delta: Tensor, begin: int, end: int) -> Tensor:
     sums = use.reduced(delta)[:, begin:end]
     if use.position == 0:
         return sums
-    return sums * (-use.node._saved_alpha if kind(use.node) == "SubBackward0" else use.node._saved_alpha)
+    factor: float = use.node._saved_alpha
+    return sums * (-factor if kind(use.node) == "SubBackward0" else factor)
 
 
 def _product(use: Use, delta: Tensor, begin: int, end: int) -> Tensor:

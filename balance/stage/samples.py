@@ -66,7 +66,7 @@ def require_one_process(ranks: Ranks) -> None:
         raise RuntimeError(f"{_HINT}, also on each of the {ranks.size} processes. Train in one process, or name the tasks.")
 
 
-def _refuse_state(registry: Registry, rule: Any) -> None:
+def _refuse_state(registry: Registry, rule: object) -> None:
     name = f"'{rule}'" if isinstance(rule, str) else type(rule).__name__
     if isinstance(rule, str):
         has_state = "num_tasks" in parameters(registry.method(rule).rule)
@@ -76,7 +76,9 @@ def _refuse_state(registry: Registry, rule: Any) -> None:
     else:
         return
     if has_state:
-        raise ValueError(f"{_HINT}, but the {registry.kind} {name} keeps state by task. Use a rule without state, or name tasks.")
+        raise ValueError(
+            f"{_HINT}, but the {registry.kind} {name} keeps state by task. Use a rule without state, or name tasks."
+        )
 
 
 @lru_cache(maxsize=8)

@@ -21,7 +21,7 @@ from balance.engine.fully_sharded import FullyShardedGradients
 from balance.engine.gramian import TaskRows, multiply_rows
 from balance.engine.graph import Reachability
 from balance.engine.over_ranks import sum_gradients
-from balance.engine.passes import FeatureOutputs, weighted_pass
+from balance.engine.passes import FeatureOutputs, LossOutputs, weighted_pass
 from balance.stage.length import stretch_of_direction, stretch_of_trunk, stretch_of_weights, stretch_to_sum
 from balance.stage.loss_weighting import WeightedStep, Weighting, weighted_step
 from balance.stage.ordinary_backward import NotFiniteError, require_finite, run_ordinary_backward
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from balance.engine.accumulate import LeafGradient
     from balance.engine.engine import Engine
     from balance.engine.partition import Partition
-    from balance.engine.passes import LossOutputs
     from balance.engine.task_gradients import TaskGradients
     from balance.rules.protocol import GradientBalancer, JacobianBalancer, LossBalancer
     from balance.stage.arguments import StepLosses, ZeroPolicy

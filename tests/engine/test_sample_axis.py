@@ -17,7 +17,7 @@ def constant(*shape):
 
 
 def layer(module):
-    return lambda x: module.double()(x)
+    return module.double()
 
 
 INDEX = torch.arange(B)
@@ -38,7 +38,9 @@ ELEMENTWISE = {
     "dropout": lambda x: functional.dropout(x, 0.3),
     "minus the detached mean": lambda x: x - x.mean(0).detach(),
     "triangle": lambda x: x.tril() + x.triu(1),
-    "losses": lambda x: functional.mse_loss(x, x.square(), reduction="none") + functional.smooth_l1_loss(x, x.cos(), reduction="none"),
+    "losses": lambda x: (
+        functional.mse_loss(x, x.square(), reduction="none") + functional.smooth_l1_loss(x, x.cos(), reduction="none")
+    ),
     "binary losses": lambda x: functional.binary_cross_entropy_with_logits(x, constant(*x.shape).sigmoid(), reduction="none"),
 }
 ALONG_THE_LAST = {
@@ -100,7 +102,9 @@ MIXING = {
     "flip samples": lambda x: x.flip(0),
     "roll samples": lambda x: x.roll(1, 0),
     "index samples": lambda x: x[INDEX.flip(0)],
-    "attention over samples": lambda x: functional.scaled_dot_product_attention(*[x.transpose(0, 1)[None]] * 3)[0].transpose(0, 1),
+    "attention over samples": lambda x: functional.scaled_dot_product_attention(*[x.transpose(0, 1)[None]] * 3)[0].transpose(
+        0, 1
+    ),
     "batch_norm in training": lambda x: functional.batch_norm(x, None, None, training=True),
     "norm of everything": lambda x: x / x.norm(),
     "cumulative sum over samples": lambda x: x.cumsum(0),
@@ -111,7 +115,7 @@ MIXING = {
 
 
 def place_of(function, shape, axis):
-    """Return the proved place of the samples in the input, checked by brute force; the losses are along an axis of the output."""
+    """Return the proved place of the samples in the input, checked by brute force; the losses lie along an axis."""
     x = constant(*shape).requires_grad_()
     z = x * 1
     torch.manual_seed(0)

@@ -75,7 +75,7 @@ def test_loss_balancers_without_state(loss, gradient):
     ],
 )
 def test_rules_with_state_by_task_are_refused(loss, gradient):
-    with pytest.raises(ValueError, match="every sample is a task.* keeps state by task"):
+    with pytest.raises(ValueError, match=r"every sample is a task.* keeps state by task"):
         Balancer(None, loss=loss, gradient=gradient)
 
 
@@ -130,7 +130,7 @@ def test_choices_that_need_lasting_tasks_are_refused(monkeypatch):
     ("losses", "error", "message"),
     [
         (lambda v: {"a": v[0]}, TypeError, "got dict. Use reduction='none'"),
-        (lambda v: list(v), TypeError, "got list"),
+        (list, TypeError, "got list"),
         (lambda v: v.mean(), ValueError, r"shape \(B,\) with B >= 1, but got \(\)"),
         (lambda v: v[:0], ValueError, r"got \(0,\)"),
         (lambda v: v[None], ValueError, r"got \(1, 6\)"),
