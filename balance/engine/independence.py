@@ -101,7 +101,7 @@ class _Walk:
     def is_proved(self) -> bool:
         """Return whether samples are independent; every node comes after all nodes that use it."""
         root, B = edge(self.losses), len(self.losses)
-        if B < 2 or not self._is_plain_root(root) or not self._is_transparent():
+        if B < 2 or not self._is_plain_root(root):
             return False
         self.inner[root.node, root.output_nr] = 1
         waiting, ready = dict(self.needed), [cast("Any", root.node)]
@@ -117,7 +117,7 @@ class _Walk:
             for below, _ in inputs:
                 waiting[below] = waiting.get(below, 0) - 1
             ready += [below for below in dict.fromkeys(below for below, _ in inputs) if waiting[below] == 0]
-        return self._has_all_uses()
+        return self._has_all_uses() and self._is_transparent()
 
     def _is_transparent(self) -> bool:
         """Return whether no Python code acts on a gradient in the graph."""
