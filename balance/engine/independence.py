@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from balance.engine.sample_gradients import Use
 
 _ENGINE: Any = torch.autograd.Variable._execution_engine
+_WEIGHT_MOVES = ("TBackward0", "ToCopyBackward0")  # a linear layer transposes its weight, autocast casts it
 _WEIGHT = ("AddmmBackward0", 2)
 _End = tuple[Any, int]  # node and number of the output
 
@@ -164,15 +165,17 @@ class _Walk:
         return input_place(node, position, shape, given, inner, len(self.losses))
 
     def _leaf_below(self, node: Any) -> Tensor | None:
-        """Return the measured leaf tensor that a node is, or that it transposes."""
-        if kind(node) == "TBackward0":
+        """Return the measured leaf tensor that a node is, or that it transposes or casts."""
+        while kind(node) in _WEIGHT_MOVES:
             node = node.next_functions[0][0]
         is_leaf = type(node) is LeafNode and not self.at_features and (node, 0) in self.positions
         return node.variable if is_leaf else None
 
     def _note_use(self, node: Any, position: int, below: Any, leaf: Tensor) -> bool:
-        is_transposed = type(below) is not LeafNode
-        inner = self.inner.get((node, 0))
+        inner, is_transposed = self.inner.get((node, 0)), False
+        while type(below) is not LeafNode:
+            is_transposed ^= kind(below) == "TBackward0"
+            below = below.next_functions[0][0]
         if inner is None:
             return False
         use = use_of(node, position, leaf, transposed=is_transposed, inner=inner, num_samples=len(self.losses))

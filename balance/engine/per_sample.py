@@ -176,9 +176,10 @@ class _Arrivals:
 
     def add(self, node: Any, gradient: Tensor | None) -> None:
         """Add the gradient of the output of a node, and measure the parameters of which all gradients have arrived."""
+        wide = None if gradient is None else gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
         for i in self._parameters[node]:
             self._missing[i].discard(node)
-            self._gradients[i][node] = None if gradient is None else gradient.detach()
+            self._gradients[i][node] = wide
             if not self._missing[i]:
                 arrived = self._gradients.pop(i)
                 pairs = [(use, arrived[use.node]) for use in self._samples.uses[i]]

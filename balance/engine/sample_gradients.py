@@ -234,7 +234,7 @@ def _convolution(use: Use, delta: Tensor, begin: int, end: int) -> Tensor:
     groups, images = node._saved_groups, len(delta)
     if groups == 1:
         delta = delta[:, begin:end]
-    filters = weight.new_empty(images * delta.shape[1], *weight.shape[1:], dtype=delta.dtype)  # only its shape matters
+    filters = delta.new_empty(images * delta.shape[1], *weight.shape[1:])  # only its shape matters
     _, gradient, _ = torch.ops.aten.convolution_backward(
         delta.reshape(1, -1, *delta.shape[2:]),
         X.to(delta.dtype).reshape(1, -1, *X.shape[2:]),

@@ -339,6 +339,27 @@ def test_stacked_losses_keep_their_own_graphs(recorder):
     assert recorder.taken == []
 
 
+@pytest.mark.parametrize("images", [False, True])
+def test_autocast(recorder, images):
+    """Weights are cast to half precision, in which the gradients of single samples are rounded."""
+    torch.manual_seed(0)
+    body = [nn.Conv2d(2, 4, 3), nn.GroupNorm(1, 4), nn.Flatten()] if images else [nn.Linear(16, 8), nn.LayerNorm(8), nn.ReLU()]
+    network = nn.Sequential(*body, nn.Linear(16 if images else 8, CLASSES))
+    x, y = torch.randn(5, *((2, 4, 4) if images else (16,))), torch.arange(5) % CLASSES
+
+    def losses(network):
+        with torch.autocast("cpu", torch.bfloat16):
+            return functional.cross_entropy(network(x), y, reduction="none")
+
+    report, gradients = step(network, losses)
+    assert recorder.taken == [True]
+    recorder.allowed = False
+    expected, expected_gradients = step(network, losses, gradient=lambda _: report.gradient_weights.double())
+    lengths = expected.gramian.diagonal().sqrt()
+    torch.testing.assert_close(report.gramian / lengths / lengths[:, None], expected.cosines, atol=1e-2, rtol=0)
+    torch.testing.assert_close(gradients, expected_gradients, atol=2e-2, rtol=2e-2)
+
+
 def test_powers_of_two_scale_the_gradients_of_samples_exactly():
     """Products with powers of two are exact, so that any influence of another sample would show."""
     network = mlp().float()

@@ -220,6 +220,16 @@ def test_further_ways_to_take_a_step():
     torch.testing.assert_close(report.gramian, trial.gramian)
 
 
+def test_a_gradient_that_is_not_finite_names_its_sample():
+    model, stage = network(), Balancer(None, gradient="mgda")
+    x = torch.randn(4, 4, dtype=torch.float64)
+    roots = torch.tensor([1.0, 1, 0, 1], dtype=torch.float64)
+    losses = (model(x).square() * roots[:, None]).sum(1).sqrt()
+    with pytest.raises(ValueError, match="the gradients of 2 are not"):
+        stage.backward(losses, shared=model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_the_graph_is_freed():
     model, stage = network(), Balancer(None, gradient="mgda")
     losses = losses_of(model)
