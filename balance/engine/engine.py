@@ -13,7 +13,8 @@ from balance.engine.gramian import InnerProducts, TaskRows
 from balance.engine.graph import Reachability, activation_count, last_uses, unpacks_saved_tensors
 from balance.engine.layers import MeasuredTensor, measured_tensors
 from balance.engine.over_ranks import GlobalGradients, sum_passes
-from balance.engine.passes import FeatureOutputs, LossOutputs, batched_passes, sequential_passes
+from balance.engine.passes import FeatureOutputs, LossOutputs, SampleOutputs, batched_passes, sequential_passes
+from balance.engine.per_sample import measure_samples
 from balance.engine.task_gradients import TaskGradients, common_indices
 from balance.messages import warn_caller
 
@@ -135,6 +136,10 @@ class Engine:
         Raises:
             RuntimeError: If the graph cannot be walked once for each task; ``.grad`` is then as before.
         """
+        if isinstance(outputs, SampleOutputs) and ranks is None and not as_matrix:
+            samples = None if roots is not None else measure_samples(outputs, partition, retain_graph=retain_graph)
+            if samples is not None:
+                return samples
         with self.guarded(outputs, partition):
             if partition.source == "features":
                 gradients = self._measured_at_features(outputs, partition, as_matrix=as_matrix, keeps_graph=retain_graph)

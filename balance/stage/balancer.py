@@ -31,6 +31,7 @@ from balance.stage.execution import execute, prepare
 from balance.stage.learning import LearningStage
 from balance.stage.own_gradients import OwnGradients
 from balance.stage.reminders import Reminders
+from balance.stage.samples import check_sample_choices, check_sample_rules
 from balance.types import EngineChoice, GradientRule, Heads, LossRule, Memory, Scale, Source
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ class Balancer(LearningStage):
     The stage is an ``nn.Module``: its ``parameters()`` belong in the optimizer and its ``state_dict()`` in the checkpoint.
 
     Args:
-        tasks: Names of the tasks, or their number K (the names are then "0", "1", ...).
+        tasks: Names of the tasks, or their number K (the names are then "0", "1", ...). None: one loss per sample, in a tensor
+            of shape (B,) with any B at each step; only rules without state by task.
         loss: Name of a registered loss balancer, or several names, which are applied from left to right, or any
             differentiable callable (K,) -> (K,).
         gradient: Name of a registered gradient balancer, or any callable from a Gramian (K, K) to weights (K,). None: one
@@ -67,8 +69,7 @@ class Balancer(LearningStage):
         weights: Priorities of the tasks, 1 for tasks that are left out: factors on the losses under any pair of rules. They
             multiply what the loss balancer returns, so that no loss balancer can remove them as a difference of scale. A
             gradient balancer registered as a remedy for ``"gradient length"`` would remove them too. It sees the gradients
-            without the priorities, and its weights apply to the gradients with them. Its promises, such as no conflict, then
-            hold for equal priorities only.
+            without the priorities, and its weights apply to the gradients with them.
         source: Tensors on which conflict is measured: the shared ``"parameters"``, or the ``"features"`` that they compute.
             With features every sample counts separately, and one backward pass goes through the trunk instead of K.
         heads: Task-specific parameters get the gradients of the weighted losses unchanged (``"unweighted"``) or times the
@@ -104,7 +105,7 @@ class Balancer(LearningStage):
 
     def __init__(
         self,
-        tasks: Sequence[str] | int,
+        tasks: Sequence[str] | int | None,
         loss: str | Sequence[str] | LossRule = "ls",
         gradient: str | GradientRule | None = None,
         *,
@@ -123,10 +124,12 @@ class Balancer(LearningStage):
         process_group: ProcessGroup | None = None,
     ) -> None:
         check_choices(source, heads, scale, nan, zero, engine, memory)
-        super().__init__(task_names(tasks), nan, zero, Ranks(process_group, is_shared=True))
+        super().__init__(() if tasks is None else task_names(tasks), nan, zero, Ranks(process_group, is_shared=True))
         self.source, self.scale = source, scale
         self._descriptions = describe(loss, loss_options), _description(gradient, gradient_options)
-        K = len(self.tasks)
+        K = len(self.tasks) or 2  # rules without state by task ignore it
+        if tasks is None:
+            check_sample_rules(loss, gradient, weights)
         self.priorities = read_priorities(weights, self.tasks)
         self.loss_balancer = build_loss_balancer(loss, loss_options, K, 2 * seed, self.priorities)
         self.gradient_balancer: GradientBalancer | JacobianBalancer | None = None
@@ -137,6 +140,8 @@ class Balancer(LearningStage):
         self._heads = heads
         if self.gradient_balancer is not None and self.gradient_balancer.sees == "jacobian":
             check_jacobian_balancer(self._descriptions[1], self.heads, scale, memory)
+        if tasks is None:
+            check_sample_choices(self.loss_balancer, nan, self.ranks)
         self.engine = Engine(engine, memory)
         self.metric = metric
         self.reminders = Reminders(self._descriptions[0])
@@ -310,8 +315,10 @@ class Balancer(LearningStage):
 
         Raises:
             RuntimeError: If a collection is open.
-            ValueError: If ``factor`` is not a positive finite number.
+            ValueError: If ``factor`` is not a positive finite number, or the tasks are samples.
         """
+        if not self.tasks:
+            raise ValueError("collect() adds up the losses of lasting tasks, but with tasks=None every sample is a task.")
         return collecting(self, factor, self._finish)
 
     @property
@@ -349,11 +356,13 @@ class Balancer(LearningStage):
             measure: As for `backward`.
 
         Raises:
-            ValueError: If an argument is missing or empty.
+            ValueError: If an argument is missing or empty, or the tasks are samples, whose number is not known.
             TypeError: If an argument contains something other than parameters.
         """
         if self.gradient_balancer is None:
             return Estimate(0, 0, 0)
+        if not self.tasks:
+            raise ValueError("estimate() needs the number of tasks. Use Balancer(B, ...).estimate(...) for B samples.")
         if self.source == "features":
             inputs = trunk = read_features(features, computed=False)
         else:
@@ -377,10 +386,9 @@ class Balancer(LearningStage):
         loss, gradient = self._descriptions
         chosen = [f"{name}={getattr(self, name)!r}" for name, default in _DEFAULTS.items() if getattr(self, name) != default]
         engine = {"engine": (self.engine.choice, "auto"), "memory": (self.engine.memory, "jacobian")}
-        if self.priorities is not None:
-            chosen.append(f"weights={self.priorities.tolist()}")
+        chosen += [] if self.priorities is None else [f"weights={self.priorities.tolist()}"]
         chosen += [f"{name}={value!r}" for name, (value, default) in engine.items() if value != default]
-        return f"Balancer({', '.join([repr(self.tasks), f'loss={loss}', f'gradient={gradient}', *chosen])})"
+        return f"Balancer({', '.join([repr(self.tasks or None), f'loss={loss}', f'gradient={gradient}', *chosen])})"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Balancer:  # noqa: FBT001, FBT002
         """Move or cast, as ``.to()`` and ``.half()`` ask; the rules' state keeps its values and dtypes."""

@@ -112,7 +112,7 @@ class StepWriter:
 
     @property
     def _outputs(self) -> LossOutputs:
-        return LossOutputs(self.step.roots, self.seed.gradient, self.step.shares)
+        return self.step.outputs(self.seed.gradient)
 
     def _gradients(self) -> TaskGradients:
         """Return the gradients of the raw losses, of the batches of all ranks."""
