@@ -18,6 +18,7 @@ SOURCES = (
     *("test_claims.py", "test_methods.py", "test_readme_sections.py"),
     *("claims/__init__.py", "claims/gradient.py", "claims/loss.py"),
     *("references/__init__.py", "references/conftest.py", "references/test_gradient.py", "references/test_loss.py"),
+    "references/test_more_losses.py",
     *(
         "rules/__init__.py",
         "rules/test_registry.py",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from balance.loss.uncertainty import scalars, stacked
+from balance.loss.uncertainty import scalars
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,23 +41,27 @@ class UserLogits(nn.Module):
 
     def values(self) -> Tensor:
         """Return the values of the parameters. Shape (K,), float64, on the host."""
-        return stacked(self.logits, None).detach().to("cpu", torch.float64)
+        return torch.stack(list(self.logits.parameters())).detach().to("cpu", torch.float64)
 
     def set_gradient(self, tasks: Tensor, gradient: Tensor) -> None:
         """Write the gradient of some tasks to ``.grad``. Shapes (k,), (k,)."""
         self.gradient[tasks] = gradient.to(self.gradient)
         self.set_at[tasks] = self.values()[tasks].to(self.set_at)
-        for k in tasks.tolist():
-            parameter = self.logits[k]
-            parameter.grad = self._written[k] = self.gradient[k].detach().to(parameter, copy=True)
+        parameters = list(self.logits.parameters())
+        pieces = gradient.to(parameters[0]).unbind()
+        for k, piece in zip(tasks.tolist(), pieces, strict=True):
+            parameters[k].grad = self._written[k] = piece.detach().clone()
 
     def pending(self) -> Tensor:
         """Return a scalar of value zero whose gradient is the unused gradient, and clear used gradients."""
         used = self.values().to(self.set_at) != self.set_at  # NaN is unequal to everything
         self.gradient[used] = torch.nan
+        parameters = list(self.logits.parameters())
         for k, gradient in self._written.items():
-            if self.logits[k].grad is gradient:  # the term below brings an unused gradient back
-                self.logits[k].grad = None
-        tasks = (~self.gradient.isnan()).nonzero().flatten().tolist()
-        terms = [self.gradient[k].to(self.logits[k]) * (self.logits[k] - self.logits[k].detach()) for k in tasks]
-        return torch.stack(terms).sum() if terms else torch.zeros((), device="cpu")
+            if parameters[k].grad is gradient:  # the term below brings an unused gradient back
+                parameters[k].grad = None
+        unused = (~self.gradient.isnan()).nonzero().flatten()
+        if not len(unused):
+            return torch.zeros((), device="cpu")
+        logits = torch.stack([parameters[k] for k in unused.tolist()])
+        return self.gradient[unused].to(logits) @ (logits - logits.detach())

@@ -149,7 +149,7 @@ class SmoothTchebycheff(nn.Module):
         require_above(L, 0, "stch", LOGARITHM, ADD_CONSTANT)
         nadir = values(self.nadir.base if present is None else self.nadir.base[present])
         known = ~nadir.isnan()
-        factors = torch.ones_like(L)
+        factors = torch.ones_like(nadir)
         if known.any():
             factors[known] = known.sum() * softmax(L[known].log() - nadir[known].log(), self.mu)
         return weigh(widened(losses).log(), factors).to(losses.dtype)

@@ -134,6 +134,10 @@ def train(case, rank=0, ranks=1, steps=3, share=None):
             with torch.no_grad():
                 losses, counts, _ = losses_of(inner, x, rows)
                 balancer.observe(losses, counts=counts)
+        if balancer.needs_validation:
+            with torch.no_grad():
+                losses, counts, _ = losses_of(inner, x, rows)
+                balancer.observe_validation(losses, counts=counts)
         balancer.end_epoch()
     return {
         "reports": reports,

@@ -46,7 +46,7 @@ def test_signals_leave_a_run_that_resumes(runs, database):
 
 
 def test_a_run_that_observes_validation_losses_resumes(tmp_path):
-    """The validation batches continue where they were, and the weights equal the weights of the undisturbed run."""
+    """The resumed run continues with the next validation batch, and ends with the weights of the undisturbed run."""
     finals = []
     for name in ("undisturbed", "killed"):
         runs = Runs(tmp_path / name, "loss_method=coba", "loss.warmup=2", "train.validation_interval=2", "track=false")
