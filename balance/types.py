@@ -42,4 +42,5 @@ Need: TypeAlias = Literal[
     "observe",  # observe() after every optimizer step
     "end_epoch",  # end_epoch() once per epoch
     "all tasks",  # no task may be absent
+    "parameters",  # source="parameters": the rule compares gradients of different steps
 ]

@@ -36,6 +36,7 @@ NEEDS = {
     "observe": "`observe`",
     "end_epoch": "`end_epoch`",
     "all tasks": "all tasks at each step",
+    "parameters": '`source="parameters"`',
 }
 
 

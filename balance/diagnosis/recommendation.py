@@ -27,6 +27,7 @@ CONDITIONS: dict[Need, str] = {
     "observe": "observe() after every optimizer step",
     "end_epoch": "end_epoch() once per epoch",
     "all tasks": "all tasks at every step",
+    "parameters": "source='parameters'",
 }
 
 
