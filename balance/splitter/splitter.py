@@ -257,6 +257,7 @@ class Splitter(nn.Module):
             )
         if isinstance(gradient, str) and gradient not in gradient_balancers:
             raise ValueError(unknown("gradient balancer", gradient, (*gradient_balancers.names(), "normalized")))
+        check_source(gradient, features=True, losses=False)
         rule = build_gradient_balancer(gradient, options, num_tasks=len(self.tasks), seed=2 * seed + 1)
         if rule.uses_losses and rule.sees == "gramian" and not rule.learns:
             try:

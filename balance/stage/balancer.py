@@ -10,7 +10,7 @@ import torch
 from balance.distributed.ranks import Ranks
 from balance.engine.engine import Engine, Estimate
 from balance.engine.partition import read_features, read_shared
-from balance.rules.build import build_gradient_balancer, build_loss_balancer, warn_of_pairing
+from balance.rules.build import build_gradient_balancer, build_loss_balancer, check_source, warn_of_pairing
 from balance.rules.casting import preserving
 from balance.rules.options import describe
 from balance.rules.task_names import check_tasks, encode_tasks
@@ -122,6 +122,7 @@ class Balancer(LearningStage):
         self.heads: Heads = heads or ("unweighted" if self.gradient_balancer is None else self.gradient_balancer.heads)
         if self.gradient_balancer is not None and self.gradient_balancer.sees == "jacobian":
             check_jacobian_balancer(self._descriptions[1], self.heads, scale, memory)
+        check_source(gradient, features=source == "features")
         self.engine = Engine(engine, memory)
         self.reminders = Reminders(self._descriptions[0])
         warn_of_pairing(loss, gradient, K)
