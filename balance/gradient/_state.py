@@ -47,9 +47,7 @@ def share_of(weights: Array) -> tuple[Array, float]:
     return (weights / total if total > 0 else np.full(len(weights), 1 / len(weights))), total
 
 
-def numbers_by_task(
-    numbers: Sequence[float] | None, name: str, method: str, num_present: int, present: Tensor | None
-) -> Array:
+def numbers_by_task(numbers: Sequence[float] | None, name: str, method: str, num_present: int, present: Tensor | None) -> Array:
     """Return an option that is one positive number for every task, for the present tasks; None for ones.
 
     Args:

@@ -93,6 +93,7 @@ def _epo_weights(G: Array, p: Array, L: Array, tolerance: float) -> Array:
     K = len(G)
     shares = p * L / (p @ L)
     logarithms = np.log(K * shares)
+    logarithms[np.abs(logarithms) <= 1e-12] = 0.0  # on the ray but for rounding, which would be a condition of its own
     mu = float(shares @ logarithms)
     gains = G @ (p * (logarithms - mu))
     weights = _balancing_weights(G, gains, shares) if mu > tolerance else None

@@ -61,9 +61,7 @@ class SDMGrad(nn.Module):
 
     weights: Tensor
 
-    def __init__(
-        self, num_tasks: int, lam: float = 0.3, lr: float = 5.0, steps: int = 20, momentum: float = 0.5
-    ) -> None:
+    def __init__(self, num_tasks: int, lam: float = 0.3, lr: float = 5.0, steps: int = 20, momentum: float = 0.5) -> None:
         super().__init__()
         if not lam >= 0:
             raise ValueError(f"lam of 'sdmgrad' must not be negative, but got {lam}.")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from balance.distributed.ranks import Ranks
 from balance.engine.trees import map_leaves
 from balance.messages import unknown
-from balance.rules.build import build_gradient_balancer
+from balance.rules.build import build_gradient_balancer, check_source
 from balance.rules.casting import preserving
 from balance.rules.generator import SeededGenerator
 from balance.rules.options import describe

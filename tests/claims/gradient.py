@@ -115,7 +115,19 @@ GRADIENT_OPTIONS = [
 
 # Rules whose claims are checked at their second step, after a step on other gradients. (ema_norm's claim about the scaling of
 # one task is about a factor that is constant over time.)
-AT_SECOND_STEP = {"config_momentum", "cr_mogm", "db_mtl", "excess_mtl", "gradnorm", "inverse_norm", "lr_annealing", "moco", "modo", "pcd", "sdmgrad"}
+AT_SECOND_STEP = {
+    "config_momentum",
+    "cr_mogm",
+    "db_mtl",
+    "excess_mtl",
+    "gradnorm",
+    "inverse_norm",
+    "lr_annealing",
+    "moco",
+    "modo",
+    "pcd",
+    "sdmgrad",
+}
 
 
 def gradient_factory(name, **options):

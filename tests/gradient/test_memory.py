@@ -40,7 +40,7 @@ def test_resuming_from_disk_equals_not_stopping_bit_for_bit(name, present):
     file = io.BytesIO()
     torch.save([part.state_dict() for part in first], file)
     file.seek(0)
-    resumed = training(name, seed=5)
+    resumed = training(name)
     for part, state in zip(resumed, torch.load(file), strict=True):
         part.load_state_dict(state)
     train(*resumed, range(4, 9), present)
@@ -107,7 +107,7 @@ def test_an_absent_task_keeps_its_state(name):
     for key, value in rule.state_dict().items():
         if len(value) == 3:
             assert torch.equal(value[2], before[key][2]), key
-            assert not torch.equal(value[:2], before[key][:2]) or key == "weights"
+            assert not torch.equal(value[:2], before[key][:2]) or key in ("weights", "first_excess")
 
 
 @pytest.mark.parametrize("name", NAMES)
