@@ -73,7 +73,7 @@ class GradientMemory(nn.Module):
 def inner_products(rows: Tensor) -> Gramian:
     """Return the Gramian of some rows, summed in float64, on the host. Shape (K, P) -> (K, K)."""
     gramian = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
-    for block in rows.split(_BLOCK, dim=1):
+    for block in torch.split(rows, _BLOCK, dim=1):
         wide = block.double()
         gramian += wide @ wide.T
     return gramian.cpu()

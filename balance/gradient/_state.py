@@ -24,7 +24,8 @@ def vector(num_tasks: int, value: float = 0.0) -> Tensor:
 
 def read(buffer: Tensor, tasks: Tensor) -> Array:
     """Return a copy of the numbers of some tasks. Shapes (all tasks,), (K,) -> (K,)."""
-    return buffer[tasks.to(buffer.device)].detach().to("cpu", torch.float64).numpy().copy()
+    numbers: Array = buffer[tasks.to(buffer.device)].detach().to("cpu", torch.float64).numpy().copy()
+    return numbers
 
 
 def write(buffer: Tensor, tasks: Tensor, numbers: Array) -> None:
@@ -40,8 +41,8 @@ def indices(present: Tensor | None, buffer: Tensor) -> Tensor:
 def share_of(weights: Array) -> tuple[Array, float]:
     """Return the weights of the present tasks scaled to sum 1, and their sum before; equal weights if the sum is 0.
 
-    A rule whose weights sum to 1 over all tasks so solves the smaller problem, and multiplies its solution by the sum
-    before it stores it. Shape (K,) -> (K,).
+    The rule solves the problem of the present tasks, and stores its solution times that sum. So the stored weights of all tasks
+    keep their sum. Shape (K,) -> (K,).
     """
     total = float(weights.sum())
     return (weights / total if total > 0 else np.full(len(weights), 1 / len(weights))), total

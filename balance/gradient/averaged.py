@@ -42,9 +42,9 @@ class MoCo(nn.Module):
               w \leftarrow \Pi_\Delta \bigl( w - \gamma_t (Y Y^\top + \rho I) w \bigr), \qquad d = Y^\top w
 
     with :math:`\beta_t = \beta / t^{\sigma_\beta}` and :math:`\gamma_t = \gamma / t^{\sigma_\gamma}`. By default
-    :math:`h_k = L_k g_k / \lVert g_k \rVert`, so that loss weights have no effect on the shared parameters. y starts at 0, so
-    that the first directions are short. w starts at 1/K. A zero gradient has h = 0. One task has weight 1. t counts the steps
-    of a task; an absent task keeps its y and w, and the present tasks keep their sum of w.
+    :math:`h_k = L_k g_k / \lVert g_k \rVert`, so that loss weights have no effect on the shared parameters. At first y is 0, so
+    that the first directions are short, and w is 1/K. A zero gradient has h = 0. One task has weight 1. The number t counts the
+    steps of a task. An absent task keeps its y and w, and the present tasks keep their sum of w.
 
     The rule stores K gradients.
 
@@ -56,8 +56,8 @@ class MoCo(nn.Module):
         gamma_sigma: Exponent of the decay of γ, not negative.
         rho: ρ ≥ 0, the pull towards equal weights.
         normalization: Length of h: the loss (``"loss"``), or the length of the gradient (``"none"``), as in the paper.
-        official: Apply a softmax in place of the projection, and add 1e-8 to the lengths, as LibMTL does. This is no projection:
-            it brings the weights back near 1/K at every step.
+        official: Apply a softmax in place of the projection, and add 1e-8 to the lengths, as LibMTL does. This is no
+            projection: it brings the weights back near 1/K at every step.
 
     Raises:
         ValueError: If an option is out of range.
@@ -134,10 +134,8 @@ class MoCo(nn.Module):
             return J
         L = loss_values(losses, len(J), "moco", "scales the gradient to this length", zero=True)
         norms = _lengths(J)
-        if self.official:
-            factors = L / (norms + 1e-8)
-        else:
-            factors = np.divide(L, norms, out=np.zeros(len(L)), where=norms > 0)
+        lengths = norms + 1e-8 if self.official else norms
+        factors = np.divide(L, lengths, out=np.zeros(len(L)), where=lengths > 0)
         return torch.from_numpy(factors).to(J)[:, None] * J
 
 
@@ -158,9 +156,9 @@ class DBMTL(nn.Module):
               d = \sum_k \frac{\max_j \lVert m_j \rVert}{\lVert m_k \rVert} m_k
 
     with :math:`\beta_t = \beta / t^\sigma`. u is the gradient of the logarithm of the loss only if g is the gradient of the raw
-    loss. So use the rule without a loss balancer. m starts at 0, so that the first directions are shorter than later ones,
-    by the factor 1 - β. A task whose average is zero takes no part. One task has the direction m. t counts the steps of a
-    task; an absent task keeps its average and takes no part. Heads get the gradients of the raw losses.
+    loss. So use the rule without a loss balancer. At first m is 0, so that the first directions are shorter than later ones,
+    by the factor 1 - β. A task whose average is zero takes no part. One task has the direction m. The number t counts the steps
+    of a task. An absent task keeps its average and takes no part. Heads get the gradients of the raw losses.
 
     The rule stores K gradients.
 
@@ -241,9 +239,9 @@ class ConfigMomentum(nn.Module):
     :math:`\beta_2`, of the gradient whose momentum would be c. So d has the size of a step of Adam, whatever the lengths of the
     gradients. Use SGD, not an adaptive optimizer.
 
-    An absent task keeps its average, and **the direction respects it**: each step may measure one task only, in turn. A task
-    takes part from its first step on. Tasks whose average is zero take no part, and opposite averages give d = 0. With dependent
-    averages the cosines are equal in the least-squares sense. For one task the rule is Adam without its learning rate.
+    An absent task keeps its average, and **the direction respects it**: each step may measure one task only, in turn. A
+    task takes part from its first step on. Tasks whose average is zero take no part, and opposite averages give d = 0. With
+    dependent averages the cosines are equal in the least-squares sense. For one task the rule is Adam without its learning rate.
 
     The rule stores K + 2 gradients.
 
@@ -256,9 +254,9 @@ class ConfigMomentum(nn.Module):
         ValueError: If an option is out of range.
 
     Source:
-        Liu, Chu & Thuerey, "ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks", ICLR 2025, algorithm 1,
-        and ``PseudoMomentumOperator`` of the authors' package ``conflictfree``. Differs: the first directions respect the tasks
-        that have been present so far, where the package returns zeros until every task has been.
+        Liu, Chu & Thuerey, "ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks", ICLR 2025, algorithm
+        1, and ``PseudoMomentumOperator`` of the authors' package ``conflictfree``. Differs: the first directions respect the
+        tasks that have been present so far, where the package returns zeros until every task has been.
     """
 
     counts: Tensor
@@ -297,7 +295,7 @@ class ConfigMomentum(nn.Module):
         return self._divided(self._direction(means), moments).to(jacobian)
 
     def _direction(self, means: Tensor) -> Tensor:
-        """Return ConFIG's direction of the averages of all tasks that have been present. Shape (tasks, P) -> (P,)."""
+        """Return ConFIG's direction of the averages of all tasks that have been present. Shapes (tasks, P), (P,)."""
         counts = read(self.counts, indices(None, self.counts))
         seen = counts.nonzero()[0]
         corrections = 1 - self.beta_1 ** counts[seen]
@@ -312,7 +310,8 @@ class ConfigMomentum(nn.Module):
         gradient = (first - self.beta_1 * moments[0]) / (1 - self.beta_1)
         moments[0] = first
         moments[1] = self.beta_2 * moments[1] + (1 - self.beta_2) * gradient.square()
-        return direction / ((moments[1] / (1 - self.beta_2**t)).sqrt() + 1e-8)
+        typical: Tensor = (moments[1] / (1 - self.beta_2**t)).sqrt() + 1e-8
+        return direction / typical
 
 
 def _config_weights(gramian: Array) -> Array:

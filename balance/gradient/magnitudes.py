@@ -41,7 +41,7 @@ class GradNorm(nn.Module):
 
     where the second term is a constant. The weights w of a step are from the logits before the step. Then s takes one step of
     gradient descent on E, with rate ``lr``. Weights are positive and sum to K; all are 1 at first. L(0) is the loss of a task's
-    first step. A zero gradient does not move the logit of its own task. The rate is not scale-free: long gradients move the
+    first step. A zero gradient adds nothing to the gradient of E. The rate is not scale-free: long gradients move the
     weights faster. One task has weight 1. The balancer's option ``measure=`` restricts the lengths to the last shared layer,
     as in the paper.
 
@@ -95,7 +95,7 @@ class GradNorm(nn.Module):
     def _step(self, norms: Array, losses: Tensor | None, tasks: Tensor) -> Array:
         pace = self._pace(losses, tasks)
         s = read(self.logits, tasks)
-        w = len(s) * softmax(s)
+        w: Array = len(s) * softmax(s)
         lengths = w * norms
         pull = np.sign(lengths - lengths.mean() * pace**self.alpha) * norms
         write(self.logits, tasks, s - self.lr * w * (pull - w @ pull / len(w)))

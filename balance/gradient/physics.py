@@ -114,9 +114,9 @@ def ntk(
     .. math:: t = N \frac{r^\top K r}{r^\top r}
 
     is N times a Rayleigh quotient. It **equals the trace** if the gradients of the residuals are orthogonal and of one length,
-    in particular for one residual. It equals the trace in expectation, up to the randomness of :math:`r^\top r`, if the residuals
-    are uncorrelated with one variance. Otherwise it lies between N times the least and N times the greatest eigenvalue. The trace
-    itself would need the gradient of every residual.
+    in particular for one residual. It equals the trace in expectation, up to the randomness of :math:`r^\top r`, if the
+    residuals are uncorrelated with one variance. Otherwise it lies between N times the least and N times the greatest
+    eigenvalue. The trace itself would need the gradient of every residual.
 
     Use the rule without a loss balancer, since t needs the gradient of the raw loss. The factor 4 cancels, and so does any
     common constant of all losses, such as ½. A task whose gradient is zero gets weight 0
@@ -172,8 +172,8 @@ def ntk(
 class LRAnnealing(nn.Module):
     r"""Weights that bring the mean entry of every gradient to the greatest entry of the main task's gradient.
 
-    .. math:: \lambda_k \leftarrow \beta \lambda_k + (1 - \beta) \frac{\max |g_{\text{main}}|}{\operatorname{mean} |g_k|}, \qquad
-              d = g_{\text{main}} + \sum_{k \ne \text{main}} \lambda_k g_k
+    .. math:: \lambda_k \leftarrow \beta \lambda_k + (1 - \beta) \frac{\max |g_{\text{main}}|}{\operatorname{mean} |g_k|},
+              \qquad d = g_{\text{main}} + \sum_{k \ne \text{main}} \lambda_k g_k
 
     In a physics-informed network, the main task is the residual of the differential equation, the others are boundary and
     initial conditions. All λ are 1 before the first step. A task whose gradient is zero keeps its λ. Where the main gradient

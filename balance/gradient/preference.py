@@ -93,7 +93,7 @@ def _epo_weights(G: Array, p: Array, L: Array, tolerance: float) -> Array:
     K = len(G)
     shares = p * L / (p @ L)
     logarithms = np.log(K * shares)
-    logarithms[np.abs(logarithms) <= 1e-12] = 0.0  # on the ray but for rounding, which would be a condition of its own
+    logarithms[np.abs(logarithms) <= 1e-12] = 0.0  # on the ray but for rounding, which would be a condition
     mu = float(shares @ logarithms)
     gains = G @ (p * (logarithms - mu))
     weights = _balancing_weights(G, gains, shares) if mu > tolerance else None
@@ -144,8 +144,8 @@ def pmgda(
     .. math:: \max_\mu \min_k \langle g_k, d \rangle, \quad d = \sum_k \mu_k \hat g_k + \mu_h \hat h, \quad
               \langle \hat h, d \rangle \ge \sigma, \quad \mu \text{ on the simplex}
 
-    a linear program. The length of this d is at most 1, whatever the lengths of the gradients. Below the tolerance a step
-    **predicts**: d is the shortest vector in the convex hull of the parts of the gradients that are orthogonal to
+    a linear program. The length of this d is at most 1, whatever the lengths of the gradients. Below the tolerance a
+    step **predicts**. Then d is the shortest vector in the convex hull of the parts of the gradients that are orthogonal to
     :math:`\nabla h`. If :math:`\nabla h` is zero, this is ``mgda``. A task with a larger preference ends with a smaller loss.
 
     Weights can be negative. A task whose gradient is zero gets weight 0 and sets no condition, but its loss counts in h. At

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     "pcd",
     heads="unweighted",
     label="PCD",
-    paper="Varam et al. 2026, https://arxiv.org/abs/2606.29521",
+    paper="Priority-Constrained Descent 2026, https://arxiv.org/abs/2606.29521",
     remedies=("conflict", "gradient length"),
     invariances=("rotation_equivariant", "scales_with_the_gradients"),
 )
@@ -38,8 +38,8 @@ class PCD(nn.Module):
               \ge \tau \lVert \tilde g_k \rVert^2 \text{ for } k \ne p, \qquad \tilde g_k = g_k / \sqrt{\hat v_k}
 
     with the bias-corrected average :math:`\hat v_k` of the squared lengths, with decay β. The solution is then scaled to the
-    length of :math:`g_p`. So constant factors of the other losses have no effect. The direction conflicts with none of the other
-    tasks; it can conflict with the primary task.
+    length of :math:`g_p`. So constant factors of the other losses have no effect. The direction conflicts with none of the
+    other tasks; it can conflict with the primary task.
 
     If no direction meets all conditions, as for opposite gradients of two other tasks, the direction is :math:`g_p`. Conditions
     count as impossible if the gradients of the other tasks cancel each other to 1e-6 of their lengths. If :math:`g_p` or the
@@ -118,8 +118,8 @@ class PCD(nn.Module):
 def priority_weights(C: Array, primary: int, levels: Array, precision: float) -> Array:
     """Return coefficients of unit gradients in the unit direction near the primary one that reaches a level for each other.
 
-    The multipliers of the conditions are the x ≥ 0 with the shortest combination that lifts the primary gradient to all levels:
-    a problem of non-negative least squares, solved by block pivoting.
+    The multipliers of the conditions are non-negative. Their combination is the shortest that lifts the primary gradient to all
+    levels. This is a problem of non-negative least squares, solved by block pivoting.
 
     Args:
         C: Cosines between the gradients. Shape (K, K).
@@ -150,7 +150,7 @@ def priority_weights(C: Array, primary: int, levels: Array, precision: float) ->
     "cr_mogm",
     heads="weighted",
     label="CR-MOGM",
-    paper="Zhou et al. 2022, https://openreview.net/forum?id=ScwfQ7hdwyP",
+    paper="Zhou et al. 2022, https://proceedings.neurips.cc/paper_files/paper/2022/file/f91bd64a3620aad8e70a27ad9cb3ca57-Paper-Conference.pdf",
     remedies=("conflict", "gradient length"),
     invariances=("permutation_equivariant", "rotation_equivariant", "scales_with_the_gradients"),
 )
@@ -160,9 +160,9 @@ class CRMOGM(Smoothed):
     .. math:: \lambda_t = \alpha_t \lambda_{t-1} + (1 - \alpha_t) \hat\lambda_t, \qquad 1 - \alpha_t = (1 - \alpha) / t^\sigma
 
     where :math:`\hat\lambda` are the weights of the other rule. σ = 0 keeps α. With learning rates that fall as
-    :math:`\eta_t = \eta / \sqrt t`, the paper's condition that :math:`1 - \alpha_t` falls with the learning rate is met by α = 0
-    and σ = ½. The weights have the properties that an average of the rule's weights has, such as a sum of 1. t counts the steps
-    of a task; an absent task keeps its λ. Zero gradients and stationary points are the other rule's.
+    :math:`\eta_t = \eta / \sqrt t`, the paper's condition that :math:`1 - \alpha_t` falls with the learning rate is met by
+    α = 0 and σ = ½. The weights have the properties that an average of the rule's weights has, such as a sum of 1. The number t
+    counts the steps of a task. An absent task keeps its λ. Zero gradients and stationary points are the other rule's.
 
     Args:
         num_tasks: K.

@@ -34,10 +34,11 @@ class SDMGrad(nn.Module):
     .. math:: d = \frac{\sum_k w_k g_k + \lambda \bar g}{1 + \lambda}, \qquad
               \min_w \tfrac12 \Bigl\lVert \sum_k w_k g_k + \lambda \bar g \Bigr\rVert^2 \text{ on the simplex}
 
-    The gradient of this problem at w is :math:`A (w + \lambda / K)`. With three independent batches the estimate is unbiased:
-    :math:`A_{ij}` is the product of gradient i on the second batch and of gradient j on the third, and the g of d are from the
-    first. A is divided by the square of the mean length of the gradients, so that ``lr`` does not depend on their scale. Each
-    step of the balancer takes ``steps`` steps of gradient descent with momentum, and projects w on the simplex after each.
+    The gradient of this problem at w is :math:`A (w + \lambda / K)`. The entry :math:`A_{ij}` is the inner product of gradient
+    i on a second batch and gradient j on a third batch. The g of d are from the first batch. With independent batches the
+    estimate is unbiased. A is divided by the square of the mean length of the gradients, so that ``lr`` does not depend on
+    their scale. Each step of the balancer takes ``steps`` steps of gradient descent with momentum, and projects w on the
+    simplex after each.
 
     λ = 0 approaches ``mgda``; large λ gives the mean gradient. All weights are equal before the first step, and keep their
     values while all gradients are zero. One task has weight 1. The present tasks keep their sum of weights while others are
@@ -79,8 +80,8 @@ class SDMGrad(nn.Module):
 
         Args:
             gramian: Inner products of the task gradients. Shape (K, K), positive semi-definite.
-            cross: Inner products of the gradients on a second batch (rows) with the gradients on a third batch (columns); None:
-                ``gramian``, as if all batches were the same. Shape (K, K).
+            cross: Inner products of the gradients on a second batch (rows) and a third batch (columns). None: ``gramian``, as
+                if all batches were the same. Shape (K, K).
             present: Indices of the tasks; None for all.
 
         Returns:
@@ -122,10 +123,10 @@ class MoDo(nn.Module):
 
     .. math:: w \leftarrow \Pi_\Delta \bigl( w - \gamma (A w + \rho w) \bigr), \qquad d = \sum_k w_k g_k
 
-    With three independent batches the step is unbiased: :math:`A_{ij}` is the product of gradient i on the second batch and of
-    gradient j on the third, and the g of d are from the first. All weights are equal before the first step, and keep their values
-    while all gradients are zero and equal. One task has weight 1. The step depends on the scale of the gradients: short gradients
-    hardly move the weights. The present tasks keep their sum of weights while others are absent.
+    The entry :math:`A_{ij}` is the inner product of gradient i on a second batch and gradient j on a third batch. The g of d
+    are from the first batch. With independent batches the step is unbiased. All weights are equal before the first step, and
+    keep their values while they are equal and all gradients are zero. One task has weight 1. The step depends on the scale of
+    the gradients: short gradients hardly move the weights. The present tasks keep their sum of weights while others are absent.
 
     Args:
         num_tasks: K.
@@ -157,8 +158,8 @@ class MoDo(nn.Module):
 
         Args:
             gramian: Inner products of the task gradients. Shape (K, K), positive semi-definite.
-            cross: Inner products of the gradients on a second batch (rows) with the gradients on a third batch (columns); None:
-                ``gramian``, as if all batches were the same. Shape (K, K).
+            cross: Inner products of the gradients on a second batch (rows) and a third batch (columns). None: ``gramian``, as
+                if all batches were the same. Shape (K, K).
             present: Indices of the tasks; None for all.
 
         Returns:

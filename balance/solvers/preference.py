@@ -36,7 +36,8 @@ def highest_product(objective: Array, rows: Array, bounds: Array) -> Array | Non
     if solution.status != 0:
         return None
     weights: Array = np.maximum(solution.x, 0.0)
-    return weights / weights.sum()
+    weights /= weights.sum()
+    return weights
 
 
 def correction_weights(gramian: Array, slope: Array, sigma: float) -> Array:

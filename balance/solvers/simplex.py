@@ -28,4 +28,5 @@ def project_on_simplex(point: Array) -> Array:
     thresholds = (descending.cumsum() - 1) / np.arange(1, len(point) + 1)
     last = np.flatnonzero(descending > thresholds)[-1]
     weights: Array = np.maximum(shifted - thresholds[last], 0.0)
-    return weights / weights.sum()
+    weights /= weights.sum()
+    return weights

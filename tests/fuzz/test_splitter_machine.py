@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 import balance
-from tests.splitter.views import RULES as RULES_OF_SPLITTERS
 from tests.fuzz.training import MACHINE, ROWS, TASKS, Net, Step, all_finite, assert_same, composed, fields
+from tests.splitter.views import RULES as RULES_OF_SPLITTERS
 
 STEPS, EXAMPLES = 40, int(os.environ.get("FUZZ_MACHINES", "190"))  # in all about 10 000 steps
 NOT_FINITE = ("nan", "inf", "overflow")

@@ -1,4 +1,4 @@
-"""Rules for physics-informed networks: what is estimated, and what absent tasks and zero gradients do."""
+"""Rules for physics-informed networks: the estimate of the trace, absent tasks and zero gradients."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.gradient.directions import build
 
 
 def linear_task(inputs, seed):
-    """Return loss and gradient of a linear model with these inputs, and the trace of its kernel. The loss is a mean of squares."""
+    """Return loss and gradient of a linear model, and the trace of its kernel. The loss is a mean of squares."""
     generator = torch.Generator().manual_seed(seed)
     theta = torch.randn(inputs.shape[1], generator=generator, dtype=torch.float64, requires_grad=True)
     targets = torch.randn(len(inputs), generator=generator, dtype=torch.float64)

@@ -74,7 +74,7 @@ def test_epo_of_two_tasks_by_brute_force():
         gains = G @ (np.log(2 * shares) - mu)
         bounds = np.where(gains > 0, -np.inf, gains) if (gains > 0).any() else np.zeros(2)
         bounds[shares.argmax()] = 0
-        values = np.where((G @ W >= bounds[:, None] - 1e-9 * G.max()).all(axis=0), gains @ W, -np.inf)
+        values = np.where((bounds[:, None] - 1e-9 * G.max() <= G @ W).all(axis=0), gains @ W, -np.inf)
         weights = build("epo", 2)(J @ J.T, losses=torch.tensor(L)).numpy()
         assert gains @ weights == pytest.approx(values.max(), rel=1e-4, abs=1e-9)
 

@@ -49,7 +49,7 @@ def test_sequence(rows, name, options, key):
 
 
 def test_state_of_gradnorm_before_each_step_and_excess_weights(rows):
-    """The logits and the weights of the file, which are those of the step and not of the state after it."""
+    """The file's logits and weights belong to the step, not to the state after it."""
     gradnorm, excess = (gradient_balancers.build(name, num_tasks=3) for name in ("gradnorm", "excess_mtl"))
     for step, (learned, weighted) in enumerate(zip(SEQUENCES["gradnorm"], SEQUENCES["excess_mtl"], strict=True)):
         J = jacobian(step)
@@ -61,8 +61,8 @@ def test_state_of_gradnorm_before_each_step_and_excess_weights(rows):
         torch.testing.assert_close(3 * excess.log_weights.softmax(dim=0), tensor(weighted["w"]), rtol=1e-9, atol=0)
 
 
-# From the authors' package conflictfree 0.1.8, PseudoMomentumOperator, run in float64: three steps of all tasks, then three steps
-# of one task each, in turn
+# From the authors' package conflictfree 0.1.8, PseudoMomentumOperator, run in float64: three steps of all tasks, then three
+# steps of one task each, in turn
 CONFIG_MOMENTUM = [
     [0.9999999967642, 0.9999999984208, -0.9999999966105],
     [-0.5919647752311, 0.9811107420602, 0.5249497536439],
