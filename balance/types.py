@@ -43,4 +43,5 @@ Need: TypeAlias = Literal[
     "end_epoch",  # end_epoch() once per epoch
     "validation",  # observe_validation() with losses of validation data, every few steps
     "all tasks",  # no task may be absent
+    "parameters",  # source="parameters": the rule compares gradients of different steps
 ]

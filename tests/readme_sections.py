@@ -37,6 +37,7 @@ NEEDS = {
     "end_epoch": "`end_epoch`",
     "validation": "`observe_validation`",
     "all tasks": "all tasks at each step",
+    "parameters": '`source="parameters"`',
 }
 
 

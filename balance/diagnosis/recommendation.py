@@ -28,6 +28,7 @@ CONDITIONS: dict[Need, str] = {
     "end_epoch": "end_epoch() once per epoch",
     "validation": "observe_validation() with losses of validation data every few steps",
     "all tasks": "all tasks at every step",
+    "parameters": "source='parameters'",
 }
 
 

@@ -91,7 +91,7 @@ class SmoothTchebycheff(nn.Module):
         num_tasks: K.
         mu: Smoothing μ > 0.
         warmup_epochs: Epoch whose mean losses are n, counted from 0. Only for ``form="log"``.
-        form: The formula.
+        form: The formula; None: plain if a preference or a reference point is given, else logarithmic.
         preference: λ for ``form="plain"``, not negative, used as given; None for 1 / K.
         reference: Ideal point z for ``form="plain"``; None for zeros.
 
@@ -109,11 +109,13 @@ class SmoothTchebycheff(nn.Module):
         num_tasks: int,
         mu: float = 1.0,
         warmup_epochs: int = 4,
-        form: Form = "log",
+        form: Form | None = None,
         preference: list[float] | None = None,
         reference: list[float] | None = None,
     ) -> None:
         super().__init__()
+        if form is None:
+            form = "log" if preference is None and reference is None else "plain"
         if not mu > 0:
             raise ValueError(f"mu of 'stch' must be positive, but got {mu}.")
         if warmup_epochs < 0:

@@ -126,6 +126,29 @@ def _built_loss_balancer(
     return _chain(rule, options, num_tasks, seed)
 
 
+def check_source(gradient: object, *, features: bool, losses: bool = True) -> None:
+    """Check that a gradient balancer, given by name, can work with the gradients and losses that a stage has.
+
+    Args:
+        gradient: Registered name; anything else is not checked.
+        features: Whether the gradients are with respect to features, which are different tensors at every step.
+        losses: Whether the stage has the values of the losses.
+
+    Raises:
+        ValueError: If the rule compares gradients of different steps, or needs losses that the stage does not have.
+    """
+    if not isinstance(gradient, str):
+        return
+    needs = gradient_balancers.traits(gradient).needs
+    if features and "parameters" in needs:
+        raise ValueError(
+            f"'{gradient}' compares gradients of different steps, but features differ from step to step. "
+            'Use a Balancer with source="parameters".'
+        )
+    if not losses and "positive losses" in needs:
+        raise ValueError(f"A Splitter sees no losses, but '{gradient}' needs them. Use a Balancer.")
+
+
 def _named(registry: Registry, name: str, options: Mapping[str, Any] | None, num_tasks: int, seed: int) -> Callable[..., Any]:
     options = dict(options or {})
     if "seed" in registry.options(name):

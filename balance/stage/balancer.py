@@ -11,7 +11,7 @@ from balance.distributed.ranks import Ranks
 from balance.engine.engine import Engine, Estimate
 from balance.engine.metric import OptimizerMetric
 from balance.engine.partition import read_features, read_shared
-from balance.rules.build import build_gradient_balancer, build_loss_balancer, warn_of_pairing
+from balance.rules.build import build_gradient_balancer, build_loss_balancer, check_source, warn_of_pairing
 from balance.rules.casting import preserving
 from balance.rules.options import describe
 from balance.rules.priorities import read_priorities
@@ -142,6 +142,7 @@ class Balancer(LearningStage):
             check_jacobian_balancer(self._descriptions[1], self.heads, scale, memory)
         if tasks is None:
             check_sample_choices(self.loss_balancer, nan, self.ranks)
+        check_source(gradient, features=source == "features")
         self.engine = Engine(engine, memory)
         self.metric = metric
         self.reminders = Reminders(self._descriptions[0])
@@ -386,7 +387,7 @@ class Balancer(LearningStage):
         loss, gradient = self._descriptions
         chosen = [f"{name}={getattr(self, name)!r}" for name, default in _DEFAULTS.items() if getattr(self, name) != default]
         engine = {"engine": (self.engine.choice, "auto"), "memory": (self.engine.memory, "jacobian")}
-        chosen += [] if self.priorities is None else [f"weights={self.priorities.tolist()}"]
+        engine["weights"] = (None if self.priorities is None else self.priorities.tolist(), None)
         chosen += [f"{name}={value!r}" for name, (value, default) in engine.items() if value != default]
         return f"Balancer({', '.join([repr(self.tasks or None), f'loss={loss}', f'gradient={gradient}', *chosen])})"
 

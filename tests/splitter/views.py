@@ -10,7 +10,12 @@ from balance.rules.compose import every
 TASKS = ("a", "b", "c")
 
 
-RULES = gradient_balancers.names()
+# that need neither losses nor gradients of the same parameters at every step
+RULES = [
+    name
+    for name in gradient_balancers.names()
+    if not {"positive losses", "parameters"}.intersection(gradient_balancers.traits(name).needs)
+]
 
 
 # every way to merge: what is normalised, projected, solved, drawn, kept
@@ -25,7 +30,7 @@ MODES = [
 ]
 
 
-ROTATABLE = [mode for mode in MODES if mode.get("gradient") != "graddrop"]  # that draws a number for each coordinate
+ROTATABLE = [mode for mode in MODES if mode.get("gradient") not in ("graddrop", "lr_annealing")]  # which see coordinates
 
 
 def splitter_of(tasks, mode, **options):
