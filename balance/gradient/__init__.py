@@ -1,5 +1,15 @@
 """Gradient balancers: Gramian (K, K) -> weights (K,). Importing this package registers them."""
 
-from balance.gradient import bargaining, dual_cone, elementwise, equal_angle, min_norm, projection
+from balance.gradient import alignment, bargaining, dual_cone, elementwise, equal_angle, fixed, min_norm, projection, robust
 
-__all__ = ["bargaining", "dual_cone", "elementwise", "equal_angle", "min_norm", "projection"]
+__all__ = [
+    "alignment",
+    "bargaining",
+    "dual_cone",
+    "elementwise",
+    "equal_angle",
+    "fixed",
+    "min_norm",
+    "projection",
+    "robust",
+]
