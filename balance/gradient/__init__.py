@@ -1,6 +1,18 @@
 """Gradient balancers: Gramian (K, K) -> weights (K,). Importing this package registers them."""
 
-from balance.gradient import alignment, bargaining, conic, dual_cone, elementwise, equal_angle, fixed, min_norm, projection, robust
+from balance.gradient import (
+    alignment,
+    bargaining,
+    conic,
+    dual_cone,
+    elementwise,
+    equal_angle,
+    fixed,
+    min_norm,
+    projection,
+    robust,
+    similarity,
+)
 
 __all__ = [
     "alignment",
@@ -13,4 +25,5 @@ __all__ = [
     "min_norm",
     "projection",
     "robust",
+    "similarity",
 ]

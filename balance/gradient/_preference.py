@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from balance.solvers.linear_algebra import Array
 
 
-def preferences(
-    rule: str, preference: Sequence[float] | None, num_tasks: int, present: Tensor | None, default: float
-) -> Array:
+def preferences(rule: str, preference: Sequence[float] | None, num_tasks: int, present: Tensor | None, default: float) -> Array:
     """Return the preferences of the present tasks.
 
     Args:

@@ -31,7 +31,7 @@ def conicgrad(gramian: Gramian, *, c: float = COSINE) -> Weights:
 
     with the mean :math:`g_0`. CAGrad bounds the distance from the mean, ConicGrad the angle. If the orientation of `mgda` lies in
     the cone, it is the solution, and conflicts with no task. Otherwise the direction has the angle arccos c to the mean, and
-    can conflict. c = 1 gives the mean. Weights can be negative. One task gets weight 1.
+    can conflict. c = 1 gives the mean. One task gets weight 1.
 
     If 0 lies in the convex hull of the gradients, to 1e-6 of their lengths, no direction helps every task, and the direction is
     the mean. A mean of zero gives d = 0. A task whose gradient is zero gets weight 0 and takes no part in the mean.
@@ -41,7 +41,7 @@ def conicgrad(gramian: Gramian, *, c: float = COSINE) -> Weights:
         c: Smallest cosine between the direction and the mean gradient, above 0 and at most 1.
 
     Returns:
-        Shape (K,), in mean convention, dtype and device of ``gramian``.
+        Non-negative weights, in mean convention. Shape (K,), dtype and device of ``gramian``.
 
     Raises:
         ValueError: If ``gramian`` is not a finite square matrix, or ``c`` is out of range.

@@ -25,9 +25,7 @@ TIE = 1e-9  # relative difference of scores that counts as none
     remedies=("domination",),
     invariances=("rotation_equivariant", "scales_with_the_gradients"),
 )
-def krum(
-    gramian: Gramian, *, num_byzantine: int = 0, num_selected: int = 1, distance: Distance = "euclidean"
-) -> Weights:
+def krum(gramian: Gramian, *, num_byzantine: int = 0, num_selected: int = 1, distance: Distance = "euclidean") -> Weights:
     r"""Return weights that average the gradients nearest to their neighbours, and drop all other gradients.
 
     The score of a gradient is the sum of its distances to its K - ``num_byzantine`` - 2 nearest neighbours. The

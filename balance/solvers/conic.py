@@ -29,7 +29,7 @@ def conic_weights(gramian: Array, c: float, rounding: float = EPSILON) -> Array:
         rounding: Relative error of the entries of ``gramian``.
 
     Returns:
-        Shape (K,), of either sign; all zero where the mean gradient is zero to working precision.
+        Shape (K,), non-negative; all zero where the mean gradient is zero to working precision.
     """
     K = len(gramian)
     norms = gradient_norms(gramian)
@@ -65,7 +65,7 @@ def _on_the_boundary(G: Array, lengths: Array, h: Array, mean: float, c: float, 
     levels = (float((cosines / inverse).min()), mean / float(lengths.min()))  # the mean's own level, and a bound of all levels
     worst = cosines <= levels[0] * inverse
     x = climb(C, cosines, inverse, math.sqrt(1 - c**2) / c, levels, np.zeros(len(h)), worst, rounding)
-    weights = (1 - float(x @ cosines)) / (len(h) * mean) + x / lengths
+    weights = max(1 - float(x @ cosines), 0.0) / (len(h) * mean) + x / lengths  # negative by rounding only
     return np.asarray(weights * mean / math.sqrt(1 + max(float(x @ C @ x), 0.0)))
 
 

@@ -44,9 +44,7 @@ def project_in_turn(gramians: Numbers, partners_by_turn: Iterable[Places], tasks
     return coefficients
 
 
-def align_in_turn(
-    gramian: Array, partners_by_turn: Iterable[Indices], targets: Array, beta: float
-) -> tuple[Array, Array]:
+def align_in_turn(gramian: Array, partners_by_turn: Iterable[Indices], targets: Array, beta: float) -> tuple[Array, Array]:
     """Turn every vector towards its partner of each turn, up to a target of their cosine, if the cosine is below the target.
 
     All vectors take a turn in one operation. A target moves towards the cosine before the turn.
