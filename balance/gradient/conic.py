@@ -27,14 +27,16 @@ COSINE = 0.5  # ConicGrad's default c
 def conicgrad(gramian: Gramian, *, c: float = COSINE) -> Weights:
     r"""Return the weights of the direction near the mean gradient in angle, whose smallest gain of a task is greatest.
 
-    .. math:: \max_d \min_k \langle g_k, d \rangle \quad \text{subject to } \cos(d, g_0) \ge c,\ \lVert d \rVert = \lVert g_0 \rVert
+    .. math:: \max_d \min_k \langle g_k, d \rangle \quad
+              \text{subject to } \cos(d, g_0) \ge c,\ \lVert d \rVert = \lVert g_0 \rVert
 
-    with the mean :math:`g_0`. CAGrad bounds the distance from the mean, ConicGrad the angle. If the orientation of `mgda` lies in
-    the cone, it is the solution, and conflicts with no task. Otherwise the direction has the angle arccos c to the mean, and
-    can conflict. c = 1 gives the mean. One task gets weight 1.
+    with the mean :math:`g_0`. CAGrad bounds the distance from the mean, ConicGrad the angle. If the orientation of `mgda`
+    lies in the cone, it is the solution, and conflicts with no task. Otherwise the direction has the angle arccos c to the
+    mean, and can conflict. c = 1 gives the mean. One task gets weight 1.
 
-    If 0 lies in the convex hull of the gradients, to 1e-6 of their lengths, no direction helps every task, and the direction is
-    the mean. A mean of zero gives d = 0. A task whose gradient is zero gets weight 0 and takes no part in the mean.
+    If 0 lies in the convex hull of the gradients, no direction helps every task, and the direction is the mean. 0 counts as
+    inside if the gradients cancel each other to 1e-6 of their lengths. A mean of zero gives d = 0. A task whose gradient is
+    zero gets weight 0 and takes no part in the mean.
 
     Args:
         gramian: Inner products of the task gradients. Shape (K, K), positive semi-definite.

@@ -116,17 +116,16 @@ def dualproj(
 def _regularised(rule: str, G: Array, reg_eps: float) -> Array:
     if not reg_eps >= 0:
         raise ValueError(f"reg_eps of '{rule}' must not be negative, but got {reg_eps}.")
-    return G + reg_eps * np.trace(G) * np.eye(len(G)) if reg_eps > 0 else G
+    return np.asarray(G + reg_eps * np.trace(G) * np.eye(len(G))) if reg_eps > 0 else G
 
 
 def _project(coefficients: Callable[[Array, Array], Array], G: Array, p: Array) -> Array:
     """Return p plus the weights of the projection, which ``coefficients`` computes on unit gradients. Shape (K,)."""
     norms = gradient_norms(G)
     nonzero = norms.nonzero()[0]
-    weights = p.copy()
+    weights: Array = p.copy()
     if len(nonzero):
-        scale = norms.max()
-        lengths = norms[nonzero] / scale
+        lengths = norms[nonzero] / norms.max()
         C = G[np.ix_(nonzero, nonzero)] / norms[nonzero, None] / norms[nonzero]
         extra = np.zeros(len(G))
         extra[nonzero] = coefficients(C, p[nonzero] * lengths) / lengths

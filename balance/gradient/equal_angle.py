@@ -13,9 +13,11 @@ from balance.rules.registry import gradient_balancers
 from balance.solvers.linear_algebra import DEPENDENT, equal_projection_error, equal_projection_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
-    from balance.solvers.linear_algebra import Array
+    from balance.solvers.linear_algebra import Array, Indices
     from balance.types import Gramian, Weights
 
 Length = Literal["projection", "minimum", "maximum", "harmonic", "arithmetic", "geometric"]
@@ -104,19 +106,19 @@ def config(
     .. math:: d = \ell \, \hat d, \qquad \hat d \text{ in the direction of } U^+ p, \qquad
               \ell = \textstyle\sum_k \langle g_k, \hat d \rangle
 
-    with the unit gradients as rows of U. For linearly independent gradients the direction conflicts with no task, and its cosine
-    with :math:`g_k` is proportional to :math:`p_k`. It has the orientation of `imtl_g`, and its length is the sum of the
-    projections. Weights can be negative. For dependent gradients, as defined in `imtl_g`, the cosines agree in the least-squares
-    sense, and the direction can conflict. A task whose gradient is zero gets weight 0. At G = 0, and for opposite gradients, all
-    weights are 0. One task gets weight 1.
+    with the unit gradients as rows of U. For linearly independent gradients the direction conflicts with no task, and its
+    cosine with :math:`g_k` is proportional to :math:`p_k`. It has the orientation of `imtl_g`, and its length is the sum of
+    the projections. Weights can be negative. For dependent gradients, as defined in `imtl_g`, the cosines agree in the
+    least-squares sense, and the direction can conflict. A task whose gradient is zero gets weight 0. At G = 0, and for
+    opposite gradients, all weights are 0. One task gets weight 1.
 
     Args:
         gramian: Inner products of the task gradients. Shape (K, K), positive semi-definite.
         preference: p, positive, one number for each task; 1 by default. A common factor has no effect.
-        length: Lengths of the gradients in the sum ℓ: their own (``"projection"``), or for all of them the smallest
-            (``"minimum"``), the greatest (``"maximum"``), or a mean (``"harmonic"``, ``"arithmetic"``, ``"geometric"``), of the
-            gradients that are not zero. The index of a task means the length of that task's gradient, or ``"projection"``
-            if the task is absent or its gradient is zero.
+        length: Length that every gradient has in the sum ℓ. ``"projection"``: its own. ``"minimum"``, ``"maximum"``,
+            ``"harmonic"``, ``"arithmetic"``, ``"geometric"``: the smallest, the greatest or a mean of the lengths that are not
+            zero. An index: the length of that task's gradient. If that task is absent or its gradient is zero, the length
+            is ``"projection"``.
         present: Indices of the present tasks, for ``preference`` and ``length``; the stage passes them.
 
     Returns:
@@ -138,12 +140,19 @@ def config(
         nonzero = np.flatnonzero(G.diagonal())
         w = np.zeros(len(G))
         if len(nonzero):
-            tracked = tasks[nonzero].tolist().index(length) if length in tasks[nonzero] else length
             cutoff = max(DEPENDENT, len(nonzero) ** 0.5 * rounding(gramian))
-            w[nonzero] = _equal_angles(G[np.ix_(nonzero, nonzero)], p[nonzero], tracked, cutoff)
+            w[nonzero] = _equal_angles(G[np.ix_(nonzero, nonzero)], p[nonzero], _place(length, tasks[nonzero]), cutoff)
         return w
 
     return solve(weights, gramian)
+
+
+def _place(length: Length | int, tasks: Indices) -> Length | int:
+    """Return the name in ``length``, or the place of its task among ``tasks``, ``"projection"`` if it is not among them."""
+    if isinstance(length, str):
+        return length
+    places = np.flatnonzero(tasks == length)
+    return int(places[0]) if len(places) else "projection"
 
 
 def _equal_angles(G: Array, p: Array, length: Length | int, cutoff: float) -> Array:
@@ -161,13 +170,13 @@ def _equal_angles(G: Array, p: Array, length: Length | int, cutoff: float) -> Ar
 
 def _lengths(norms: Array, length: Length | int) -> Array:
     """Return the length of each gradient in the sum of projections. Shape (K,)."""
-    if length in range(len(norms)):
+    if isinstance(length, int):
         return np.full(len(norms), norms[length])
-    models = {
+    models: dict[Length, Callable[[], float]] = {
         "minimum": norms.min,
         "maximum": norms.max,
-        "harmonic": lambda: 1 / (1 / norms).mean(),
+        "harmonic": lambda: float(1 / (1 / norms).mean()),
         "arithmetic": norms.mean,
-        "geometric": lambda: math.exp(np.log(norms).mean()),
+        "geometric": lambda: math.exp(float(np.log(norms).mean())),
     }
     return np.full(len(norms), models[length]()) if length in models else norms

@@ -33,10 +33,10 @@ class SimilarityAwareMomentum(nn.Module):
               d = \begin{cases} \bar n \sum_k g_k / n_k & \psi < \gamma \\
               \sum_k g_k \, |\hat m_k| / \sqrt{\hat v} & \text{otherwise} \end{cases}
 
-    with the lengths :math:`n_k` of the gradients, their mean :math:`\bar n`, the moving average :math:`\hat m_k` of each gradient
-    and the moving average :math:`\hat v` of :math:`(1 - \psi)^2`. Both averages are corrected for their start at 0, as in Adam.
-    The product with :math:`|\hat m_k|` is taken at every coordinate, so the rule is not a function of the Gramian. In that
-    case the direction grows with the square of the gradients.
+    with the lengths :math:`n_k` of the gradients, their mean :math:`\bar n`, the moving average :math:`\hat m_k` of each
+    gradient and the moving average :math:`\hat v` of :math:`(1 - \psi)^2`. Both averages are corrected for their start at 0,
+    as in Adam. The product with :math:`|\hat m_k|` is taken at every coordinate, so the rule is not a function of the
+    Gramian. In that case the direction grows with the square of the gradients.
 
     The direction can conflict with tasks. A task whose gradient is zero contributes nothing. Gradients that are both zero count
     as similar, and so does a single task. All averages of absent tasks stay as they are. The state is as large as K task
@@ -52,8 +52,8 @@ class SimilarityAwareMomentum(nn.Module):
         ValueError: If an option is out of range.
 
     Source:
-        Borsani et al., "Gradient Similarity Surgery in Multi-Task Deep Learning", ECML PKDD 2025, and the authors' code, with the
-        options of its toy problem. As there, 1e-8 is added to v at each step. Differs: the direction is not multiplied by
+        Borsani et al., "Gradient Similarity Surgery in Multi-Task Deep Learning", 2025, and the authors' code, with the options
+        of its toy problem. As there, 1e-8 is added to v at each step. Differs: the direction is not multiplied by
         K, and each task counts its own steps. The reinforcement-learning code compares each pair of tasks with γ in place of
         the mean.
     """

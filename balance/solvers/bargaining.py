@@ -28,8 +28,8 @@ def bargaining_weights(gramian: Array, alpha: float = 1.0) -> Array | None:
 
     Returns:
         Shape (K,). None if no solution exists to working precision, because a convex combination of the unit gradients is
-        shorter than 1e-6. Where lengths differ by many decades and α is far from 1, products :math:`(Gw)_k` can be smaller
-        than the rounding of their terms, and the equation holds to that rounding only.
+        shorter than 1e-6. Where lengths differ by many decades and α is far from 1, a product :math:`(Gw)_k` can be
+        smaller than the rounding of its terms. The equation then holds to that rounding only.
 
     Source:
         Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, claim 3.1; Ban & Ji, "Fair Resource Allocation in

@@ -1,4 +1,4 @@
-"""The direction in a cone around the mean gradient with the greatest gain for the task that gains least: ConicGrad's problem."""
+"""The direction in a cone around the mean with the greatest gain for the task that gains least: ConicGrad's problem."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from balance.solvers.min_norm import any_min_norm_weights, min_norm_weights
 def conic_weights(gramian: Array, c: float, rounding: float = EPSILON) -> Array:
     r"""Return the weights of ConicGrad's direction, as long as the mean gradient :math:`g_0`.
 
-    .. math:: \max_d \min_k \langle g_k, d \rangle \quad \text{subject to } \cos(d, g_0) \ge c,\ \lVert d \rVert = \lVert g_0 \rVert
+    .. math:: \max_d \min_k \langle g_k, d \rangle \quad
+              \text{subject to } \cos(d, g_0) \ge c,\ \lVert d \rVert = \lVert g_0 \rVert
 
     If the shortest vector in the convex hull of the gradients is in the cone, its direction is the solution. Otherwise the
     solution is on the boundary of the cone: :math:`d \sim g_0 / \lVert g_0 \rVert + y` with y orthogonal to :math:`g_0` and of
@@ -62,7 +63,7 @@ def _on_the_boundary(G: Array, lengths: Array, h: Array, mean: float, c: float, 
     cosines = h / lengths
     C = G / lengths[:, None] / lengths - cosines[:, None] * cosines
     inverse = lengths.min() / lengths
-    levels = (float((cosines / inverse).min()), mean / float(lengths.min()))  # the mean's own level, and a bound of all levels
+    levels = (float((cosines / inverse).min()), mean / float(lengths.min()))  # the level of the mean, and a bound
     worst = cosines <= levels[0] * inverse
     x = climb(C, cosines, inverse, math.sqrt(1 - c**2) / c, levels, np.zeros(len(h)), worst, rounding)
     weights = max(1 - float(x @ cosines), 0.0) / (len(h) * mean) + x / lengths  # negative by rounding only
@@ -72,11 +73,13 @@ def _on_the_boundary(G: Array, lengths: Array, h: Array, mean: float, c: float, 
 def conic_error(gramian: Array, weights: Array, c: float) -> float:
     r"""Return the relative duality gap of ConicGrad's weights, or the violation of a constraint if it is greater.
 
-    For any v on the simplex, no direction in the cone has a smallest gain above the greatest gain of the vector
-    :math:`J^\top v` in the cone. The gap is between the lower of two such bounds and the smallest gain of the weights, for the
-    min-norm weights and for the multipliers in the weights. It is relative to
-    :math:`\lVert g_0 \rVert \max_k \lVert g_k \rVert`. Tasks whose gradient is zero are left out. Where 0 lies in the convex hull
-    of the gradients, the error is the distance of the weights from the mean's.
+    For any v on the simplex, the smallest gain of a direction is at most the inner product of the direction with
+    :math:`J^\top v`. The greatest such product in the cone is a bound of all smallest gains. The gap is between this bound and
+    the smallest gain of the weights, relative to :math:`\lVert g_0 \rVert \max_k \lVert g_k \rVert`. Two bounds are tried: of
+    the min-norm weights, and of the multipliers in the weights.
+
+    Tasks whose gradient is zero are left out. Where 0 lies in the convex hull of the gradients, the error is the distance of
+    the weights from the mean's.
 
     Args:
         gramian: Shape (K, K), positive semi-definite, finite.

@@ -129,7 +129,7 @@ def _guess(C: Array, Q: Array) -> Mask:
         X = _conjugate_gradients(C, Q, passive, X, steps=3 + turn)
         infeasible = np.where(passive, X < 0, C @ X + Q < -1e-6)
         passive ^= infeasible
-        if np.count_nonzero(infeasible) <= Q.shape[1] // 10:
+        if int(infeasible.sum()) <= Q.shape[1] // 10:
             break
     return passive
 
@@ -164,9 +164,9 @@ def _complementary(M: Array, Q: Array, passive: Mask) -> tuple[Array, Indices]:
     for column, free in enumerate(passive.T):
         places = free.nonzero()[0]
         X[places, column] = _solve(M, Q[:, column], places)
-    infeasible = np.where(passive, X < 0, M @ X + Q < -1e-14 * np.maximum(1, X.sum(axis=0)))
-    stubborn = []
-    for column in infeasible.any(axis=0).nonzero()[0]:
+    infeasible = np.where(passive, X < 0, -1e-14 * np.maximum(1, X.sum(axis=0)) > M @ X + Q)
+    stubborn: list[int] = []
+    for column in infeasible.any(axis=0).nonzero()[0].tolist():
         x = _pivot(M, Q[:, column], passive[:, column] ^ infeasible[:, column])
         X[:, column] = 0 if x is None else x
         stubborn += [column] if x is None else []
