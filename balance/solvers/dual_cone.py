@@ -190,5 +190,6 @@ def _solve(M: Array, q: Array, free: Indices) -> Array:
     """Return the solution of Mx + q = 0 on the indices in ``free``, infeasible where M is not positive definite."""
     if len(free) == 0:
         return q[:0]
-    _, x, info = lapack.dposv(M[free[:, None], free].T, -q[free], lower=1, overwrite_a=1, overwrite_b=1)
+    part = M.take(free, axis=0).take(free, axis=1)
+    _, x, info = lapack.dposv(part.T, -q[free], lower=1, overwrite_a=1, overwrite_b=1)
     return np.asarray(x) if info == 0 else np.full(len(free), -1.0)
