@@ -3,6 +3,7 @@
     python benchmarks/bench_rules.py [--repeats 21]
 
 Each problem is a random Jacobian of K gradients of different length in 1000 dimensions; both sides get its Gramian in float64.
+Rules that see the Jacobian get it. TorchJD's rules that exist for Jacobians only, but need the Gramian only, get a square root.
 Times are medians over calls, which come in short bursts, in turns. Accuracy is the certificate in the rule's registration, the
 worst of all problems, for the weights of both sides.
 """
@@ -39,24 +40,29 @@ BURST_MS = 10.0  # a burst of calls of one rule takes about so long
 LIMIT_MS, FEWEST = 5_000, 3  # a rule that has taken so long, in at least so many calls, is not called again
 
 
-def problem(num_tasks: int, seed: int) -> Tensor:
-    """Return the Gramian of a random Jacobian. Shape (K, K), float64."""
+def jacobian(num_tasks: int, seed: int) -> Tensor:
+    """Return a random Jacobian. Shape (K, 1000), float64."""
     generator = torch.Generator().manual_seed(seed)
     J = torch.randn(num_tasks, 1000, generator=generator, dtype=torch.float64)
     common = torch.randn(1000, generator=generator, dtype=torch.float64)  # so that gradients agree and conflict
     lengths = (0.7 * torch.randn(num_tasks, 1, generator=generator, dtype=torch.float64)).exp()
-    J = (J + 0.3 * torch.randn(num_tasks, 1, generator=generator, dtype=torch.float64) * common) * lengths
+    return (J + 0.3 * torch.randn(num_tasks, 1, generator=generator, dtype=torch.float64) * common) * lengths
+
+
+def problem(num_tasks: int, seed: int) -> Tensor:
+    """Return the Gramian of a random Jacobian. Shape (K, K), float64."""
+    J = jacobian(num_tasks, seed)
     return J @ J.T
 
 
-def ours(num_tasks: int) -> dict[str, Rule]:
-    """Return all registered rules that see the Gramian, with default options."""
-    names = [name for name in gradient_balancers.names() if gradient_balancers.sees(name) == "gramian"]
+def ours(num_tasks: int, sees: str = "gramian") -> dict[str, Rule]:
+    """Return all registered rules that see the Gramian or the Jacobian, with default options."""
+    names = [name for name in gradient_balancers.names() if gradient_balancers.sees(name) == sees]
     return {name: gradient_balancers.build(name, num_tasks=num_tasks) for name in names}
 
 
 def peers(num_tasks: int) -> dict[str, Rule]:
-    """Return the rules of TorchJD, scaled to our default options; none if it is not installed."""
+    """Return the rules of TorchJD for Gramians, scaled to our default options; none if it is not installed."""
     try:
         from torchjd import aggregation  # noqa: PLC0415
         from torchjd.aggregation._nash_mtl import _NashMTLWeighting  # noqa: PLC0415
@@ -64,6 +70,7 @@ def peers(num_tasks: int) -> dict[str, Rule]:
         print(f"torchjd is left out: {error}", file=sys.stderr)
         return {}
     averse = aggregation.CAGradWeighting(c=0.4)
+    config = aggregation.ConFIG()
     nash = _NashMTLWeighting(n_tasks=num_tasks, max_norm=0.0, update_weights_every=1, optim_niter=20)
 
     def bargain(gramian: Tensor) -> Tensor:
@@ -77,7 +84,28 @@ def peers(num_tasks: int) -> dict[str, Rule]:
         "cagrad": lambda gramian: averse(gramian) / (1 + 0.4**2),
         "imtl": aggregation.IMTLGWeighting(),
         "nashmtl": bargain,
+        "upgrad": aggregation.UPGradWeighting(),
+        "dualproj": aggregation.DualProjWeighting(),
+        "aligned_mtl": aggregation.AlignedMTLWeighting(),
+        "fairgrad": aggregation.FairGradWeighting(alpha=2.0),
+        "gradvac": aggregation.GradVacWeighting(),
+        "krum": aggregation.KrumWeighting(n_byzantine=0),
+        "config": lambda gramian: equal_angles(torch.linalg.cholesky(gramian), config),
     }
+
+
+def equal_angles(square_jacobian: Tensor, config: Rule) -> Tensor:
+    """Return the weights of TorchJD's direction of a square Jacobian. Shape (K, K) -> (K,)."""
+    return torch.linalg.solve(square_jacobian.T, config(square_jacobian))
+
+
+def jacobian_peers() -> dict[str, Rule]:
+    """Return the rules of TorchJD that exist for Jacobians only; none if it is not installed."""
+    try:
+        from torchjd import aggregation  # noqa: PLC0415
+    except ImportError:
+        return {}
+    return {"trimmed_mean": aggregation.TrimmedMean(1), "graddrop": aggregation.GradDrop()}
 
 
 def accuracy(name: str, gramian: Tensor, weights: Tensor) -> float | None:
@@ -86,7 +114,7 @@ def accuracy(name: str, gramian: Tensor, weights: Tensor) -> float | None:
     return None if certificate is None else certificate(gramian, weights)
 
 
-def times_in_bursts(rules: dict[str, Rule], gramian: Tensor, repeats: int) -> dict[str, list[float]]:
+def times_in_bursts(rules: dict[str, Rule], data: Tensor, repeats: int) -> dict[str, list[float]]:
     """Return milliseconds of all calls by rule; the first burst of each rule warms up."""
     times: dict[str, list[float]] = {name: [] for name in rules}
     calls = dict.fromkeys(rules, 1)
@@ -94,17 +122,17 @@ def times_in_bursts(rules: dict[str, Rule], gramian: Tensor, repeats: int) -> di
         for name, rule in rules.items():
             if sum(times[name]) > LIMIT_MS and len(times[name]) >= FEWEST:
                 continue
-            burst = [milliseconds(rule, gramian) for _ in range(calls[name])]
+            burst = [milliseconds(rule, data) for _ in range(calls[name])]
             if turn:
                 times[name].extend(burst)
             calls[name] = max(1, min(100, int(BURST_MS / statistics.median(burst))))
     return times
 
 
-def milliseconds(rule: Rule, gramian: Tensor) -> float:
+def milliseconds(rule: Rule, data: Tensor) -> float:
     """Time one call of a rule."""
     start = time.perf_counter()
-    rule(gramian)
+    rule(data)
     return 1e3 * (time.perf_counter() - start)
 
 
@@ -114,15 +142,17 @@ def measure(num_tasks: int, repeats: int) -> dict[str, dict[str, float | None]]:
     errors: dict[str, list[float]] = {}
     for seed in range(PROBLEMS):
         G = problem(num_tasks, seed)
-        rules = ours(num_tasks) | {PEER + name: rule for name, rule in peers(num_tasks).items()}
-        for label, burst in times_in_bursts(rules, G, repeats).items():
+        rules = with_prefix(ours(num_tasks), peers(num_tasks))
+        on_jacobians = with_prefix(ours(num_tasks, "jacobian"), jacobian_peers())
+        bursts = times_in_bursts(rules, G, repeats)
+        for label, burst in (bursts | times_in_bursts(on_jacobians, jacobian(num_tasks, seed), repeats)).items():
             times.setdefault(label, []).extend(burst)
         for label, rule in rules.items():
             error = accuracy(label.removeprefix(PEER), G, rule(G).double())
             errors.setdefault(label, []).extend([] if error is None else [error])
     rows: dict[str, dict[str, float | None]] = {
         label: {
-            "error": max(errors[label], default=None),
+            "error": max(errors.get(label, []), default=None),
             "ms": round(statistics.median(all_ms), 4),
             "worst_ms": round(max(all_ms), 4),
         }
@@ -132,6 +162,11 @@ def measure(num_tasks: int, repeats: int) -> dict[str, dict[str, float | None]]:
         peer = rows.get(PEER + label)
         rows[label]["times_faster"] = None if peer is None else round((peer["ms"] or 0) / (rows[label]["ms"] or 1), 2)
     return rows
+
+
+def with_prefix(rules: dict[str, Rule], others: dict[str, Rule]) -> dict[str, Rule]:
+    """Return both sides by label; TorchJD's rules have a prefix."""
+    return rules | {PEER + name: rule for name, rule in others.items()}
 
 
 def show(num_tasks: int, rows: dict[str, dict[str, float | None]]) -> None:

@@ -1,31 +1,43 @@
 """Gradient balancers: Gramian (K, K) -> weights (K,). Importing this package registers them."""
 
 from balance.gradient import (
+    alignment,
     averaged,
     bargaining,
+    conic,
+    dual_cone,
     elementwise,
     equal_angle,
     excess,
+    fixed,
     magnitudes,
     min_norm,
     physics,
     preference,
     primary,
     projection,
+    robust,
     several_batches,
+    similarity,
 )
 
 __all__ = [
+    "alignment",
     "averaged",
     "bargaining",
+    "conic",
+    "dual_cone",
     "elementwise",
     "equal_angle",
     "excess",
+    "fixed",
     "magnitudes",
     "min_norm",
     "physics",
     "preference",
     "primary",
     "projection",
+    "robust",
     "several_batches",
+    "similarity",
 ]

@@ -1,18 +1,21 @@
-"""PCGrad: conflicts repaired pair by pair, by projection."""
+"""PCGrad and GradVac: conflicts repaired pair by pair, by projection."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
 from torch import nn
 
 from balance.gradient._host import solve
 from balance.rules.generator import SeededGenerator
 from balance.rules.registry import gradient_balancers
-from balance.solvers.projection import project_in_turn
+from balance.solvers.projection import align_in_turn, project_in_turn
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from balance.solvers.linear_algebra import Array, Indices
     from balance.types import Gramian, Weights
 
@@ -70,12 +73,94 @@ class PCGrad(nn.Module):
         return solve(lambda G: project_conflicts(G, self._orders(len(G))), gramian)
 
     def _orders(self, num_tasks: int) -> Indices:
-        if self.order == "fixed":
-            tasks = np.tile(np.arange(num_tasks), (num_tasks, 1))
-        else:
-            tasks = self.random.permutations(num_tasks, num_tasks).numpy()
-        orders: Indices = tasks[tasks != np.arange(num_tasks)[:, None]].reshape(num_tasks, num_tasks - 1)
-        return orders
+        return orders_of_visits(num_tasks, self.order, self.random)
+
+
+@gradient_balancers.register(
+    "gradvac",
+    heads="unweighted",
+    label="GradVac",
+    paper="Wang et al. 2021, https://arxiv.org/abs/2010.05874",
+    remedies=("conflict",),
+    invariances=("rotation_equivariant", "scales_with_the_gradients", "linear_under_scaling"),
+)
+class GradVac(nn.Module):
+    r"""Weights for which every task's gradient is first turned towards gradients with which its cosine is lower than usual.
+
+    For each task i, v starts at :math:`g_i`. Then for every task j ≠ i in random order, with the cosine φ of v and
+    :math:`g_j`, if φ is below its target :math:`\hat\varphi_{ij}`,
+
+    .. math:: v \leftarrow v + \frac{\lVert v \rVert \bigl(\hat\varphi_{ij} \sqrt{1 - \varphi^2}
+              - \varphi \sqrt{1 - \hat\varphi_{ij}^2}\bigr)}{\lVert g_j \rVert \sqrt{1 - \hat\varphi_{ij}^2}} \, g_j ,
+
+    after which the cosine is :math:`\hat\varphi_{ij}`. In both cases the target moves to :math:`(1 - \beta) \hat\varphi_{ij}
+    + \beta \varphi`. The direction is the sum of all v. Targets start at 0, so that the first step is PCGrad's. As there, the
+    rule is a function of the Gramian, of the orders and of the targets.
+
+    No weight is below 1. One task gets weight 1. A gradient that is zero, or that cancels to 1e-6 of its length, has no
+    cosines: its targets stay. Targets above :math:`1 - 5 \cdot 10^{-13}` count as that number.
+
+    Args:
+        num_tasks: K.
+        beta: β in 0..1, the part of a new cosine in its target.
+        order: ``"random"``: new orders at each step for each task. ``"fixed"``: ascending.
+        seed: Seed of the orders; the generator is saved in the state_dict.
+
+    Raises:
+        ValueError: If ``beta`` is out of range.
+
+    Source:
+        Wang et al., "Gradient Vaccine: Investigating and Improving Multi-task Optimization in Massively Multilingual Models",
+        ICLR 2021, algorithm 1, on whole gradients. As in LibMTL and TorchJD, all targets move at every step. Differs: no
+        epsilons in the denominators.
+    """
+
+    targets: Tensor
+
+    def __init__(self, num_tasks: int, beta: float = 0.5, order: Order = "random", seed: int = 0) -> None:
+        super().__init__()
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta of 'gradvac' must be in 0..1, but got {beta}.")
+        self.beta = beta
+        self.order = order
+        self.random = SeededGenerator(seed)
+        self.register_buffer("targets", torch.zeros(num_tasks, num_tasks, dtype=torch.float64, device="cpu"))
+
+    def forward(self, gramian: Gramian, present: Tensor | None = None) -> Weights:
+        """Return the weights of the task gradients, in sum convention, and move the targets.
+
+        Args:
+            gramian: Inner products of the present tasks' gradients. Shape (K, K), positive semi-definite.
+            present: Indices of those tasks; None for all.
+
+        Returns:
+            Weights, each at least 1. Shape (K,), dtype and device of ``gramian``.
+
+        Raises:
+            ValueError: If ``gramian`` is not a finite square matrix.
+        """
+
+        def weights(G: Array) -> Array:
+            tasks = np.arange(len(G)) if present is None else present.cpu().numpy()
+            places = np.ix_(tasks, tasks)
+            targets = self.targets.cpu().numpy().copy()
+            orders = orders_of_visits(len(G), self.order, self.random)
+            coefficients, targets[places] = align_in_turn(G, orders.T, targets[places], self.beta)
+            self.targets.copy_(torch.from_numpy(targets))
+            total: Array = coefficients.sum(axis=0)
+            return total
+
+        return solve(weights, gramian)
+
+
+def orders_of_visits(num_tasks: int, order: Order, random: SeededGenerator) -> Indices:
+    """Return for every task the order in which it visits the other tasks. Shape (K, K - 1)."""
+    if order == "fixed":
+        tasks = np.tile(np.arange(num_tasks), (num_tasks, 1))
+    else:
+        tasks = random.permutations(num_tasks, num_tasks).numpy()
+    orders: Indices = tasks[tasks != np.arange(num_tasks)[:, None]].reshape(num_tasks, num_tasks - 1)
+    return orders
 
 
 def project_conflicts(gramian: Array, orders: Indices) -> Array:

@@ -97,14 +97,14 @@ def _beyond_the_mean(C: Array, h: Array, lengths: Array, c: float, highest: floa
     lowest = float((h / inverse).min())  # the level of the mean gradient itself
     level_0 = _project_on_dual_cone(C, h, lengths, rounding)
     if c < 1 and level_0 @ C @ level_0 > c**2 * (1 + 1e-12):
-        return _climb(C, h, inverse, c, (lowest, 0.0), np.zeros(len(h)), level_0 > 0, rounding)
+        return climb(C, h, inverse, c, (lowest, 0.0), np.zeros(len(h)), level_0 > 0, rounding)
     shortest = any_min_norm_weights(C * lengths[:, None] * lengths) * lengths
     if highest <= 0 or shortest @ C @ shortest <= max(STATIONARY, rounding) * shortest.sum() ** 2:
         return level_0
-    return _climb(C, h, inverse, c, (max(0.0, lowest), highest), level_0, shortest > 0, rounding)
+    return climb(C, h, inverse, c, (max(0.0, lowest), highest), level_0, shortest > 0, rounding)
 
 
-def _climb(
+def climb(
     C: Array, h: Array, inverse: Array, c: float, bracket: tuple[float, float], x_low: Array, active: Mask, rounding: float
 ) -> Array:
     """Return the coefficients of the nearest point at the level in ``bracket`` whose distance is c.

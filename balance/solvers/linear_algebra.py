@@ -114,10 +114,12 @@ def least_distance(root: Array, row: Array) -> Array:
     return np.asarray(nnls(np.vstack([root, row]), target, maxiter=100 * len(row))[0])
 
 
-def equal_projection_weights(gramian: Array, cutoff: float = DEPENDENT) -> Array:
+def equal_projection_weights(gramian: Array, cutoff: float = DEPENDENT, projections: Array | None = None) -> Array:
     r"""Return coefficients x of the *unit* gradients for which every unit gradient has inner product 1 with the combination.
 
     .. math:: C x = \mathbf{1}, \qquad C_{ij} = G_{ij} / \sqrt{G_{ii} G_{jj}}
+
+    Other inner products than 1 can be given.
 
     Where C is singular, x is the shortest least-squares solution. Both solutions are equivariant to the order of the tasks.
     The pivots of a Cholesky factorisation depend on that order, so it is used for regular C only.
@@ -125,13 +127,14 @@ def equal_projection_weights(gramian: Array, cutoff: float = DEPENDENT) -> Array
     Args:
         gramian: Shape (K, K), positive semi-definite, finite, with a positive diagonal.
         cutoff: Eigenvalues of C below this part of the largest count as zero.
+        projections: Inner products in place of 1, positive. Shape (K,).
 
     Returns:
         Shape (K,), of either sign; all zero where no combination has equal projections, as for opposite gradients.
     """
     norms = np.sqrt(gramian.diagonal())
     C = gramian / norms[:, None] / norms
-    ones = np.ones(len(C))
+    ones = np.ones(len(C)) if projections is None else projections
     factor, solution, info = lapack.dposv(C, ones, lower=1)
     if info == 0:
         reciprocal_condition, _ = lapack.dpocon(factor, float(len(C)), uplo="L")  # K is an upper bound of the 1-norm of C
@@ -140,10 +143,10 @@ def equal_projection_weights(gramian: Array, cutoff: float = DEPENDENT) -> Array
     values, vectors = np.linalg.eigh(C)
     independent = values > cutoff * values[-1]
     basis = vectors[:, independent]
-    projections = basis.T @ ones
-    if projections @ projections <= cutoff * len(C):
+    components = basis.T @ ones
+    if components @ components <= cutoff * (ones @ ones):
         return np.zeros(len(C))
-    return np.asarray(basis @ (projections / values[independent]))
+    return np.asarray(basis @ (components / values[independent]))
 
 
 def equal_projection_error(gramian: Array, weights: Array) -> float:

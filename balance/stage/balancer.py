@@ -126,7 +126,7 @@ class Balancer(LearningStage):
         check_choices(source, heads, scale, nan, zero, engine, memory)
         super().__init__(() if tasks is None else task_names(tasks), nan, zero, Ranks(process_group, is_shared=True))
         self.source, self.scale = source, scale
-        self._descriptions = describe(loss, loss_options), _description(gradient, gradient_options)
+        self._descriptions = describe(loss, loss_options), describe(gradient, gradient_options)
         K = len(self.tasks) or 2  # rules without state by task ignore it
         if tasks is None:
             check_sample_rules(loss, gradient, weights)
@@ -387,7 +387,7 @@ class Balancer(LearningStage):
         loss, gradient = self._descriptions
         chosen = [f"{name}={getattr(self, name)!r}" for name, default in _DEFAULTS.items() if getattr(self, name) != default]
         engine = {"engine": (self.engine.choice, "auto"), "memory": (self.engine.memory, "jacobian")}
-        engine["weights"] = (None if self.priorities is None else self.priorities.tolist(), None)
+        chosen += [] if self.priorities is None else [f"weights={self.priorities.tolist()}"]
         chosen += [f"{name}={value!r}" for name, (value, default) in engine.items() if value != default]
         return f"Balancer({', '.join([repr(self.tasks or None), f'loss={loss}', f'gradient={gradient}', *chosen])})"
 
@@ -395,7 +395,3 @@ class Balancer(LearningStage):
         """Move or cast, as ``.to()`` and ``.half()`` ask; the rules' state keeps its values and dtypes."""
         super()._apply(preserving(self, fn), recurse)  # type: ignore[no-untyped-call]
         return self
-
-
-def _description(gradient: str | GradientRule | None, options: Mapping[str, Any] | None) -> str:
-    return "None" if gradient is None else describe(gradient, options)

@@ -12,6 +12,9 @@ SKEWED = [[1.0, 0.0], [0.0, 3.0]]
 THREE = [[1.0, 3.0, 1.0], [-3.0, 3.0, -3.0], [0.0, -3.0, 0.0]]  # conflicts that depend on the order
 NEGATIVE = [[1.0, 1.0, 0.0], [20.0, 4.0, 6.0], [4.0, 20.0, 6.0]]  # IMTL-G's weights are of both signs
 ACUTE = [[1.0, 0.0], [1.0, 0.1]]  # nearly parallel, no conflict
+LONG = [[10.0, 0.0], [-1.0, 0.1]]  # a long gradient, in conflict with a short one
+HARMLESS = [[0.0, 3.0, 2.0], [0.0, -2.0, -3.0]]  # the mean conflicts with neither
+OUTLIER = [[-1.0, -1.0], [4.0, -1.0], [2.0, 3.0]]
 
 # What is usual for a rule that sees the Jacobian; a row lists what differs
 ON_JACOBIANS = {
@@ -95,6 +98,57 @@ GRADIENT_ROWS = {
     "epo": ON_GRAMIANS
     | {"on_simplex": GENERIC, "unchanged_by_scaling_one_task": TWO, "linear_under_scaling": TWO},  # equal losses are on the ray
     "pmgda": ON_GRAMIANS | {"non_negative": ACUTE},
+    "upgrad": ON_GRAMIANS | {"on_simplex": TWO, "conflict_free": True, "linear_under_scaling": True},
+    "dualproj": ON_GRAMIANS | {"on_simplex": THREE, "conflict_free": True, "linear_under_scaling": HARMLESS},
+    "aligned_mtl": ON_GRAMIANS
+    | {
+        "non_negative": NEGATIVE,
+        "conflict_free": THREE,  # believed, but true of the replaced gradients only
+        "unchanged_by_scaling_one_task": TWO,
+        "linear_under_scaling": TWO,
+        "equal_projections": TWO,
+    },
+    "fairgrad": ON_GRAMIANS | {"conflict_free": True, "scales_with_the_gradients": SKEWED},
+    # on its first step PCGrad; later ones depend on the state
+    "gradvac": ON_GRAMIANS
+    | {
+        "permutation_equivariant": THREE,
+        "at_least_one": True,
+        "conflict_free": THREE,
+        "linear_under_scaling": True,
+        "sum_without_conflict": True,
+    },
+    "config": ON_GRAMIANS
+    | {
+        "non_negative": NEGATIVE,
+        "conflict_free": GENERIC,
+        "unchanged_by_scaling_one_task": True,
+        "linear_under_scaling": True,
+        "equal_projections": GENERIC,
+    },
+    "conicgrad": ON_GRAMIANS | {"conflict_free": LONG},
+    "krum": ON_GRAMIANS
+    | {
+        "permutation_equivariant": NEGATIVE,  # for three tasks two scores are always equal
+        "on_simplex": True,
+        "conflict_free": THREE,
+        "linear_under_scaling": OUTLIER,
+    },
+    "trimmed_mean": ON_JACOBIANS
+    | {"rotation_equivariant": THREE, "conflict_free": THREE, "linear_under_scaling": [[-3.0, 1.0], [-4.0, -2.0], [-1.0, 4.0]]},
+    "sam_gs": ON_JACOBIANS
+    | {
+        "rotation_equivariant": TWO,
+        "conflict_free": THREE,
+        "unchanged_by_scaling_one_task": TWO,
+        "scales_with_the_gradients": TWO,
+        "linear_under_scaling": TWO,
+        "equal_projections": TWO,
+    },
+    "mean": ON_GRAMIANS | {"on_simplex": True, "conflict_free": THREE, "linear_under_scaling": True},
+    "sum": ON_GRAMIANS
+    | {"at_least_one": True, "conflict_free": THREE, "linear_under_scaling": True, "sum_without_conflict": True},
+    "random": ON_GRAMIANS | {"permutation_equivariant": SKEWED, "on_simplex": True, "linear_under_scaling": True},
 }
 
 
@@ -109,6 +163,25 @@ GRADIENT_OPTIONS = [
     ("cagrad", {"c": 0.0}, ["linear_under_scaling", "on_simplex"]),
     ("imtl", {"official": True}, ["permutation_equivariant", "rotation_equivariant", "scales_with_the_gradients"]),
     ("nashmtl", {"max_norm": None}, ["conflict_free", "permutation_equivariant", "non_negative"]),
+    ("upgrad", {"reg_eps": 1e-4}, ["permutation_equivariant", "rotation_equivariant", "scales_with_the_gradients"]),
+    ("dualproj", {"reg_eps": 1e-4}, ["permutation_equivariant", "rotation_equivariant", "scales_with_the_gradients"]),
+    ("aligned_mtl", {"scale_mode": "median"}, ["permutation_equivariant", "rotation_equivariant"]),
+    ("aligned_mtl", {"scale_mode": "rmse"}, ["permutation_equivariant", "scales_with_the_gradients"]),
+    ("fairgrad", {"alpha": 0.5}, ["conflict_free", "permutation_equivariant", "non_negative"]),
+    ("fairgrad", {"alpha": 10.0}, ["conflict_free", "permutation_equivariant", "non_negative"]),
+    ("gradvac", {"order": "fixed"}, ["at_least_one", "rotation_equivariant"]),
+    *(
+        (
+            "config",
+            {"length": length},
+            ["permutation_equivariant", "unchanged_by_scaling_one_task", "scales_with_the_gradients"],
+        )
+        for length in ("minimum", "maximum", "harmonic", "arithmetic", "geometric")
+    ),
+    ("conicgrad", {"c": 0.1}, ["permutation_equivariant", "rotation_equivariant", "scales_with_the_gradients", "non_negative"]),
+    ("conicgrad", {"c": 1.0}, ["linear_under_scaling"]),
+    ("krum", {"distance": "squared"}, ["on_simplex", "rotation_equivariant", "scales_with_the_gradients"]),
+    ("trimmed_mean", {"trim": 0}, ["rotation_equivariant", "linear_under_scaling"]),
     ("graddrop", {"leak": 1.0}, ["permutation_equivariant", "rotation_equivariant", "linear_under_scaling"]),
 ]
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from balance import Balancer, gradient_balancers
+from balance.testing import make_jacobian
+from tests.gradient.directions import build, direction
 
 
 def dependent(num_tasks, num_parameters, dtype, seed):
@@ -67,3 +69,30 @@ def test_imtl_of_opposite_gradients_is_zero_in_every_order():
         J = torch.tensor([[1.0, 2.0], [-scale, -2 * scale]], dtype=torch.float64)
         for rows in (J, J.flip(0)):
             assert gradient_balancers.build("imtl")(rows @ rows.T).tolist() == [0, 0]
+
+
+def test_config_has_the_orientation_of_imtl_and_the_sum_of_projections_as_length():
+    for seed in range(5):
+        J = make_jacobian(5, "generic", seed)
+        d, imtl = direction("config", J), direction("imtl", J)
+        torch.testing.assert_close(d / d.norm(), imtl / imtl.norm())
+        torch.testing.assert_close(d.norm(), (J @ d / d.norm()).sum())
+
+
+def test_config_has_cosines_in_the_ratio_of_the_preferences():
+    J = make_jacobian(4, "generic", 0)
+    preference = torch.tensor([1.0, 2.0, 3.0, 0.5], dtype=torch.float64)
+    d = direction("config", J, preference=preference.tolist())
+    cosines = J @ d / J.norm(dim=1) / preference
+    torch.testing.assert_close(cosines, cosines.mean().expand(4))
+
+
+def test_config_with_the_length_of_a_task():
+    J = make_jacobian(3, "generic", 0)
+    rule = build("config", 4, length=2)
+    smaller = build("config", 3, length=1)(J @ J.T)
+    torch.testing.assert_close(rule(J @ J.T, present=torch.tensor([0, 2, 3])), smaller)
+    projection = build("config", 3)(J @ J.T)
+    torch.testing.assert_close(rule(J @ J.T, present=torch.tensor([0, 1, 3])), projection)  # the task is absent
+    J[2] = 0
+    torch.testing.assert_close(build("config", 3, length=2)(J @ J.T), build("config", 3)(J @ J.T))

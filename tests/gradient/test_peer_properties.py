@@ -21,12 +21,55 @@ NEVER_CONFLICTS = [
     ("cagrad", {"c": 1.0}),
     ("cagrad", {"c": 1.0, "rescale": 0}),
     ("cagrad", {"c": 3.0}),
+    ("upgrad", {}),
+    ("dualproj", {}),
+    ("fairgrad", {}),
+    ("fairgrad", {"alpha": 0.5}),
 ]
-DETERMINISTIC = [*NEVER_CONFLICTS, ("cagrad", {}), ("cagrad", {"c": 0.9}), ("imtl", {}), ("imtl", {"official": True})]
-SCALES_WITH_GRADIENTS = [("mgda", {}), ("cagrad", {}), ("cagrad", {"c": 1.0}), ("imtl", {}), ("pcgrad", {})]
+DETERMINISTIC = [
+    *NEVER_CONFLICTS,
+    ("cagrad", {}),
+    ("cagrad", {"c": 0.9}),
+    ("imtl", {}),
+    ("imtl", {"official": True}),
+    ("config", {}),
+    ("conicgrad", {}),
+    ("aligned_mtl", {"scale_mode": "rmse"}),
+]
+SCALES_WITH_GRADIENTS = [
+    ("mgda", {}),
+    ("cagrad", {}),
+    ("cagrad", {"c": 1.0}),
+    ("imtl", {}),
+    ("pcgrad", {}),
+    ("upgrad", {}),
+    ("dualproj", {}),
+    ("config", {}),
+    ("conicgrad", {}),
+    ("aligned_mtl", {}),
+    ("krum", {}),
+]
+LINEAR = [
+    ("pcgrad", {"order": "fixed"}),
+    ("gradvac", {"order": "fixed"}),
+    ("graddrop", {"leak": 1.0}),
+    ("cagrad", {"c": 0.0}),
+    ("upgrad", {}),
+    ("config", {}),
+    ("mean", {}),
+]
 # Rules whose direction can be much longer, or shorter, than the gradients
-OTHER_LENGTH = {"config_momentum", "ema_norm", "inverse_norm", "lr_annealing", "moco", "nashmtl", "ntk"}
-LINEAR = [("pcgrad", {"order": "fixed"}), ("graddrop", {"leak": 1.0}), ("cagrad", {"c": 0.0})]
+OTHER_LENGTH = {
+    "config_momentum",
+    "ema_norm",
+    "fairgrad",
+    "inverse_norm",
+    "lr_annealing",
+    "moco",
+    "nashmtl",
+    "ntk",
+    "sam_gs",
+}
 
 
 def matrix(num_tasks, num_parameters, rank, generator):

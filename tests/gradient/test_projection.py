@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 
 from balance import gradient_balancers
-from balance.gradient.projection import project_conflicts
+from balance.gradient.projection import orders_of_visits, project_conflicts
+from balance.testing import make_jacobian
 from tests.strategies import SEEDS, jacobians
 
 
@@ -72,3 +73,76 @@ def test_weights_have_the_dtype_of_the_gramian_but_are_solved_in_float64(name, d
     weights = gradient_balancers.build(name, num_tasks=2)(G.to(dtype))
     assert weights.dtype == dtype
     assert torch.equal(weights, gradient_balancers.build(name, num_tasks=2)(G.double()).to(dtype))
+
+
+def vaccinated(J, orders, targets, beta):
+    """GradVac as the paper writes it, on the gradients themselves; the targets change in place."""
+    total = torch.zeros(J.shape[1], dtype=J.dtype)
+    for i, order in enumerate(orders):
+        v = J[i].clone()
+        for j in order:
+            cosine = v @ J[j] / v.norm() / J[j].norm()
+            target = targets[i, j].clone()
+            if cosine < target:
+                up, down = target * (1 - cosine**2) ** 0.5, cosine * (1 - target**2) ** 0.5
+                v = v + v.norm() * (up - down) / (J[j].norm() * (1 - target**2) ** 0.5) * J[j]
+            targets[i, j] = (1 - beta) * target + beta * cosine
+        total += v
+    return total
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("num_tasks", [2, 3, 8])
+def test_gradvac_follows_the_definition_over_steps(num_tasks, beta):
+    rule, same = (gradient_balancers.build("gradvac", num_tasks=num_tasks, beta=beta, seed=3) for _ in range(2))
+    targets = torch.zeros(num_tasks, num_tasks, dtype=torch.float64)
+    common = make_jacobian(num_tasks, "generic", 9)
+    for seed in range(6):
+        J = make_jacobian(num_tasks, "generic", seed) + common
+        orders = orders_of_visits(num_tasks, "random", same.random)
+        torch.testing.assert_close(rule(J @ J.T) @ J, vaccinated(J, orders, targets, beta), rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(rule.targets, targets, rtol=1e-8, atol=1e-8)
+
+
+def test_gradvac_starts_as_pcgrad():
+    J = make_jacobian(6, "generic", 0)
+    first = gradient_balancers.build("gradvac", num_tasks=6, seed=2)(J @ J.T)
+    torch.testing.assert_close(first, gradient_balancers.build("pcgrad", seed=2)(J @ J.T))
+
+
+def test_gradvac_keeps_the_targets_of_absent_tasks_and_of_zero_gradients():
+    rule, small = gradient_balancers.build("gradvac", num_tasks=3), gradient_balancers.build("gradvac", num_tasks=2)
+    for seed in range(3):
+        J = make_jacobian(2, "generic", seed)
+        torch.testing.assert_close(rule(J @ J.T, present=torch.tensor([0, 2])), small(J @ J.T))
+    assert not rule.targets[1].any()
+    assert not rule.targets[:, 1].any()
+    before = rule.targets.clone()
+    assert rule(torch.diag(torch.tensor([0.0, 1.0, 0.0]))).tolist() == [1, 1, 1]
+    assert torch.equal(rule.targets, before)
+
+
+def test_gradvac_of_equal_gradients_that_part_stays_finite():
+    """After many equal steps the target rounds to 1, which no finite step reaches."""
+    rule = gradient_balancers.build("gradvac", num_tasks=2)
+    for _ in range(100):
+        assert rule(torch.ones(2, 2, dtype=torch.float64)).tolist() == pytest.approx([1, 1], abs=1e-5)
+    assert rule(torch.eye(2, dtype=torch.float64)).isfinite().all()
+    assert (rule.targets.abs() <= 1).all()
+
+
+def test_gradvac_of_opposite_gradients_learns_no_target_from_rounding():
+    rule = gradient_balancers.build("gradvac", num_tasks=3, order="fixed")
+    J = torch.tensor([[0.1, 0.7], [-0.3, -2.1], [0.0, 1.0]], dtype=torch.float64)
+    assert rule(J @ J.T).isfinite().all()
+    assert rule.targets[0].tolist() == pytest.approx([0, -0.5, 0])  # the first vector is zero when it meets the third
+
+
+def test_gradvac_resumes_from_a_state_dict_bit_for_bit():
+    rule, resumed = (gradient_balancers.build("gradvac", num_tasks=4, seed=seed) for seed in (0, 1))
+    gramians = [J @ J.T for J in (make_jacobian(4, "generic", seed) for seed in range(6))]
+    for G in gramians[:3]:
+        rule(G)
+    resumed.load_state_dict(rule.state_dict())
+    for G in gramians[3:]:
+        assert torch.equal(rule(G), resumed(G))
