@@ -94,7 +94,7 @@ GRADIENT_ROWS = {
     "cr_mogm": ON_GRAMIANS | {"on_simplex": True},
     "epo": ON_GRAMIANS
     | {"on_simplex": GENERIC, "unchanged_by_scaling_one_task": TWO, "linear_under_scaling": TWO},  # equal losses are on the ray
-    "pmgda": ON_GRAMIANS | {"non_negative": ACUTE},
+    "pmgda": ON_GRAMIANS | {"non_negative": ACUTE, "scales_with_the_gradients": SKEWED},  # corrections have a length of about 1
 }
 
 
