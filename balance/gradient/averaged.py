@@ -241,7 +241,7 @@ class ConfigMomentum(nn.Module):
 
     An absent task keeps its average, and **the direction respects it**: each step may measure one task only, in turn. A
     task takes part from its first step on. Tasks whose average is zero take no part, and opposite averages give d = 0. With
-    dependent averages the cosines are equal in the least-squares sense. For one task the rule is Adam without a learning rate.
+    dependent averages the cosines are equal in the least-squares sense. One task: Adam with rate 1.
 
     The rule stores K + 2 gradients.
 

@@ -224,6 +224,8 @@ class LRAnnealing(nn.Module):
         is_main = (tasks == self.main_task).cpu().numpy()
         if not is_main.any():
             raise ValueError(f"The main task of 'lr_annealing', number {self.main_task}, must be present at each step.")
+        if jacobian.shape[1] == 0:
+            return jacobian.new_zeros(0)
         sums = torch.linalg.vector_norm(jacobian, ord=1, dim=1, dtype=torch.float64).cpu().numpy()
         greatest = float(jacobian[int(is_main.argmax())].abs().max())
         weights = read(self.weights, tasks)

@@ -97,7 +97,7 @@ GRADIENT_ROWS = {
     "cr_mogm": ON_GRAMIANS | {"on_simplex": True},
     "epo": ON_GRAMIANS
     | {"on_simplex": GENERIC, "unchanged_by_scaling_one_task": TWO, "linear_under_scaling": TWO},  # equal losses are on the ray
-    "pmgda": ON_GRAMIANS | {"non_negative": ACUTE},
+    "pmgda": ON_GRAMIANS | {"non_negative": ACUTE, "scales_with_the_gradients": SKEWED},  # corrections have a length of about 1
     "upgrad": ON_GRAMIANS | {"on_simplex": TWO, "conflict_free": True, "linear_under_scaling": True},
     "dualproj": ON_GRAMIANS | {"on_simplex": THREE, "conflict_free": True, "linear_under_scaling": HARMLESS},
     "aligned_mtl": ON_GRAMIANS
