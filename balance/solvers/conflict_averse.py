@@ -129,13 +129,15 @@ def climb(
     low, high = bracket
     limit = c / math.sqrt(max(STATIONARY, rounding))
     for _ in range(MAX_STEPS):
-        level = _level_at_distance(C, h, inverse, c, active)
+        level = _level_at_distance(C, h, inverse, c, active, limit)
         inside = low < level < high
+        if abs(level - low) <= EPSILON * x_low.sum():
+            return x_low  # no level between them can be told from either
         if not inside:
             level = (low + high) / 2
         bounds = level * inverse - h
         x = nearest_at_level(C, bounds, active, max(1.0, c), rounding)
-        if x is None or x.sum() > limit:
+        if x is None or x.sum() > limit * (1 + 1e-6):
             high = level
         elif inside and ((x > 0) == active).all():
             return x
@@ -150,8 +152,11 @@ def climb(
     return x_low
 
 
-def _level_at_distance(C: Array, h: Array, inverse: Array, c: float, active: Mask) -> float:
-    """Return the level at distance c, if exactly the active tasks are at the level; NaN where their gradients are dependent."""
+def _level_at_distance(C: Array, h: Array, inverse: Array, c: float, active: Mask, limit: float) -> float:
+    """Return the level at distance c, if exactly the active tasks are at the level; NaN where their gradients are dependent.
+
+    If the sum of the coefficients reaches ``limit`` at a lower level, return that level.
+    """
     free = active.nonzero()[0]
     if len(free) == 0:
         return math.nan
@@ -163,7 +168,9 @@ def _level_at_distance(C: Array, h: Array, inverse: Array, c: float, active: Mas
     p, q = solution.T
     square, half, rest = float(a @ p), float(a @ q), float(b @ q) - c**2
     root = math.sqrt(max(half**2 - square * rest, 0.0))
-    return (half + root) / square if half >= 0 else rest / (half - root)
+    level = (half + root) / square if half >= 0 else rest / (half - root)
+    growth = float(p.sum())
+    return min(level, (limit + float(q.sum())) / growth) if growth > 0 else level
 
 
 def _project_on_dual_cone(C: Array, h: Array, lengths: Array, rounding: float) -> Array:

@@ -75,8 +75,8 @@ def conic_error(gramian: Array, weights: Array, c: float) -> float:
 
     For any v on the simplex, the smallest gain of a direction is at most the inner product of the direction with
     :math:`J^\top v`. The greatest such product in the cone is a bound of all smallest gains. The gap is between this bound and
-    the smallest gain of the weights, relative to :math:`\lVert g_0 \rVert \max_k \lVert g_k \rVert`. Two bounds are tried: of
-    the min-norm weights, and of the multipliers in the weights.
+    the smallest gain of the weights, relative to :math:`\lVert g_0 \rVert \max_k \lVert g_k \rVert`. The bounds tried are
+    for the min-norm weights, for the task that gains least, and for the multipliers in the weights.
 
     Tasks whose gradient is zero are left out. Where 0 lies in the convex hull of the gradients, the error is the distance of
     the weights from the mean's.
@@ -100,7 +100,8 @@ def conic_error(gramian: Array, weights: Array, c: float) -> float:
     gains = gramian @ weights
     length = math.sqrt(max(float(weights @ gains), 0.0))
     multipliers = weights - weights.min()
-    candidates = [shortest, *([multipliers / multipliers.sum()] if multipliers.any() else [])]
+    worst = np.arange(len(gains)) == gains.argmin()
+    candidates = [shortest, 1.0 * worst, *([multipliers / multipliers.sum()] if multipliers.any() else [])]
     bound = min(_greatest_gain(gramian, products / mean, v, c) for v in candidates)
     relative_gap = (mean * bound - float(gains.min())) / (mean * float(norms.max()))
     angle = c - float(weights @ products) / (mean * length) if length > 0 else 1.0

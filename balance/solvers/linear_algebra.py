@@ -19,6 +19,8 @@ STATIONARY = 1e-12  # a convex combination counts as zero where its square is th
 DEPENDENT = 1e-10
 EPSILON = float(np.finfo(np.float64).eps)
 MAX_STEPS = 200  # limit of every iteration
+MAX_PIVOTS = 20  # of block pivoting, which seldom needs ten and otherwise cycles
+SMALLEST_PIVOT = 1e-6  # of a Cholesky factor of cosines, below which block pivoting gives up
 
 
 def gradient_norms(gramian: Array) -> Array:
@@ -72,14 +74,14 @@ def non_negative_minimum(M: Array, b: Array, passive: Mask) -> Array | None:
     """
     passive = passive.copy()
     fewest, grace = len(b) + 1, 3
-    for _ in range(MAX_STEPS):
+    for _ in range(MAX_PIVOTS):
         free = passive.nonzero()[0]
         x = b[:0]
         if len(free):
             factor, x, info = lapack.dposv(M[free[:, None], free], b[free], lower=1)
-            if info != 0 or factor.diagonal().min() < 1e-4:
+            if info != 0 or factor.diagonal().min() < SMALLEST_PIVOT:
                 return None
-        infeasible = M[:, free] @ x < b - 1e-14
+        infeasible = M[:, free] @ x < b - 1e-14 * max(1.0, x.sum())
         infeasible[free] = x < 0
         count = int(np.count_nonzero(infeasible))
         if count == 0:
