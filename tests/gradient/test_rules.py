@@ -1,5 +1,7 @@
 """Results of the rules where their formulas are undefined: as documented, and never NaN for finite input."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -10,13 +12,19 @@ from tests.gradient.directions import build, direction
 NAMES = gradient_balancers.names()
 
 
-@pytest.mark.parametrize("num_tasks", [1, 2, 3, 100])
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_finite_in_finite_out(name, kind, scale, num_tasks):
-    for seed in range(2):
-        assert direction(name, scale * make_jacobian(num_tasks, kind, seed)).isfinite().all()
+def test_finite_in_finite_out(name, scale):
+    for kind, num_tasks in itertools.product(KINDS, (1, 2, 3, 20)):
+        assert direction(name, scale * make_jacobian(num_tasks, kind, num_tasks)).isfinite().all(), (kind, num_tasks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+@pytest.mark.parametrize("name", NAMES)
+def test_finite_in_finite_out_with_many_tasks(name, scale):
+    for kind, seed in itertools.product(KINDS, range(2)):
+        assert direction(name, scale * make_jacobian(100, kind, seed)).isfinite().all(), (kind, seed)
 
 
 @pytest.mark.parametrize("name", NAMES)

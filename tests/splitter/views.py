@@ -18,6 +18,8 @@ RULES = [
 ]
 
 
+# rules of every kind: solved, projected, drawn, with state, of coordinates; `test_splitter` tries all others
+OF_EVERY_KIND = ("mgda", "pcgrad", "imtl", "nashmtl", "graddrop", "gradvac", "upgrad", "ema_norm", "lr_annealing", "cr_mogm")
 # every way to merge: what is normalised, projected, solved, drawn, kept
 MODES = [
     {},
@@ -25,7 +27,7 @@ MODES = [
     {"projection": 3},
     {"gradient": None},
     {"gradient": None, "projection": 1},
-    *({"gradient": name} for name in RULES),
+    *({"gradient": name} for name in OF_EVERY_KIND),
     {"gradient": "every"},
 ]
 
