@@ -208,7 +208,7 @@ class Registry:
         if name not in self._methods:
             entry_point = self._entry_points().get(name)
             if entry_point is None:
-                raise ValueError(unknown(self.kind, name, self.names()))
+                raise ValueError(unknown(self.kind, name, self.names()) + _other_kind(self, name))
             rule = entry_point.load()  # which may register itself
             if name not in self._methods:
                 self.register(name)(rule)
@@ -227,6 +227,14 @@ class Registry:
 
     def _entry_points(self) -> dict[str, EntryPoint]:
         return {e.name: e for e in entry_points(group=self.group)}
+
+
+def _other_kind(registry: Registry, name: str) -> str:
+    """Return the end of a message about an unknown name, if the name is a rule of the other kind; else nothing."""
+    for other in (loss_balancers, gradient_balancers):
+        if other is not registry and name in other:
+            return f" '{name}' is a {other.kind}."
+    return ""
 
 
 loss_balancers = Registry("loss balancer", "balance.loss_balancers")

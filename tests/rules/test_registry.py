@@ -29,6 +29,13 @@ def registry():
     return registry
 
 
+def test_a_rule_of_the_other_kind_is_named():
+    with pytest.raises(ValueError, match=r"Unknown loss balancer 'gradnorm'.* 'gradnorm' is a gradient balancer"):
+        balance.Balancer(2, loss="gradnorm")
+    with pytest.raises(ValueError, match="'famo' is a loss balancer"):
+        balance.Balancer(2, gradient="famo")
+
+
 def test_public_names():
     loss_names = ("dwa", "famo", "go4align", "igbv1", "igbv2", "ls", "rlw", "scaleinvls", "stl", "uw")
     gradient_names = ("cagrad", "graddrop", "imtl", "mgda", "nashmtl", "pcgrad")
