@@ -96,6 +96,20 @@ def test_uw(rows, sequences, key):
         optimizer.step()
 
 
+def test_uw_with_adam(rows, sequences):
+    rule = loss_balancers.build("uw", num_tasks=3).double()
+    optimizer = torch.optim.Adam(rule.parameters(), lr=0.025)
+    for row, step in zip(rows[:6], sequences["uw_init0_adam_lr0.025 (nash-mtl run)"], strict=False):
+        losses = tensor(row).requires_grad_()
+        torch.testing.assert_close(torch.stack(list(rule.log_variances)).detach(), tensor(step["s"]), rtol=1e-6, atol=1e-7)
+        optimizer.zero_grad()
+        total = rule(losses).sum()
+        total.backward()
+        assert total.item() == pytest.approx(step["loss"], rel=1e-6)
+        torch.testing.assert_close(losses.grad, tensor(step["dloss"]), rtol=1e-6, atol=1e-7)
+        optimizer.step()
+
+
 @pytest.mark.parametrize(("key", "gamma"), [("famo_lr0.025_gamma0.001", 1e-3), ("famo_lr0.025_gamma0", 0.0)])
 def test_famo(rows, sequences, key, gamma):
     rule = loss_balancers.build("famo", num_tasks=3, gamma=gamma)
