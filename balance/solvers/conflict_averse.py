@@ -132,7 +132,7 @@ def climb(
         level = _level_at_distance(C, h, inverse, c, active, limit)
         inside = low < level < high
         if abs(level - low) <= EPSILON * x_low.sum():
-            return x_low  # no level between them can be told from either
+            return x_low  # the levels differ by rounding only
         if not inside:
             level = (low + high) / 2
         bounds = level * inverse - h
