@@ -30,6 +30,7 @@ benchmark: $(VENV)/benchmark.installed  ## time and accuracy beside other librar
 	$(VENV)/bin/python benchmarks/bench_step.py
 	$(VENV)/bin/python benchmarks/bench_jacobian.py
 	$(VENV)/bin/python benchmarks/bench_distributed.py
+	$(VENV)/bin/python benchmarks/bench_per_sample.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -18,7 +18,9 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from balance.messages import unknown
 from balance.rules import compose as compose_rules
 from balance.rules.registry import Registry, gradient_balancers, loss_balancers
+from balance.rules.switch import Switch
 from balance.stage.balancer import Balancer
+from balance.stage.choices import check_metric
 from balance.types import EngineChoice, GradientRule, Heads, Memory, Scale, Source
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+Metric = Literal["gradients", "optimizer"]
 
 # Tests of a value against the entries of a field's metadata
 _TESTS: dict[str, Callable[[Any, Any], bool]] = {
@@ -118,12 +121,15 @@ def _range_in_words(metadata: Mapping[str, Any]) -> str:
 class StageConfig:
     """Options of the stage and of the composition of its two rules; see `Balancer`."""
 
+    weights: dict[str, float] = setting({}, help="priorities of tasks by name, factors on their losses; 1 where left out")
     source: Source = setting("parameters", help="tensors at which conflict is measured")
     heads: Heads | None = setting(None, help="treatment of task-specific heads; null: as in the method's paper code")
     scale: Scale = setting("paper", help="scale of the gradient balancer's weights")
     engine: EngineChoice = setting("auto", help="backward passes one by one or in a batch")
     memory: Memory = setting("jacobian", help="task gradients or only their inner products in memory")
+    metric: Metric = setting("gradients", help="inner products of gradients, or as the optimizer's steps change the losses")
     measure: list[str] | None = setting(None, help="patterns of names: only at these shared parameters is conflict measured")
+    warmup: int = setting(0, minimum=0, help="number of steps with equal weights before the gradient balancer begins")
     every: int = setting(1, minimum=1, help="number of steps that use the same weights; see `balance.compose.every`")
     smoothing: float = setting(0.0, minimum=0, below=1, help="weight of the past in a moving average of the weights")
     groups: list[list[str]] | None = setting(None, help="names of the tasks of each group, if whole groups are balanced")
@@ -230,7 +236,7 @@ def build_balancer(config: DictConfig, tasks: Sequence[str]) -> Balancer:
         tasks: Names of the tasks.
 
     Returns:
-        A new stage.
+        A new stage. With ``balancer.metric=optimizer`` its ``metric`` is to be set to the optimizer.
 
     Raises:
         ValueError: If a method or an option is unknown or out of range, or a mandatory option is missing.
@@ -244,20 +250,34 @@ def build_balancer(config: DictConfig, tasks: Sequence[str]) -> Balancer:
     stage, names = options["balancer"], method_names(config.loss_method)
     if stage.pop("measure") is not None:
         _check_measure(config.gradient_method, stage["source"])
+    metric = stage.pop("metric")
+    weights, steps = stage.pop("weights") or None, stage.pop("warmup")
     composed = {key: stage.pop(key) for key in ("groups", "smoothing", "every")}
     gradient, gradient_options = config.gradient_method, options["gradient"]
     if composed != {"groups": None, "smoothing": 0.0, "every": 1}:
         gradient = _composed(gradient, gradient_options, tuple(tasks), **composed)
         gradient_options = {}
-    return Balancer(
+    if steps:
+        gradient, gradient_options = _after_warmup(gradient, gradient_options, steps)
+    balancer = Balancer(
         tuple(tasks),
         loss=names if len(names) > 1 else names[0],
         gradient=gradient,
         loss_options=options["loss"],
         gradient_options=gradient_options,
         seed=config.seed,
+        weights=weights,
         **stage,
     )
+    if metric == "optimizer":  # which is built later, with the balancer's parameters
+        check_metric(balancer.source, balancer.gradient_balancer)
+    return balancer
+
+
+def _after_warmup(gradient: str | GradientRule | None, options: Mapping[str, Any], steps: int) -> tuple[Switch, dict[str, Any]]:
+    if gradient is None:
+        raise ValueError("balancer.warmup needs a gradient method, but got none.")
+    return compose_rules.warmup((gradient, options) if isinstance(gradient, str) else gradient, steps), {}
 
 
 def measured(shared: Mapping[str, Parameter], patterns: Sequence[str] | None) -> list[Parameter] | None:

@@ -41,5 +41,7 @@ Need: TypeAlias = Literal[
     "optimizer",  # the balancer's parameters belong in the optimizer
     "observe",  # observe() after every optimizer step
     "end_epoch",  # end_epoch() once per epoch
+    "validation",  # observe_validation() with losses of validation data, every few steps
     "all tasks",  # no task may be absent
+    "parameters",  # source="parameters": the rule compares gradients of different steps
 ]

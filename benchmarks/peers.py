@@ -52,3 +52,20 @@ def gramian_step(network: Network, weighting: str) -> Callable[[], None]:
         losses.backward(weigh(engine.compute_gramian(losses)))
 
     return step
+
+
+def sample_gramian_step(
+    network: torch.nn.Module, losses: Callable[[torch.nn.Module], torch.Tensor], weighting: str
+) -> Callable[[], None]:
+    """Return a step by TorchJD's Gramian engine with one loss per sample, given the losses of a network."""
+    from torchjd import aggregation  # noqa: PLC0415
+    from torchjd.autogram import Engine  # noqa: PLC0415
+
+    weigh, engine = getattr(aggregation, f"{weighting}Weighting")(), Engine(network, batch_dim=0)
+
+    def step() -> None:
+        network.zero_grad()
+        values = losses(network)
+        values.backward(weigh(engine.compute_gramian(values)))
+
+    return step

@@ -35,7 +35,9 @@ NEEDS = {
     "optimizer": "its parameters in the optimizer",
     "observe": "`observe`",
     "end_epoch": "`end_epoch`",
+    "validation": "`observe_validation`",
     "all tasks": "all tasks at each step",
+    "parameters": '`source="parameters"`',
 }
 
 

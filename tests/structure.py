@@ -33,6 +33,8 @@ LAYERS = (
     {"balance.splitter"},
     {"balance.diagnosis"},
     {"balance.config", "balance.tracking", "balance.testing"},
+    {"balance.catalogue"},
+    {"balance.__main__"},
     {"balance"},
     {"experiments.datasets"},
     {"experiments.problems"},  # its rooms are ordered by PROBLEMS
@@ -42,7 +44,7 @@ LAYERS = (
     {"experiments.training"},
     {"experiments.sweeps"},
     {"experiments.cli"},
-    {f"experiments.{command}" for command in ("trainer", "sweep", "compare", "diagnose", "baselines")},
+    {f"experiments.{command}" for command in ("trainer", "sweep", "front", "compare", "diagnose", "baselines")},
 )
 PROBLEMS = ("experiments.problems.base", "experiments.problems.dense")  # every other problem lies above both
 FORBIDDEN = {  # although their layers are lower

@@ -14,10 +14,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = (
-    *("__init__.py", "conftest.py", "golden.json", "readme_sections.py"),
+    *("__init__.py", "conftest.py", "golden.json", "golden_sequences.json", "readme_sections.py"),
     *("test_claims.py", "test_methods.py", "test_readme_sections.py"),
     *("claims/__init__.py", "claims/gradient.py", "claims/loss.py"),
     *("references/__init__.py", "references/conftest.py", "references/test_gradient.py", "references/test_loss.py"),
+    "references/test_more_losses.py",
+    "references/test_sequences.py",
     *(
         "rules/__init__.py",
         "rules/test_registry.py",

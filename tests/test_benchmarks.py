@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
     [
         ("bench_rules.py", ["--repeats", "2", "--sizes", "3"]),
         ("bench_step.py", ["--repeats", "2", "--networks", "mlp", "--tasks", "3"]),
+        ("bench_per_sample.py", ["--repeats", "2", "--samples", "2", "4"]),
         ("bench_distributed.py", ["--turns", "2", "--tasks", "2"]),
         ("bench_jacobian.py", ["--budget", "0", "--networks", "mlp", "transformer", "--tasks", "2", "3"]),
     ],

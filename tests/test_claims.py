@@ -6,7 +6,7 @@ import torch
 from balance import gradient_balancers, loss_balancers, testing
 from tests import claims
 
-EXAMPLES = {"thorough": 1000, "ci": 60, "mutation": 15}.get(os.environ.get("HYPOTHESIS_PROFILE", ""), 40)
+EXAMPLES = {"thorough": 1000, "mutation": 15}.get(os.environ.get("HYPOTHESIS_PROFILE", ""), 25)
 
 
 def test_every_loss_balancer_answers_every_claim():
@@ -39,9 +39,9 @@ def test_every_method_has_a_label_and_all_but_the_baselines_have_a_paper(registr
     labels = [entry.label for entry in traits.values()]
     assert len(set(labels)) == len(labels)
     assert all(labels)
-    without_paper = {name for name, entry in traits.items() if not entry.paper}
-    assert without_paper <= {"ls", "stl", "mean", "sum"}
-    assert all("https://" in entry.paper for name, entry in traits.items() if name not in without_paper)
+    baselines = {"ls", "stl", "constant", "linear_schedule", "mean", "sum"}
+    assert {name for name, entry in traits.items() if not entry.paper} <= baselines
+    assert all("https://" in entry.paper for name, entry in traits.items() if name not in baselines)
 
 
 def cases(rows, proved):
@@ -80,6 +80,11 @@ def test_gradient_claim_fails_on_its_counterexample(name, claim, entry):
 @pytest.mark.parametrize(("name", "claim", "entry"), cases(claims.LOSS_ROWS, proved=True))
 def test_loss_claim_holds(name, claim, entry):
     testing.check_loss_balancer(claims.loss_factory(name), (claim,), examples=EXAMPLES if name != "igbv2" else 5)
+
+
+@pytest.mark.parametrize(("name", "options", "proved"), claims.LOSS_OPTIONS, ids=str)
+def test_loss_claims_hold_with_options(name, options, proved):
+    testing.check_loss_balancer(claims.loss_factory(name, **options), proved, examples=EXAMPLES)
 
 
 @pytest.mark.parametrize(("name", "claim", "entry"), cases(claims.LOSS_ROWS, proved=False))

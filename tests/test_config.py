@@ -166,3 +166,13 @@ def test_a_mistake_in_the_settings_is_told():
         compose(Schema, {"inner": {"epoch": 3}}, [])
     with pytest.raises(ValueError, match=r"The file does not fit 'inner\.epochs'"):
         compose(Schema, {"inner": {"epochs": "many"}}, [])
+
+
+def test_weights_of_a_list_come_from_the_command_line():
+    balancer = build("constant", None, "loss.weights=[1,2.5]")
+    assert balancer.loss_balancer.rule.weights.tolist() == [1, 2.5]
+    schedule = build("linear_schedule", None, "loss.end=[0,2]", "loss.steps=10").loss_balancer.rule
+    assert (schedule.end.tolist(), schedule.start.tolist(), schedule.steps) == ([0, 2], [1, 1], 10)
+    assert build("tchebycheff", None, "loss.preference=[0.3,0.7]").loss_balancer.rule.target.preference.tolist() == [0.3, 0.7]
+    with pytest.raises(ValueError, match="weights of 'constant' must have one number for each of 2 tasks"):
+        build("constant", None, "loss.weights=[1,2,3]")

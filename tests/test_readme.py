@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import balance
+from balance import catalogue
 from balance.diagnosis import measurement
 from experiments import sweep
 from experiments.problems.base import find
@@ -27,7 +28,11 @@ COMMANDS = [
     for block in re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
     for line in block.splitlines()
 ]
-SMALL = {"experiments/problems/toy/__main__.py": ["--steps=20"]}
+SMALL = {
+    "experiments/problems/toy/__main__.py": ["--steps=20"],
+    "experiments/front.py": ["train.batch_size=5385", "model.width=2", "train.epochs=1", "log_model=false", "--jobs=1"],
+    "balance/__main__.py": [],
+}
 TINY_ROOMS = [f"data.num_{part}=4" for part in ("train", "validation", "test")] + [
     "data.cache=rooms",
     "train.epochs=1",
@@ -78,6 +83,7 @@ def run(command, capfd):
     """The command on less data, in this process, since starting one takes longer than all that it does."""
     program, script, *words = command.replace("--seeds=3", "--seeds=1").split()
     assert program == "python"
+    words = [word.replace("--points=5", "--points=2") for word in words]
     if script == "-m":
         script = f"{words.pop(0).replace('.', '/')}/__main__.py"
     assert (ROOT / script).exists()
@@ -103,12 +109,13 @@ def test_commands(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(estimate, "BUDGET", 0.01)
     monkeypatch.setattr(measurement, "ROUNDS", 1)
     scripts = [command for command in COMMANDS if command.startswith("python ") and "--backend=" not in command]
-    assert len(scripts) == 10
-    printed = [run(command, capfd) for command in scripts]
+    assert len(scripts) == 13
+    monkeypatch.setattr(catalogue, "cost_of", lambda kind, name: 1.0)
+    printed = {command: run(command, capfd) for command in scripts}
     assert (tmp_path / "runs/digits").is_dir()
     assert (tmp_path / "runs/short/mlflow.db").exists()
-    assert "Recommendation" in printed[6]
-    assert "16 runs finished, 0 failed" in printed[7]
+    assert "Recommendation" in printed["python experiments/diagnose.py --experiment=digits"]
+    assert any("16 runs finished, 0 failed" in text for command, text in printed.items() if "sweep.py" in command)
     assert (tmp_path / "runs/digits/comparison/report.html").exists()
 
 

@@ -26,7 +26,9 @@ CONDITIONS: dict[Need, str] = {
     "optimizer": "its parameters in the optimizer",
     "observe": "observe() after every optimizer step",
     "end_epoch": "end_epoch() once per epoch",
+    "validation": "observe_validation() with losses of validation data every few steps",
     "all tasks": "all tasks at every step",
+    "parameters": "source='parameters'",
 }
 
 

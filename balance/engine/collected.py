@@ -99,7 +99,14 @@ class CollectedRows:
             self.products *= scale[:, None] * scale
 
     def gradients(
-        self, partition: Partition, tasks: Sequence[int], unit: Tensor, ranks: Ranks, *, as_matrix: bool
+        self,
+        partition: Partition,
+        tasks: Sequence[int],
+        unit: Tensor,
+        ranks: Ranks,
+        *,
+        as_matrix: bool,
+        roots: Sequence[Tensor] | None = None,
     ) -> TaskGradients:
         """Return the gradients in the form of one step; the sums are emptied.
 
@@ -109,6 +116,7 @@ class CollectedRows:
             unit: Gradient with which the passes have begun. Shape ().
             ranks: The ranks over which the gradients are summed.
             as_matrix: Return the Jacobian as one matrix (K, P).
+            roots: For each parameter of the trunk, factors on its coordinates for the inner products; None: 1.
 
         Returns:
             Gradients of the mean losses.
@@ -118,7 +126,7 @@ class CollectedRows:
         rows = TaskRows(K, [[_taken(by_leaf, leaf) for by_leaf in sums] for leaf in partition.trunk])
         gradients = TaskGradients(LossOutputs([None] * K, unit), partition, [[False] * K for _ in partition.trunk])
         gradients.heads = HeadGradients([list(by_leaf.values()) for by_leaf in sums])
-        tensors = [MeasuredTensor(i, leaf) for i, leaf in enumerate(partition.trunk)]
+        tensors = [MeasuredTensor(i, leaf, root=None if roots is None else roots[i]) for i, leaf in enumerate(partition.trunk)]
         gradients.note_reached(tensors, rows)
         for k in range(K):
             gradients.note_sparse(tensors, [by_task[k] for by_task in rows.by_tensor])
@@ -128,7 +136,7 @@ class CollectedRows:
             _store_matrix(gradients, rows)
         if ranks.size == 1:
             return _with_rows(gradients, tensors, rows, products)
-        return _over_ranks(gradients, rows, products, ranks)
+        return _over_ranks(gradients, rows, products, ranks, roots)
 
 
 def collected_partition(trunk: list[Tensor], heads: list[Tensor]) -> Partition:
@@ -157,15 +165,22 @@ def _with_rows(
     """Return gradients with rows, and their Gramian if it is not given."""
     gradients.tensors, gradients.rows = common_indices(tensors, rows), rows
     device = tensors[0].tensor.device if tensors else gradients.outputs.device
-    gradients.gramian = rows.gramian(device) if products is None else products
+    if products is None:
+        measured = [
+            list(tensor.coordinates(by_task)) for tensor, by_task in zip(gradients.tensors, rows.by_tensor, strict=True)
+        ]
+        products = TaskRows(rows.num_tasks, measured).gramian(device)
+    gradients.gramian = products
     return gradients
 
 
-def _over_ranks(gradients: TaskGradients, rows: TaskRows, products: Gramian | None, ranks: Ranks) -> GlobalGradients:
+def _over_ranks(
+    gradients: TaskGradients, rows: TaskRows, products: Gramian | None, ranks: Ranks, roots: Sequence[Tensor] | None
+) -> GlobalGradients:
     """Return gradients that are summed over ranks."""
     if gradients.jacobian is not None:
         return GlobalGradients.of(gradients, ranks)
-    sharded = ShardedRows(rows.num_tasks, gradients.partition.trunk, ranks)
+    sharded = ShardedRows(rows.num_tasks, gradients.partition.trunk, ranks, roots)
     for k in range(rows.num_tasks):
         sharded.begin(k, [by_task[k] for by_task in rows.by_tensor])
         for by_task in rows.by_tensor:

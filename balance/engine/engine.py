@@ -13,7 +13,8 @@ from balance.engine.gramian import InnerProducts, TaskRows
 from balance.engine.graph import Reachability, activation_count, last_uses, unpacks_saved_tensors
 from balance.engine.layers import MeasuredTensor, measured_tensors
 from balance.engine.over_ranks import GlobalGradients, sum_passes
-from balance.engine.passes import FeatureOutputs, LossOutputs, batched_passes, sequential_passes
+from balance.engine.passes import FeatureOutputs, LossOutputs, SampleOutputs, batched_passes, sequential_passes
+from balance.engine.per_sample import measure_samples
 from balance.engine.task_gradients import TaskGradients, common_indices
 from balance.messages import warn_caller
 
@@ -117,6 +118,7 @@ class Engine:
         as_matrix: bool,
         retain_graph: bool = False,
         ranks: Ranks | None = None,
+        roots: Sequence[Tensor] | None = None,
     ) -> TaskGradients:
         """Compute the gradients of all tasks.
 
@@ -126,6 +128,7 @@ class Engine:
             as_matrix: Return the Jacobian as one matrix (K, P).
             retain_graph: Retain the graph after the passes.
             ranks: Ranks over whose batches the losses are means; None: only one process.
+            roots: For each of ``partition.inputs``, factors on its coordinates for the inner products; None: 1.
 
         Returns:
             The gradients of the losses.
@@ -133,11 +136,20 @@ class Engine:
         Raises:
             RuntimeError: If the graph cannot be walked once for each task; ``.grad`` is then as before.
         """
+        if isinstance(outputs, SampleOutputs) and ranks is None and not as_matrix:
+            samples = None if roots is not None else measure_samples(outputs, partition, retain_graph=retain_graph)
+            if samples is not None:
+                return samples
         with self.guarded(outputs, partition):
             if partition.source == "features":
                 gradients = self._measured_at_features(outputs, partition, as_matrix=as_matrix, keeps_graph=retain_graph)
                 return gradients if ranks is None else GlobalGradients.of(gradients, ranks)
-            return self._measured_at_parameters(outputs, partition, as_matrix=as_matrix, retain_graph=retain_graph, ranks=ranks)
+            storage: Storage = "matrix" if as_matrix else self._storage(partition)
+            if as_matrix or ranks is not None or roots is not None:  # a layer's outputs on two ranks have no sum
+                tensors = _without_layers(partition.inputs, roots)
+            else:
+                tensors = measured_tensors(partition.lower_graph, partition.inputs, outputs.num_tasks)
+            return self._measured_at_parameters(outputs, partition, tensors, storage, retain_graph=retain_graph, ranks=ranks)
 
     def guarded(self, outputs: LossOutputs, partition: Partition) -> ExitStack:
         """Return an open context for passes, in which leaf tensors have no hooks and custom functions are checked.
@@ -180,14 +192,16 @@ class Engine:
         return gradients
 
     def _measured_at_parameters(
-        self, outputs: Outputs, partition: Partition, *, as_matrix: bool, retain_graph: bool, ranks: Ranks | None
+        self,
+        outputs: Outputs,
+        partition: Partition,
+        tensors: list[MeasuredTensor],
+        storage: Storage,
+        *,
+        retain_graph: bool,
+        ranks: Ranks | None,
     ) -> TaskGradients:
-        storage: Storage = "matrix" if as_matrix else self._storage(partition)
-        if as_matrix or ranks is not None:  # the gradients of a layer's outputs on two ranks have no sum
-            tensors = _without_layers(partition.inputs)
-        else:
-            tensors = measured_tensors(partition.lower_graph, partition.inputs, outputs.num_tasks)
-        blocks = [tensors] if as_matrix else self._blocks(partition, tensors, storage)
+        blocks = [tensors] if storage == "matrix" else self._blocks(partition, tensors, storage)
         batched = self._is_batched(partition, outputs.device)
         plan = _PassPlan(outputs, partition, blocks, partition.heads, storage, retain_graph, batched, ranks, retain_graph)
         if partition.features and (batched or (storage == "products" and _has_few_features(partition))):
@@ -356,8 +370,8 @@ def _without_zeros(gradients: Sequence[Tensor | None], is_reached: Sequence[bool
     return [gradient if reached else None for gradient, reached in zip(gradients, is_reached, strict=True)]
 
 
-def _without_layers(tensors: Sequence[Tensor]) -> list[MeasuredTensor]:
-    return [MeasuredTensor(i, tensor) for i, tensor in enumerate(tensors)]
+def _without_layers(tensors: Sequence[Tensor], roots: Sequence[Tensor] | None = None) -> list[MeasuredTensor]:
+    return [MeasuredTensor(i, tensor, root=None if roots is None else roots[i]) for i, tensor in enumerate(tensors)]
 
 
 def _has_few_features(partition: Partition) -> bool:

@@ -100,7 +100,13 @@ class FullyShardedGradients(TaskGradients):
 
     @classmethod
     def measure(
-        cls, outputs: LossOutputs, partition: Partition, num_ranks: int, *, retain_graph: bool
+        cls,
+        outputs: LossOutputs,
+        partition: Partition,
+        num_ranks: int,
+        *,
+        retain_graph: bool,
+        roots: Sequence[Tensor] | None = None,
     ) -> FullyShardedGradients:
         """Compute the gradients of all tasks.
 
@@ -109,6 +115,7 @@ class FullyShardedGradients(TaskGradients):
             partition: Sharded parameters.
             num_ranks: Number of ranks over which FSDP2 averages gradients.
             retain_graph: Retain the graph after the passes.
+            roots: For each parameter of the trunk, factors on its coordinates for the inner products; None: 1.
 
         Returns:
             The gradients.
@@ -125,7 +132,7 @@ class FullyShardedGradients(TaskGradients):
                     gradients.reached_by[position][k] = shards[position] is not None
                 gradients.heads.add(k, partition.heads, shards[len(partition.trunk) :])
         gradients.rows = rows
-        gradients.gramian = rows.gramian(outputs.device)
+        gradients.gramian = rows.gramian(outputs.device, None if roots is None else [local_shard(root) for root in roots])
         gradients._sum()
         return gradients
 

@@ -69,13 +69,19 @@ class TaskRows:
             total += torch.stack(norms).square()
         return total
 
-    def gramian(self, device: torch.device) -> Gramian:
-        """Return the inner products of the tasks' gradients. Shape (K, K), float64, on ``device``."""
+    def gramian(self, device: torch.device, roots: Sequence[Tensor] | None = None) -> Gramian:
+        """Return the inner products of the tasks' gradients. Shape (K, K), float64, on ``device``.
+
+        Args:
+            device: Device of the result.
+            roots: For each tensor, factors on its coordinates, flat.
+        """
         if not self.num_tasks:
             return torch.zeros(0, 0, dtype=torch.float64, device=device)
         products = InnerProducts(self.num_tasks, sum(map(_row_length, self.by_tensor)), device)
-        for by_task in self.by_tensor:
-            products.add(by_task)
+        for position, by_task in enumerate(self.by_tensor):
+            root = None if roots is None else roots[position]
+            products.add([row if row is None or root is None else row * root for row in by_task])
         return products.total()
 
 
@@ -230,6 +236,10 @@ class SparseRows(NamedTuple):
     rows: list[Tensor | None]
     indices: Tensor
     shape: torch.Size
+
+    def values_of(self, tensor: Tensor) -> Tensor:
+        """Return the values of a dense tensor at the indices, in their order."""
+        return tensor[tuple(self.indices)]
 
     def gradient(self, values: Tensor) -> Tensor:
         """Return flat values at the indices as a sparse tensor, coalesced."""

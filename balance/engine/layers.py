@@ -125,6 +125,7 @@ class MeasuredTensor(NamedTuple):
         layer: The layer whose weight it is; None if its gradients are computed directly.
         inputs: Inputs of the layer.
         sparse: Indices and shape of its gradients, if all of them are sparse.
+        root: Factors on its coordinates, in its shape, of a metric other than the usual one; only without a layer.
     """
 
     position: int
@@ -132,6 +133,7 @@ class MeasuredTensor(NamedTuple):
     layer: Layer | None = None
     inputs: Tensor | None = None
     sparse: SparseRows | None = None
+    root: Tensor | None = None
 
     @property
     def target(self) -> Root:
@@ -153,6 +155,10 @@ class MeasuredTensor(NamedTuple):
         Args:
             rows: By task, the gradient that arrived at `target`, flat.
         """
+        if self.root is not None:
+            root = self.root if self.sparse is None else self.sparse.values_of(self.root)
+            flat = root.reshape(-1)
+            return [None if row is None else row.to(torch.promote_types(row.dtype, torch.float32)) * flat for row in rows]
         if self.layer is None or self.inputs is None:
             return rows
         R = self.layer.triangle(self.inputs)

@@ -119,10 +119,13 @@ class ShardedRows:
         num_tasks: K.
         tensors: The tensors of the gradients, in an order that is equal on all ranks.
         ranks: The ranks.
+        roots: For each tensor, factors on its coordinates for the inner products; None: 1.
     """
 
-    def __init__(self, num_tasks: int, tensors: Sequence[Tensor], ranks: Ranks) -> None:
-        self._ranks, self._tensors, self._layout = ranks, tensors, Layout.of(tensors)
+    def __init__(
+        self, num_tasks: int, tensors: Sequence[Tensor], ranks: Ranks, roots: Sequence[Tensor | None] | None = None
+    ) -> None:
+        self._ranks, self._tensors, self._layout, self._roots = ranks, tensors, Layout.of(tensors), roots
         self._length = sum(self._layout.sizes) + -sum(self._layout.sizes) % ranks.size
         self.shards = torch.zeros(  # (K, P / ranks)
             num_tasks, self._length // ranks.size, dtype=self._layout.dtype, device=self._layout.device
@@ -154,8 +157,18 @@ class ShardedRows:
     def gramian(self) -> Gramian:
         """Return the inner products of this rank's shards. Shape (K, K), float64."""
         products = InnerProducts(len(self.shards), max(self.shards.shape[1], 1), self.shards.device)
-        products.add(list(self.shards.unbind()))
+        factors = self._shard_of_roots()
+        products.add([row if factors is None else row * factors for row in self.shards.unbind()])
         return products.total()
+
+    def _shard_of_roots(self) -> Tensor | None:
+        """Return the factors on the coordinates of this rank's shard. Shape (P / ranks,)."""
+        if self._roots is None or all(root is None for root in self._roots):
+            return None
+        row = torch.zeros(self._length, dtype=self._layout.dtype, device=self._layout.device)
+        self._layout.fill(row, self._roots)
+        width = self.shards.shape[1]
+        return row[self._ranks.rank * width : (self._ranks.rank + 1) * width]
 
     def weighted_sum(self, weights: Sequence[float]) -> list[Tensor]:
         """Return the weighted sum of the tasks' gradients of each tensor, gathered from all ranks.
@@ -197,7 +210,8 @@ def sum_passes(
     Returns:
         The summed gradients of the tensors.
     """
-    sharded = ShardedRows(gradients.outputs.num_tasks, [tensor.tensor for tensor in tensors], ranks)
+    roots = [tensor.root for tensor in tensors]
+    sharded = ShardedRows(gradients.outputs.num_tasks, [tensor.tensor for tensor in tensors], ranks, roots)
     for task, computed in enumerate(passes):
         sharded.begin(task, computed)
         gradients.heads.add(task, heads, computed[len(tensors) :])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -81,6 +81,41 @@ class LossOutputs:
 
     def _beginning(self, k: int) -> Tensor:
         return self.unit if self.shares is None else self.unit * self.shares[k]
+
+
+@dataclass
+class SampleOutputs(LossOutputs):
+    """One loss per sample, in a vector, as outputs at which backward passes begin.
+
+    Attributes:
+        vector: The losses of all samples, with their graph. Shape (B,).
+        indices: Indices of the samples that are present; None: all. Shape (K,).
+    """
+
+    vector: Tensor = field(default_factory=lambda: torch.empty(0))
+    indices: Tensor | None = None
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Return numbers by present sample as numbers by sample, zero for absent ones. Shape (K,) -> (B,)."""
+        if self.indices is None:
+            return values
+        return values.new_zeros(len(self.vector)).index_copy_(0, self.indices.to(values.device), values)
+
+    def task_cotangents(self, k: int) -> Cotangents:
+        """Return the beginning of the pass of sample k."""
+        value = torch.zeros_like(self.vector)
+        value[k if self.indices is None else self.indices[k]] = self.unit
+        return Cotangents([self.vector], [value])
+
+    def weighted_cotangents(self, weights: Sequence[float]) -> Cotangents:
+        """Return the beginning of one pass of the weighted sum of all samples. ``weights``: length K."""
+        values = torch.tensor(weights, dtype=self.unit.dtype, device=self.unit.device) * self.unit
+        return Cotangents([self.vector], [self.spread(values).to(self.vector)])
+
+    def batched_cotangents(self) -> Cotangents:
+        """Return the beginning of one batched pass of all samples; values of shape (K, B)."""
+        values = torch.eye(len(self.vector), dtype=self.vector.dtype, device=self.vector.device) * self.unit
+        return Cotangents([self.vector], [values if self.indices is None else values[self.indices.to(values.device)]])
 
 
 @dataclass

@@ -1,5 +1,29 @@
 """Loss balancers: losses (K,) -> weighted losses (K,). Importing this package registers them."""
 
-from balance.loss import dwa, famo, fixed, groups, improvable_gap, scale, uncertainty
+from balance.loss import (
+    coba,
+    dwa,
+    famo,
+    fixed,
+    groups,
+    improvable_gap,
+    minimax,
+    rates,
+    scalarization,
+    scale,
+    uncertainty,
+)
 
-__all__ = ["dwa", "famo", "fixed", "groups", "improvable_gap", "scale", "uncertainty"]
+__all__ = [
+    "coba",
+    "dwa",
+    "famo",
+    "fixed",
+    "groups",
+    "improvable_gap",
+    "minimax",
+    "rates",
+    "scalarization",
+    "scale",
+    "uncertainty",
+]

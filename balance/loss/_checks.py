@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from balance.rules.protocol import TaskError
+from balance.rules.context import TaskError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +39,46 @@ def weigh(losses: Losses, weights: Tensor) -> WeightedLosses:
     """Multiply losses by constant weights, in the losses' dtype and on their device. Shape (K,)."""
     wide = widened(losses)  # weights of small losses exceed the range of float16
     return (wide * weights.to(wide)).to(losses.dtype)
+
+
+def softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Return the softmax of logits / temperature, without overflow for small temperatures. Shape (K,) -> (K,)."""
+    return ((logits - logits.max()) / temperature).softmax(dim=0)
+
+
+def indices(present: Tensor | None, num_tasks: int) -> Tensor:
+    """Return the indices of the present tasks. Shape (k,), int64, on the host."""
+    return torch.arange(num_tasks, device="cpu") if present is None else present
+
+
+def numbers_by_task(
+    numbers: list[float] | None, num_tasks: int, option: str, method: str, *, non_negative: bool = True
+) -> Tensor | None:
+    """Return an option with one number for each task as a tensor.
+
+    Args:
+        numbers: One number for every task, present or not; None: the option is not given.
+        num_tasks: K.
+        option: Name of the option, for messages.
+        method: Name of the rule, for messages.
+        non_negative: Whether negative numbers, and zeros only, are errors.
+
+    Returns:
+        Shape (K,), float64, on the host; None if the option is not given.
+
+    Raises:
+        ValueError: If there is not one finite number for each task, or a number is out of range.
+    """
+    if numbers is None:
+        return None
+    given = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    if given.shape != (num_tasks,):
+        raise ValueError(f"{option} of '{method}' must have one number for each of {num_tasks} tasks, but got {numbers}.")
+    if not given.isfinite().all():
+        raise ValueError(f"{option} of '{method}' must be finite numbers, but got {numbers}.")
+    if non_negative and ((given < 0).any() or not given.any()):
+        raise ValueError(f"{option} of '{method}' must not be negative, nor all zero, but got {numbers}.")
+    return given
 
 
 def require_above(

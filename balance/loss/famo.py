@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
-from balance.loss._checks import GIVE_BOUNDS, LOGARITHM, require_above, values, weigh, widened
+from balance.loss._adam import Moments, register_moments
+from balance.loss._checks import GIVE_BOUNDS, LOGARITHM, indices, require_above, values, weigh, widened
+from balance.loss._user_logits import UserLogits
 from balance.rules.registry import loss_balancers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from balance.types import Losses, WeightedLosses
+
+LogitOptimizer = Literal["inner", "user"]
+GAMMA, LR = 1e-3, 0.025
 
 
 @loss_balancers.register(
@@ -40,16 +45,23 @@ class FAMO(nn.Module):
     direction does not change when a loss is multiplied by a constant. One task has weight 1. An absent task keeps its logit
     and its moments, and has no effect on the present tasks.
 
+    With ``optimizer="user"`` the logits are parameters, one scalar for each task, for an optimizer of the user's choice.
+    `observe` writes v to their ``.grad``, without weight decay, which belongs to that optimizer. The optimizer can step right
+    after `observe`: Adam with rate ``lr`` and weight decay γ then gives the logits of ``optimizer="inner"``. Or it is the
+    optimizer of the model, with ``balancer.parameters()``. Then v is used at its next step, one step later, also if
+    ``.grad`` is cleared before. A gradient that no optimizer has used is replaced by the next one.
+
     Args:
         num_tasks: K.
-        gamma: Weight decay γ ≥ 0 of the logits.
-        lr: Learning rate of the logits, positive.
+        gamma: Weight decay γ ≥ 0 of the logits; None: 1e-3. Only for ``optimizer="inner"``.
+        lr: Learning rate of the logits, positive; None: 0.025. Only for ``optimizer="inner"``.
         min_losses: Lower bound b of every loss, K numbers; None for zeros.
         next_batch: Learn from the losses of the next batch, at the next step, instead of observing this batch again. This
             saves the second forward pass, but treats differences between batches as progress.
+        optimizer: Owner of the steps of the logits: the rule, with Adam, or the user.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: If an option is out of range, or belongs to the other optimizer.
 
     Source:
         Liu et al., "FAMO: Fast Adaptive Multitask Optimization", NeurIPS 2023, algorithm 2 (appendix). γ = 1e-3 is the paper's
@@ -67,24 +79,24 @@ class FAMO(nn.Module):
     def __init__(
         self,
         num_tasks: int,
-        gamma: float = 1e-3,
-        lr: float = 0.025,
+        gamma: float | None = None,
+        lr: float | None = None,
         min_losses: list[float] | None = None,
         next_batch: bool = False,  # noqa: FBT001, FBT002 - options are given by name
+        optimizer: LogitOptimizer = "inner",
     ) -> None:
         super().__init__()
-        if not gamma >= 0:
-            raise ValueError(f"gamma of 'famo' must not be negative, but got {gamma}.")
-        if not lr > 0:
-            raise ValueError(f"lr of 'famo' must be positive, but got {lr}.")
+        _check_rates(gamma, lr, optimizer)
         if min_losses is not None and len(min_losses) != num_tasks:
             raise ValueError(f"min_losses of 'famo' must have one number for each of {num_tasks} tasks, but got {min_losses}.")
-        self.gamma = gamma
-        self.lr = lr
+        self.gamma = GAMMA if gamma is None else gamma
+        self.lr = LR if lr is None else lr
         self.needs_observation = not next_batch
         zeros = torch.zeros(num_tasks, dtype=torch.float64, device="cpu")
-        for name in ("logits", "mean", "mean_square", "steps"):  # Adam by task, since tasks can miss steps
-            self.register_buffer(name, zeros.clone())
+        self.user_logits = UserLogits(num_tasks) if optimizer == "user" else None
+        if self.user_logits is None:
+            self.register_buffer("logits", zeros.clone())
+            register_moments(self, num_tasks)
         self.register_buffer("previous_losses", zeros + torch.nan)  # NaN where no loss remains to be observed
         bounds = torch.tensor(min_losses or 0.0, dtype=torch.float64, device="cpu")
         self.register_buffer("min_losses", zeros + bounds, persistent=False)
@@ -102,7 +114,7 @@ class FAMO(nn.Module):
         Raises:
             TaskError: If a loss is below its lower bound.
         """
-        tasks = self._indices(present)
+        tasks = indices(present, len(self.previous_losses))
         L = values(losses)
         distance = self._distance(L, tasks)
         previous = torch.full_like(self.previous_losses, torch.nan)
@@ -111,13 +123,16 @@ class FAMO(nn.Module):
             again = ~values(self.previous_losses[tasks]).isnan()
             self._learn(tasks[again], L[again])
         self.previous_losses.copy_(previous)
-        z = values(self.logits[tasks]).softmax(dim=0)
+        z = self._values(tasks).softmax(dim=0)
         wide = widened(losses)  # 1e-8 is zero in half precision
         logarithms = (wide - self.min_losses[tasks].to(wide) + 1e-8).log()
-        return weigh(logarithms, z / (z / distance).sum()).to(losses.dtype)
+        weighted = weigh(logarithms, z / (z / distance).sum())
+        if self.user_logits is not None:
+            weighted = weighted + self.user_logits.pending().to(weighted) / len(weighted)
+        return weighted.to(losses.dtype)
 
     def observe(self, losses: Losses, present: Tensor | None = None) -> None:
-        """Take an Adam step on the logits of the present tasks.
+        """Take an Adam step on the logits of the present tasks, or write the gradient for the user's optimizer.
 
         Args:
             losses: Losses of the same batch after the optimizer's step, of the present tasks. Shape (K,).
@@ -127,7 +142,7 @@ class FAMO(nn.Module):
             TaskError: If a loss is below its lower bound; the logits are then as before.
             RuntimeError: If the step's losses were not weighed before.
         """
-        tasks = self._indices(present)
+        tasks = indices(present, len(self.previous_losses))
         previous = self.previous_losses[tasks]
         if previous.isnan().any() or self.previous_losses.isfinite().sum() != len(tasks):
             raise RuntimeError("'famo' observes losses once after each backward, of the tasks that backward was given.")
@@ -135,21 +150,36 @@ class FAMO(nn.Module):
         self.previous_losses.fill_(torch.nan)
 
     def _learn(self, tasks: Tensor, after: Tensor) -> None:
-        """Take one Adam step for tasks whose losses changed from ``previous_losses`` to ``after``."""
+        """Take one Adam step, or write a gradient, for tasks whose losses changed from ``previous_losses`` to ``after``."""
         delta = self._distance(values(self.previous_losses[tasks]), tasks).log() - self._distance(after, tasks).log()
-        z = values(self.logits[tasks]).softmax(dim=0)
-        gradient = (z * (delta - (z * delta).sum())).to(self.logits) + self.gamma * self.logits[tasks]
-        self.steps[tasks] += 1
-        self.mean[tasks] += (1 - 0.9) * (gradient - self.mean[tasks])
-        self.mean_square[tasks] += (1 - 0.999) * (gradient**2 - self.mean_square[tasks])
-        mean = self.mean[tasks] / (1 - 0.9 ** self.steps[tasks])
-        mean_square = self.mean_square[tasks] / (1 - 0.999 ** self.steps[tasks])
-        self.logits[tasks] -= self.lr * mean / (mean_square.sqrt() + 1e-8)
+        z = self._values(tasks).softmax(dim=0)
+        gradient = z * (delta - (z * delta).sum())
+        if self.user_logits is not None:
+            self.user_logits.set_gradient(tasks, gradient)
+            return
+        decayed = gradient.to(self.logits) + self.gamma * self.logits[tasks]
+        Moments(self.mean, self.mean_square, self.steps).step(self.logits, tasks, decayed, self.lr)
 
-    def _indices(self, present: Tensor | None) -> Tensor:
-        return torch.arange(len(self.logits), device="cpu") if present is None else present
+    def _values(self, tasks: Tensor) -> Tensor:
+        """Return the logits of some tasks. Shape (k,), float64, on the host."""
+        if self.user_logits is not None:
+            return self.user_logits.values()[tasks]
+        return values(self.logits[tasks])
 
     def _distance(self, losses: Tensor, tasks: Tensor) -> Tensor:
         bounds = values(self.min_losses[tasks])
         require_above(losses, bounds - 1e-8, "famo", LOGARITHM, GIVE_BOUNDS)
         return losses - bounds + 1e-8
+
+
+def _check_rates(gamma: float | None, lr: float | None, optimizer: LogitOptimizer) -> None:
+    """Check the options of the optimizer of the logits."""
+    if optimizer == "user" and not (gamma is None and lr is None):
+        raise ValueError(
+            f"gamma and lr of 'famo' must be None with optimizer='user', but got {gamma} and {lr}. Give weight decay and "
+            "learning rate to the optimizer that has balancer.parameters()."
+        )
+    if gamma is not None and not gamma >= 0:
+        raise ValueError(f"gamma of 'famo' must not be negative, but got {gamma}.")
+    if lr is not None and not lr > 0:
+        raise ValueError(f"lr of 'famo' must be positive, but got {lr}.")

@@ -1,4 +1,4 @@
-"""Weights that ignore the losses: ls, stl, rlw."""
+"""Weights that ignore the losses: ls, constant, linear_schedule, stl, rlw."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from balance.loss._checks import weigh
+from balance.loss._checks import numbers_by_task, weigh
 from balance.rules.generator import SeededGenerator
 from balance.rules.registry import loss_balancers
 
@@ -35,6 +35,101 @@ def ls(losses: Losses) -> WeightedLosses:
         The baseline of every paper. As in Nash-MTL's code and LibMTL the sum, not the mean.
     """
     return losses
+
+
+@loss_balancers.register(
+    "constant",
+    label="Constant",
+    invariances=("loss_permutation_equivariant", "separable"),
+)
+class ConstantWeights:
+    """Fixed weights: linear scalarisation, whose weights a sweep can tune.
+
+    A task of weight zero is switched off. A gradient balancer then gets a zero gradient, and mgda gives it all weight.
+
+    Args:
+        num_tasks: K.
+        weights: One finite number for each task, not negative and not all zero; None for ones.
+
+    Raises:
+        ValueError: If ``weights`` is not such a list.
+
+    Source:
+        The weighted sum of losses, as tuned by hand or by a grid search in most papers before 2018.
+    """
+
+    def __init__(self, num_tasks: int, weights: list[float] | None = None) -> None:
+        given = numbers_by_task(weights, num_tasks, "weights", "constant")
+        self.weights = torch.ones(num_tasks, dtype=torch.float64, device="cpu") if given is None else given
+
+    def __call__(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
+        """Multiply the losses by the weights.
+
+        Args:
+            losses: Any finite values, of the present tasks. Shape (K,).
+            present: Indices of those tasks; None for all.
+
+        Returns:
+            Shape (K,).
+        """
+        return weigh(losses, self.weights if present is None else self.weights[present])
+
+
+@loss_balancers.register(
+    "linear_schedule",
+    label="Linear schedule",
+    invariances=("loss_permutation_equivariant", "separable"),
+)
+class LinearSchedule(nn.Module):
+    r"""Weights that go from one vector to another along a line, and then stay.
+
+    .. math:: w(t) = a + \min(t / T, 1) \, (b - a)
+
+    at step t, counted from 0. Steps from which a task is absent count for it too. One task follows its own line. A
+    task of weight zero is switched off, as with constant weights.
+
+    Args:
+        num_tasks: K.
+        start: First weights a, finite and not negative, not all zero; None for ones.
+        end: Last weights b, finite and not negative, not all zero; None for ones.
+        steps: Number T of steps until the last weights, at least 1.
+
+    Raises:
+        ValueError: If an option is out of range.
+
+    Source:
+        Curricula by hand, such as the warm-up of an auxiliary loss or the annealing of a KL term.
+    """
+
+    step: Tensor
+
+    def __init__(
+        self, num_tasks: int, start: list[float] | None = None, end: list[float] | None = None, steps: int = 1000
+    ) -> None:
+        super().__init__()
+        if steps < 1:
+            raise ValueError(f"steps of 'linear_schedule' must be at least 1, but got {steps}.")
+        ones = torch.ones(num_tasks, dtype=torch.float64, device="cpu")
+        first = numbers_by_task(start, num_tasks, "start", "linear_schedule")
+        last = numbers_by_task(end, num_tasks, "end", "linear_schedule")
+        self.steps = steps
+        self.start, self.end = ones if first is None else first, ones if last is None else last
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device="cpu"))  # steps so far
+
+    def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
+        """Multiply the losses by the weights of this step, and count the step.
+
+        Args:
+            losses: Any finite values, of the present tasks. Shape (K,).
+            present: Indices of those tasks; None for all.
+
+        Returns:
+            Shape (K,).
+        """
+        weights = torch.lerp(self.start, self.end, min(int(self.step) / self.steps, 1.0))
+        weighted = weigh(losses, weights if present is None else weights[present])
+        self.step += 1
+        return weighted
 
 
 @loss_balancers.register(

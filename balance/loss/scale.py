@@ -1,10 +1,10 @@
-"""Scale-invariant losses: the logarithm of every loss."""
+"""Scale-invariant losses: their logarithms, and their geometric mean."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from balance.loss._checks import GIVE_BOUNDS, LOGARITHM, lower_bounds, require_above, values, widened
+from balance.loss._checks import ADD_CONSTANT, GIVE_BOUNDS, LOGARITHM, lower_bounds, require_above, values, weigh, widened
 from balance.rules.registry import loss_balancers
 
 if TYPE_CHECKING:
@@ -51,3 +51,41 @@ def scaleinvls(losses: Losses, *, min_losses: list[float] | None = None, present
         return losses.log()
     wide = widened(losses)
     return (wide - bounds.to(wide)).log().to(losses.dtype)
+
+
+@loss_balancers.register(
+    "gls",
+    label="GLS",
+    paper="Chennupati et al. 2019, https://arxiv.org/abs/1904.08492",
+    remedies=("loss scale",),
+    needs=("positive losses",),
+    invariances=("loss_permutation_equivariant", "gradient_unchanged_by_scaling_a_loss", "separable"),
+)
+def gls(losses: Losses) -> WeightedLosses:
+    r"""Minimise the geometric mean of the losses.
+
+    .. math:: \tilde L_k = \frac{M}{K} \log L_k, \qquad M = \Bigl( \prod_j L_j \Bigr)^{1/K}
+
+    with M as a constant, so that the gradient of the sum is the gradient of M. The weights are :math:`M / (K L_k)`. The
+    direction is the direction of the logarithms. Multiplying a loss by a constant
+    changes the length of the direction only. One task keeps the gradient of its loss. A loss that approaches zero gets an
+    unlimited weight relative to the other losses.
+
+    Args:
+        losses: Positive values. Shape (K,).
+
+    Returns:
+        Shape (K,).
+
+    Raises:
+        TaskError: If a loss is not positive.
+
+    Source:
+        Chennupati et al., "MultiNet++: Multi-Stream Feature Aggregation and Geometric Loss Strategy for Multi-Task Learning",
+        CVPR Workshops 2019. Differs: M is the exponential of the mean logarithm, where LibMTL multiplies all losses
+        first, which underflows. The value of the sum is M log M, not M.
+    """
+    L = values(losses)
+    require_above(L, 0, "gls", LOGARITHM, ADD_CONSTANT)
+    mean = L.log().mean().exp()
+    return weigh(widened(losses).log(), (mean / len(L)).expand_as(L)).to(losses.dtype)

@@ -1,4 +1,4 @@
-"""Compositions of rules: weights used for several steps, averaged, or shared within groups of tasks; chains of loss balancers.
+"""Compositions of rules: weights used for several steps, averaged, or shared within groups of tasks; rules that take turns.
 
 A composition is a rule in an author's form and calls its own rule through the protocol of `balance.rules.protocol`.
 """
@@ -10,17 +10,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from balance.rules.context import Context
 from balance.rules.options import describe, require_callable
-from balance.rules.protocol import AdaptedGradientBalancer, Context, adapt_gradient_balancer, adapt_loss_balancer, try_out
+from balance.rules.protocol import AdaptedGradientBalancer, adapt_gradient_balancer, try_out
 from balance.rules.registry import gradient_balancers
+from balance.rules.switch import Switch, switch, warmup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from balance.rules.protocol import GradientBalancer, JacobianBalancer, LossBalancer
-    from balance.types import GradientRule, Gramian, Heads, Losses, WeightedLosses, Weights
+    from balance.rules.protocol import GradientBalancer, JacobianBalancer
+    from balance.types import GradientRule, Gramian, Heads, Weights
+
+
+__all__ = ["every", "grouped", "smoothed", "switch", "warmup"]
 
 
 def every(n: int, rule: str | GradientRule, num_tasks: int, **options: Any) -> Every:
@@ -311,62 +316,19 @@ class Grouped(_Composition):
         return f"grouped({self.wrapped}, groups={self.groups})"
 
 
-class Chain(nn.Module):
-    """Loss balancers applied from left to right, each to the losses that the balancer before it has weighted.
-
-    Weights and states follow from the values that reach a rule. Only the means of an epoch are always means of the raw losses.
-    A rule that observes losses after the step (famo) must be the first, since no other rule gets the raw losses.
+def names_inside(rule: object) -> tuple[str, ...]:
+    """Return the registered names of the rules that a rule, as a user gave it, is made of.
 
     Args:
-        rules: Built loss balancers.
-        names: Their names, for messages.
-        num_tasks: K.
-
-    Attributes:
-        needs_observation: Whether the first rule must observe the losses after each step.
-        needs_epochs: Whether a rule needs the mean losses of epochs.
-
-    Raises:
-        ValueError: If there is no rule, or one that observes is not the first.
+        rule: A name, several names, or a callable, which can be a composition.
     """
-
-    def __init__(self, rules: Sequence[Callable[..., WeightedLosses]], names: Sequence[str], num_tasks: int) -> None:
-        super().__init__()
-        if not rules:
-            raise ValueError("A chain of loss balancers must have at least one.")
-        adapted = [adapt_loss_balancer(rule) for rule in rules]
-        for rule, name in zip(adapted[1:], names[1:], strict=True):
-            if rule.observes:
-                raise ValueError(f"'{name}' observes the raw losses, so it must come first, but got {tuple(names)}.")
-        self.rules = nn.ModuleList(cast("Iterable[nn.Module]", adapted))
-        self.names = tuple(names)
-        self.num_tasks = num_tasks
-        self.needs_observation = adapted[0].needs_observation
-        self.needs_epochs = any(rule.needs_epochs for rule in adapted)
-
-    def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
-        """Apply all rules. Shape (K,) -> (K,)."""
-        context = Context.of(present, self.num_tasks)
-        for rule in self._balancers():
-            rule.check(context)  # before any rule changes its state
-        for rule in self._balancers():
-            losses = rule(losses, context)
-        return losses
-
-    def observe(self, losses: Losses, present: Tensor | None = None) -> None:
-        """Pass the losses after the step to the first rule. Shape (K,)."""
-        next(self._balancers()).observe(losses, Context.of(present, self.num_tasks))
-
-    def end_epoch(self, mean_losses: Tensor) -> None:
-        """Pass the mean raw losses of an epoch to every rule that uses them. Shape (K,)."""
-        for rule in self._balancers():
-            rule.end_epoch(mean_losses)
-
-    def _balancers(self) -> Iterator[LossBalancer]:
-        return cast("Iterator[LossBalancer]", iter(self.rules))
-
-    def __repr__(self) -> str:
-        return f"chain({', '.join(self.names)})"
+    if isinstance(rule, str):
+        return (rule,)
+    if isinstance(rule, list | tuple):
+        return tuple(name for name in rule if isinstance(name, str))
+    if isinstance(rule, Switch):
+        return tuple(name for inner, _ in rule.parts("ls") for name in names_inside(inner))
+    return names_inside(rule.wrapped.rule) if isinstance(rule, _Composition) else ()
 
 
 def seed_composition(rule: GradientBalancer | JacobianBalancer, seed: int) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-_FROM_STAGE = ("num_tasks", "present", "losses")  # passed by the stage, never options of a user
+_FROM_STAGE = ("num_tasks", "present", "losses", "cross")  # passed by the stage, never options of a user
 
 
 def parameters(rule: Callable[..., object]) -> Mapping[str, inspect.Parameter]:

@@ -4,7 +4,9 @@ An author writes a rule in the simplest form: a function of one tensor. A rule m
 
     present=      indices of the tasks of this step; passed only if tasks are absent
     losses=       gradient balancers: the raw losses of these tasks, detached
+    cross=        gradient balancers: inner products of the gradients of these tasks on two further batches
     observe(losses), end_epoch(mean_losses)      loss balancers that learn between steps
+    observe_validation(losses)                   loss balancers that learn from validation data
     reuse(present)                               gradient balancers that use weights of earlier steps
 
 `adapt_loss_balancer` and `adapt_gradient_balancer` read that form once, when a stage is built. All other code calls rules
@@ -14,11 +16,12 @@ through the protocols `LossBalancer`, `GradientBalancer` and `JacobianBalancer`.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 from torch import nn
+
+from balance.rules.context import Context, TaskError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,60 +31,6 @@ if TYPE_CHECKING:
     from balance.types import Direction, Gramian, Heads, Jacobian, Losses, Sees, WeightedLosses, Weights
 
 
-class TaskError(ValueError):
-    """A value of one task that lies outside a rule's domain.
-
-    A rule identifies tasks by index; the error is raised again with the task's name where names are available.
-
-    Args:
-        task: Index of the task among the losses that the rule got.
-        complaint: Message, with ``{task}`` in place of the name of the task.
-    """
-
-    def __init__(self, task: int, complaint: str) -> None:
-        self.task = task
-        self.complaint = complaint
-        super().__init__(self.naming(str(task)))
-
-    def naming(self, name: str) -> str:
-        """Return the message with the task called ``name``."""
-        return self.complaint.replace("{task}", f"'{name}'")
-
-
-@dataclass(frozen=True)
-class Context:
-    """Facts about one step that a rule may use. K is the number of tasks that are present.
-
-    Attributes:
-        indices: Indices of these tasks among all tasks. Shape (K,), int64, on the host.
-        num_tasks: Number of all tasks.
-        losses: Their raw losses, detached, float64, on the host; None where nobody has them. Shape (K,).
-        tasks: Their names, for messages; None where nobody has them.
-        cross: Inner products of their gradients on two further batches; None where nobody has them. Shape (K, K).
-    """
-
-    indices: Tensor
-    num_tasks: int
-    losses: Losses | None = None
-    tasks: tuple[str, ...] | None = None
-    cross: Tensor | None = None
-
-    @classmethod
-    def of_all(cls, num_tasks: int, losses: Losses | None = None) -> Context:
-        """Return the context of a step at which all tasks are present."""
-        return cls(torch.arange(num_tasks, device="cpu"), num_tasks, losses)
-
-    @classmethod
-    def of(cls, present: Tensor | None, num_tasks: int, losses: Losses | None = None) -> Context:
-        """Return the context for the keywords that an author's rule gets; ``present`` is None if all tasks are present."""
-        return cls.of_all(num_tasks, losses) if present is None else cls(present, num_tasks, losses)
-
-    @property
-    def present(self) -> Tensor | None:
-        """Indices of the present tasks, for the keyword of an author's rule; None if all tasks are present."""
-        return None if len(self.indices) == self.num_tasks else self.indices
-
-
 class LossBalancer(Protocol):
     """A rule that maps losses to weighted losses.
 
@@ -89,6 +38,7 @@ class LossBalancer(Protocol):
         observes: Whether the rule has to see the raw losses. In a chain it must be the first.
         needs_observation: Whether `observe` must be called after every optimizer step.
         needs_epochs: Whether `end_epoch` must be called after every epoch.
+        needs_validation: Whether `observe_validation` must be called every few steps.
         learns: Whether steps can change the rule's state.
     """
 
@@ -100,6 +50,8 @@ class LossBalancer(Protocol):
     def needs_observation(self) -> bool: ...  # noqa: D102
     @property
     def needs_epochs(self) -> bool: ...  # noqa: D102
+    @property
+    def needs_validation(self) -> bool: ...  # noqa: D102
 
     def __call__(self, losses: Losses, context: Context) -> WeightedLosses:
         """Return the weighted losses of the present tasks, differentiable. Shape (K,) -> (K,)."""
@@ -109,6 +61,9 @@ class LossBalancer(Protocol):
 
     def observe(self, losses: Losses, context: Context) -> None:
         """Learn from the losses of the same batch after the optimizer step. Shape (K,)."""
+
+    def observe_validation(self, losses: Losses, context: Context) -> None:
+        """Learn from the losses of a batch of validation data. Shape (K,)."""
 
     def end_epoch(self, mean_losses: Tensor) -> None:
         """Learn from the mean raw losses of an epoch, NaN for tasks that were never present. Shape (all tasks,)."""
@@ -123,6 +78,7 @@ class GradientBalancer(Protocol):
         fixed_length: Whether the length of the direction does not depend on the lengths of the gradients.
         reuses: Whether some steps use the weights of earlier steps.
         uses_losses: Whether the formula contains the losses.
+        uses_cross: Whether the formula contains the inner products of two further batches.
         learns: Whether steps can change the rule's state.
     """
 
@@ -136,6 +92,8 @@ class GradientBalancer(Protocol):
     def reuses(self) -> bool: ...  # noqa: D102
     @property
     def uses_losses(self) -> bool: ...  # noqa: D102
+    @property
+    def uses_cross(self) -> bool: ...  # noqa: D102
     @property
     def learns(self) -> bool: ...  # noqa: D102
 
@@ -194,10 +152,11 @@ def adapt_gradient_balancer(
     """
     if isinstance(rule, AdaptedGradientBalancer | AdaptedJacobianBalancer):
         return rule
+    if sees == "gramian":
+        return AdaptedGradientBalancer(rule, heads, fixed_length=fixed_length)
     heads = heads or getattr(rule, "heads", None) or "unweighted"
     fixed_length = bool(getattr(rule, "fixed_length", False) if fixed_length is None else fixed_length)
-    adapted = AdaptedGradientBalancer if sees == "gramian" else AdaptedJacobianBalancer
-    return adapted(rule, heads, fixed_length=fixed_length)
+    return AdaptedJacobianBalancer(rule, heads, fixed_length=fixed_length)
 
 
 def try_out(rule: GradientBalancer, num_tasks: int) -> None:
@@ -264,6 +223,7 @@ class AdaptedLossBalancer(_Adapted):
         super().__init__(rule)
         self.observes = hasattr(rule, "observe")
         self.needs_epochs = bool(getattr(rule, "needs_epochs", False))
+        self.observes_validation = hasattr(rule, "observe_validation")
 
     @property
     def learns(self) -> bool:
@@ -275,6 +235,11 @@ class AdaptedLossBalancer(_Adapted):
         """True if `observe` must be called after every optimizer step."""
         return self.observes and bool(getattr(self.rule, "needs_observation", True))
 
+    @property
+    def needs_validation(self) -> bool:
+        """True if `observe_validation` must be called every few steps."""
+        return self.observes_validation and bool(getattr(self.rule, "needs_validation", True))
+
     def forward(self, losses: Losses, context: Context) -> WeightedLosses:
         """Return the weighted losses, unchecked. Shape (K,) -> (K,)."""
         return cast("WeightedLosses", self._call(losses, context))
@@ -285,9 +250,15 @@ class AdaptedLossBalancer(_Adapted):
 
     def observe(self, losses: Losses, context: Context) -> None:
         """Pass the losses after the optimizer step to a rule that observes them. Shape (K,)."""
-        if not self.observes:
-            return
-        observe: Callable[..., None] = cast("Any", self.rule).observe
+        if self.observes:
+            self._pass_on(cast("Any", self.rule).observe, losses, context)
+
+    def observe_validation(self, losses: Losses, context: Context) -> None:
+        """Pass the losses of a batch of validation data to a rule that observes them. Shape (K,)."""
+        if self.observes_validation:
+            self._pass_on(cast("Any", self.rule).observe_validation, losses, context)
+
+    def _pass_on(self, observe: Callable[..., None], losses: Losses, context: Context) -> None:
         present = context.present
         with _Naming(context):
             observe(losses, **({"present": present} if present is not None and "present" in _keywords(observe) else {}))
@@ -303,11 +274,23 @@ class AdaptedGradientBalancer(_Adapted):
 
     sees: Literal["gramian"] = "gramian"
 
-    def __init__(self, rule: Callable[..., Tensor], heads: Heads, *, fixed_length: bool) -> None:
+    def __init__(self, rule: Callable[..., Tensor], heads: Heads | None, *, fixed_length: bool | None) -> None:
         super().__init__(rule)
-        self.heads, self.fixed_length = heads, fixed_length
+        self.given_heads, self.given_fixed_length = heads, fixed_length
         self.uses_losses = "losses" in self._keywords
+        self.uses_cross = "cross" in self._keywords
         self._has_reuse = hasattr(rule, "reuse")
+
+    @property
+    def heads(self) -> Heads:
+        """Treatment of heads: as given, or as the rule says, which can change from step to step."""
+        return self.given_heads or getattr(self.rule, "heads", None) or "unweighted"
+
+    @property
+    def fixed_length(self) -> bool:
+        """True if the length of the direction does not depend on the lengths of the gradients."""
+        given = self.given_fixed_length
+        return bool(getattr(self.rule, "fixed_length", False) if given is None else given)
 
     @property
     def reuses(self) -> bool:
@@ -317,7 +300,7 @@ class AdaptedGradientBalancer(_Adapted):
     def forward(self, gramian: Gramian, context: Context) -> Weights:
         """Return the weights, checked and detached. Shape (K, K) -> (K,)."""
         keywords = self._losses(context)
-        if context.cross is not None and "cross" in self._keywords:
+        if context.cross is not None and self.uses_cross:
             keywords["cross"] = context.cross
         return _checked_weights(self._call(gramian, context, **keywords), len(gramian))
 

@@ -30,6 +30,7 @@ def check_tasks(state: Tensor, tasks: Sequence[str], owner: str) -> None:
     Raises:
         ValueError: If the names or their order differ.
     """
-    saved = tuple(bytes(state.to("cpu", torch.uint8).tolist()).decode().split(_SEPARATOR))
+    text = bytes(state.to("cpu", torch.uint8).tolist()).decode()
+    saved = tuple(text.split(_SEPARATOR)) if text else ()
     if saved != tuple(tasks):
         raise ValueError(f"The checkpoint is of tasks {saved}, but this {owner} is for {tuple(tasks)}.")

@@ -132,11 +132,11 @@ def climb(
         level = _level_at_distance(C, h, inverse, c, active, limit)
         inside = low < level < high
         if abs(level - low) <= EPSILON * x_low.sum():
-            return x_low  # the levels differ by rounding only
+            return x_low  # no level between them differs from both
         if not inside:
             level = (low + high) / 2
         bounds = level * inverse - h
-        x = _nearest_at_level(C, bounds, active, max(1.0, c), rounding)
+        x = nearest_at_level(C, bounds, active, max(1.0, c), rounding)
         if x is None or x.sum() > limit * (1 + 1e-6):
             high = level
         elif inside and ((x > 0) == active).all():
@@ -182,7 +182,7 @@ def _project_on_dual_cone(C: Array, h: Array, lengths: Array, rounding: float) -
         x = np.asarray(nnls(root, -mean / np.linalg.norm(mean), maxiter=100 * len(C))[0])
     limit = 1 / math.sqrt(max(STATIONARY, rounding))
     # nearly opposite gradients leave a thin cone: a little outside it is a point for which the sum is at most limit / 4
-    relaxed = _nearest_at_level(C, -h - 1 / limit, h < 0, 1.0, rounding) if x.sum() > limit else None
+    relaxed = nearest_at_level(C, -h - 1 / limit, h < 0, 1.0, rounding) if x.sum() > limit else None
     if relaxed is None or not relaxed.any():
         return x if relaxed is None else relaxed
     free = relaxed.nonzero()[0]
@@ -192,7 +192,7 @@ def _project_on_dual_cone(C: Array, h: Array, lengths: Array, rounding: float) -
     return relaxed
 
 
-def _nearest_at_level(C: Array, bounds: Array, start: Mask, scale: float, rounding: float) -> Array | None:
+def nearest_at_level(C: Array, bounds: Array, start: Mask, scale: float, rounding: float) -> Array | None:
     """Return an x ≥ 0 for which Cx ≥ bounds and xᵀCx is least, or None if none exists.
 
     This is least-distance programming, as in `min_norm_weights`; ``scale`` is the magnitude of the distance.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from balance.rules.protocol import Context
+from balance.rules.context import Context
 from balance.rules.snapshot import restored_on_error
 from balance.splitter.feature_gradients import sum_over_ranks
 from balance.stage.loss_weighting import Weighting

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from balance.distributed.ranks import Ranks
 from balance.engine.trees import map_leaves
 from balance.messages import unknown
-from balance.rules.build import build_gradient_balancer
+from balance.rules.build import build_gradient_balancer, check_source
 from balance.rules.casting import preserving
+from balance.rules.context import Context
 from balance.rules.generator import SeededGenerator
 from balance.rules.options import describe
-from balance.rules.protocol import Context, GradientBalancer, JacobianBalancer
+from balance.rules.protocol import GradientBalancer, JacobianBalancer
 from balance.rules.registry import gradient_balancers
 from balance.rules.task_names import check_tasks, encode_tasks
 from balance.splitter.arguments import check_beta, check_scaler, read_projection, read_weights, tensors_of
@@ -257,6 +258,7 @@ class Splitter(nn.Module):
             )
         if isinstance(gradient, str) and gradient not in gradient_balancers:
             raise ValueError(unknown("gradient balancer", gradient, (*gradient_balancers.names(), "normalized")))
+        check_source(gradient, features=True, losses=False)
         rule = build_gradient_balancer(gradient, options, num_tasks=len(self.tasks), seed=2 * seed + 1)
         if rule.uses_losses and rule.sees == "gramian" and not rule.learns:
             try:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from balance.engine.graph import unstacked_roots
+from balance.engine.passes import LossOutputs, SampleOutputs
 from balance.messages import unknown
-from balance.rules.protocol import Context
+from balance.rules.context import Context
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
@@ -44,11 +45,24 @@ class StepLosses(NamedTuple):
     idle: Mapping[int, Root] = MappingProxyType(
         {}
     )  # by index among all tasks, losses in the graph of tasks without samples on this rank
+    vector: Tensor | None = None  # with one loss per sample: the losses of all samples, with their graph. Shape (B,)
+    present: Tensor | None = None  # indices of the samples that are present; None: all. Shape (K,)
 
     @property
     def context(self) -> Context:
         """The context of a rule that is applied to these tasks."""
         return Context(self.indices, self.num_tasks, self.host, self.tasks)
+
+    @property
+    def starts(self) -> Sequence[Root | None]:
+        """Tensors or nodes at which a walk through the graph begins."""
+        return self.roots if self.vector is None else self.roots[:2]  # two tasks with one root have all nodes in common
+
+    def outputs(self, unit: Tensor) -> LossOutputs:
+        """Return the losses as outputs of backward passes that begin with the gradient ``unit``. Shape ()."""
+        if self.vector is None:
+            return LossOutputs(self.roots, unit, self.shares)
+        return SampleOutputs(self.roots, unit, vector=self.vector, indices=self.present)
 
     @property
     def is_half(self) -> bool:
@@ -97,6 +111,7 @@ class StepArguments:
     factor: float = 1.0
     counts: Counts | None = None
     extra: Tensor | None = None
+    further: Sequence[Mapping[str, Tensor] | Tensor] | None = None
 
     def check(self) -> None:
         """Check the arguments that need no context.

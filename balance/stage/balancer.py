@@ -9,10 +9,12 @@ import torch
 
 from balance.distributed.ranks import Ranks
 from balance.engine.engine import Engine, Estimate
+from balance.engine.metric import OptimizerMetric
 from balance.engine.partition import read_features, read_shared
-from balance.rules.build import build_gradient_balancer, build_loss_balancer, warn_of_pairing
+from balance.rules.build import build_gradient_balancer, build_loss_balancer, check_source, warn_of_pairing
 from balance.rules.casting import preserving
 from balance.rules.options import describe
+from balance.rules.priorities import read_priorities
 from balance.rules.task_names import check_tasks, encode_tasks
 from balance.stage.arguments import (
     Counts,
@@ -22,13 +24,14 @@ from balance.stage.arguments import (
     listed,
     task_names,
 )
-from balance.stage.choices import check_choices, check_jacobian_balancer
+from balance.stage.choices import check_choices, check_jacobian_balancer, check_metric
 from balance.stage.collection import Collection, collecting
 from balance.stage.deferred import deferred_loss
 from balance.stage.execution import execute, prepare
 from balance.stage.learning import LearningStage
 from balance.stage.own_gradients import OwnGradients
 from balance.stage.reminders import Reminders
+from balance.stage.samples import check_sample_choices, check_sample_rules
 from balance.types import EngineChoice, GradientRule, Heads, LossRule, Memory, Scale, Source
 
 if TYPE_CHECKING:
@@ -38,8 +41,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.amp.grad_scaler import GradScaler
     from torch.distributed import ProcessGroup
+    from torch.optim import Optimizer
 
-    from balance.rules.protocol import GradientBalancer, JacobianBalancer, LossBalancer
+    from balance.rules.protocol import GradientBalancer, JacobianBalancer
     from balance.stage.plain_step import Outcome
     from balance.stage.report import Report
 
@@ -49,18 +53,23 @@ _DEFAULTS = {"source": "parameters", "scale": "paper", "nan": "error", "zero": "
 
 
 class Balancer(LearningStage):
-    """A loss balancer and a gradient balancer, composed, in place of ``losses.sum().backward()``.
+    r"""A loss balancer and a gradient balancer, composed, in place of ``losses.sum().backward()``.
 
     The stage is an ``nn.Module``: its ``parameters()`` belong in the optimizer and its ``state_dict()`` in the checkpoint.
 
     Args:
-        tasks: Names of the tasks, or their number K (the names are then "0", "1", ...).
+        tasks: Names of the tasks, or their number K (the names are then "0", "1", ...). None: one loss per sample, in a tensor
+            of shape (B,) with any B at each step; only rules without state by task.
         loss: Name of a registered loss balancer, or several names, which are applied from left to right, or any
             differentiable callable (K,) -> (K,).
         gradient: Name of a registered gradient balancer, or any callable from a Gramian (K, K) to weights (K,). None: one
             ordinary backward pass of the sum of the weighted losses.
         loss_options: Options of a registered loss balancer; of several, options by name.
         gradient_options: Options of a registered gradient balancer.
+        weights: Priorities of the tasks, 1 for tasks that are left out: factors on the losses under any pair of rules. They
+            multiply what the loss balancer returns, so that no loss balancer can remove them as a difference of scale. A
+            gradient balancer registered as a remedy for ``"gradient length"`` would remove them too. It sees the gradients
+            without the priorities, and its weights apply to the gradients with them.
         source: Tensors on which conflict is measured: the shared ``"parameters"``, or the ``"features"`` that they compute.
             With features every sample counts separately, and one backward pass goes through the trunk instead of K.
         heads: Task-specific parameters get the gradients of the weighted losses unchanged (``"unweighted"``) or times the
@@ -81,6 +90,10 @@ class Balancer(LearningStage):
             as shared parameters. For a linear or convolutional layer whose batch is smaller than its weight, only the
             gradients of its outputs are kept, which suffice. ``"gramian"``: at most 0.4 times as many numbers, or the gradients
             of the largest parameter. The passes are repeated for parts of the parameters, and a weighted backward pass follows.
+        metric: The optimizer of the shared parameters: conflict and length are then measured as its steps change the losses,
+            to first order. The Gramian is :math:`J P^{-1} J^\top` with the optimizer's current diagonal P, of Adam, AdamW,
+            RMSprop or Adagrad; SGD has the identity. The direction is a combination of the gradients themselves. Lengths of
+            directions are lengths in this metric. Can be set later, as ``balancer.metric = optimizer``.
         process_group: The data-parallel processes that train together; None: all processes of torch.distributed.
 
     Raises:
@@ -92,12 +105,13 @@ class Balancer(LearningStage):
 
     def __init__(
         self,
-        tasks: Sequence[str] | int,
+        tasks: Sequence[str] | int | None,
         loss: str | Sequence[str] | LossRule = "ls",
         gradient: str | GradientRule | None = None,
         *,
         loss_options: Mapping[str, Any] | None = None,
         gradient_options: Mapping[str, Any] | None = None,
+        weights: Mapping[str, float] | Sequence[float] | None = None,
         source: Source = "parameters",
         heads: Heads | None = None,
         scale: Scale = "paper",
@@ -106,23 +120,31 @@ class Balancer(LearningStage):
         zero: ZeroPolicy = "present",
         engine: EngineChoice = "auto",
         memory: Memory = "jacobian",
+        metric: Optimizer | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         check_choices(source, heads, scale, nan, zero, engine, memory)
-        super().__init__(task_names(tasks), nan, zero, Ranks(process_group, is_shared=True))
+        super().__init__(() if tasks is None else task_names(tasks), nan, zero, Ranks(process_group, is_shared=True))
         self.source, self.scale = source, scale
-        self._descriptions = describe(loss, loss_options), _description(gradient, gradient_options)
-        K = len(self.tasks)
-        self.loss_balancer: LossBalancer = build_loss_balancer(loss, loss_options, K, 2 * seed)
+        self._descriptions = describe(loss, loss_options), describe(gradient, gradient_options)
+        K = len(self.tasks) or 2  # rules without state by task ignore it
+        if tasks is None:
+            check_sample_rules(loss, gradient, weights)
+        self.priorities = read_priorities(weights, self.tasks)
+        self.loss_balancer = build_loss_balancer(loss, loss_options, K, 2 * seed, self.priorities)
         self.gradient_balancer: GradientBalancer | JacobianBalancer | None = None
         if gradient is not None:
-            self.gradient_balancer = build_gradient_balancer(gradient, gradient_options, K, 2 * seed + 1)
+            self.gradient_balancer = build_gradient_balancer(gradient, gradient_options, K, 2 * seed + 1, self.priorities)
         elif gradient_options:
             raise ValueError(f"gradient_options need a gradient balancer, but got {dict(gradient_options)} and gradient=None.")
-        self.heads: Heads = heads or ("unweighted" if self.gradient_balancer is None else self.gradient_balancer.heads)
+        self._heads = heads
         if self.gradient_balancer is not None and self.gradient_balancer.sees == "jacobian":
             check_jacobian_balancer(self._descriptions[1], self.heads, scale, memory)
+        if tasks is None:
+            check_sample_choices(self.loss_balancer, nan, self.ranks)
+        check_source(gradient, features=source == "features")
         self.engine = Engine(engine, memory)
+        self.metric = metric
         self.reminders = Reminders(self._descriptions[0])
         warn_of_pairing(loss, gradient, K)
         # Factor of ``scale`` on the last direction, for steps that reuse its weights
@@ -130,6 +152,22 @@ class Balancer(LearningStage):
         self._report: Report | None = None
         self.own_gradients = OwnGradients()
         self.collection: Collection | None = None
+
+    @property
+    def metric(self) -> OptimizerMetric | None:
+        """Metric of the inner products of gradients, of an optimizer; None: the usual one."""
+        return self._metric
+
+    @metric.setter
+    def metric(self, optimizer: Optimizer | None) -> None:
+        if optimizer is not None:
+            check_metric(self.source, self.gradient_balancer)
+        self._metric = None if optimizer is None else OptimizerMetric(optimizer)
+
+    @property
+    def heads(self) -> Heads:
+        """Treatment of task-specific parameters: as chosen, or as the gradient balancer's paper code does."""
+        return self._heads or ("unweighted" if self.gradient_balancer is None else self.gradient_balancer.heads)
 
     def backward(
         self,
@@ -142,6 +180,7 @@ class Balancer(LearningStage):
         factor: float = 1.0,
         counts: Counts | None = None,
         extra: Tensor | None = None,
+        further: Sequence[Mapping[str, Tensor] | Tensor] | None = None,
     ) -> Report:
         """Balance the losses and add the result to ``.grad`` of every parameter, like ``losses.sum().backward()``.
 
@@ -185,6 +224,9 @@ class Balancer(LearningStage):
                 ranks, or of several calls inside of `collect`, are means of different numbers. A task with none is absent.
             extra: A further loss (a scalar) that no rule sees, such as a regulariser: its gradients are added to the direction,
                 times ``factor``. Over several ranks its mean is taken.
+            further: Losses of the same tasks on two further, independent batches, as a pair. A rule that needs independent
+                samples (sdmgrad, modo) gets the inner products of their gradients of the shared parameters. The direction, and
+                the gradients of the heads, come from ``losses``.
 
         Returns:
             The record of the step.
@@ -195,7 +237,7 @@ class Balancer(LearningStage):
             TypeError: If a loss is not a tensor, or ``shared`` is not an iterable of parameters.
             RuntimeError: If the graph cannot be walked once for each task, or several processes do not train one model.
         """
-        given = StepArguments(losses, listed(shared), features, listed(measure), scaler, factor, counts, extra)
+        given = StepArguments(losses, listed(shared), features, listed(measure), scaler, factor, counts, extra, further)
         return self._run(given)
 
     def weights(
@@ -274,8 +316,10 @@ class Balancer(LearningStage):
 
         Raises:
             RuntimeError: If a collection is open.
-            ValueError: If ``factor`` is not a positive finite number.
+            ValueError: If ``factor`` is not a positive finite number, or the tasks are samples.
         """
+        if not self.tasks:
+            raise ValueError("collect() adds up the losses of lasting tasks, but with tasks=None every sample is a task.")
         return collecting(self, factor, self._finish)
 
     @property
@@ -313,11 +357,13 @@ class Balancer(LearningStage):
             measure: As for `backward`.
 
         Raises:
-            ValueError: If an argument is missing or empty.
+            ValueError: If an argument is missing or empty, or the tasks are samples, whose number is not known.
             TypeError: If an argument contains something other than parameters.
         """
         if self.gradient_balancer is None:
             return Estimate(0, 0, 0)
+        if not self.tasks:
+            raise ValueError("estimate() needs the number of tasks. Use Balancer(B, ...).estimate(...) for B samples.")
         if self.source == "features":
             inputs = trunk = read_features(features, computed=False)
         else:
@@ -341,14 +387,11 @@ class Balancer(LearningStage):
         loss, gradient = self._descriptions
         chosen = [f"{name}={getattr(self, name)!r}" for name, default in _DEFAULTS.items() if getattr(self, name) != default]
         engine = {"engine": (self.engine.choice, "auto"), "memory": (self.engine.memory, "jacobian")}
+        chosen += [] if self.priorities is None else [f"weights={self.priorities.tolist()}"]
         chosen += [f"{name}={value!r}" for name, (value, default) in engine.items() if value != default]
-        return f"Balancer({', '.join([repr(self.tasks), f'loss={loss}', f'gradient={gradient}', *chosen])})"
+        return f"Balancer({', '.join([repr(self.tasks or None), f'loss={loss}', f'gradient={gradient}', *chosen])})"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Balancer:  # noqa: FBT001, FBT002
         """Move or cast, as ``.to()`` and ``.half()`` ask; the rules' state keeps its values and dtypes."""
         super()._apply(preserving(self, fn), recurse)  # type: ignore[no-untyped-call]
         return self
-
-
-def _description(gradient: str | GradientRule | None, options: Mapping[str, Any] | None) -> str:
-    return "None" if gradient is None else describe(gradient, options)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from balance.rules.options import check_type
 from balance.stage.arguments import NanPolicy, ZeroPolicy
 from balance.types import EngineChoice, Heads, Memory, Scale, Source
+
+if TYPE_CHECKING:
+    from balance.rules.protocol import GradientBalancer, JacobianBalancer
 
 
 def check_choices(
@@ -39,3 +44,15 @@ def check_jacobian_balancer(name: str, heads: Heads, scale: Scale, memory: Memor
         )
     if memory == "gramian":
         raise ValueError(f"'{name}' sees the Jacobian, which memory='gramian' does not keep. Use memory='jacobian'.")
+
+
+def check_metric(source: Source, rule: GradientBalancer | JacobianBalancer | None) -> None:
+    """Check that a balancer can measure gradients in the metric of an optimizer.
+
+    Raises:
+        ValueError: If it has no rule that returns weights, or does not measure the gradients of parameters.
+    """
+    if rule is None or rule.sees == "jacobian":
+        raise ValueError("metric needs a gradient balancer that returns weights, since it changes the Gramian. Leave it out.")
+    if source == "features":
+        raise ValueError('metric needs source="parameters", since an optimizer has no diagonal for features. Leave it out.')

@@ -150,7 +150,8 @@ class Collection:
         self._rows.divide(tasks, step.counts)
         parts = collected_partition(self._trunk, heads)
         as_matrix = owner.gradient_balancer is not None and owner.gradient_balancer.sees == "jacobian"
-        gradients = self._rows.gradients(parts, tasks, step.one, ranks, as_matrix=as_matrix)
+        roots = None if owner.metric is None else owner.metric.roots(parts.trunk)
+        gradients = self._rows.gradients(parts, tasks, step.one, ranks, as_matrix=as_matrix, roots=roots)
         given = StepArguments({}, scaler=self._scaler, factor=self._factor)
         return execute(owner, given, Prepared(parameters, step, parts, agreed, gradients, extras))
 

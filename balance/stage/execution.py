@@ -15,6 +15,7 @@ from balance.engine.over_ranks import sum_gradients
 from balance.engine.partition import partition_graph, read_features, read_shared
 from balance.rules.snapshot import Snapshot
 from balance.stage.arguments import read_losses, require_present
+from balance.stage.further_batches import check_further, cross_gramian
 from balance.stage.loss_weighting import weighted_step
 from balance.stage.ordinary_backward import NotFiniteError, require_finite
 from balance.stage.over_ranks import agree
@@ -28,7 +29,9 @@ from balance.stage.plain_step import (
     take_plain_step,
 )
 from balance.stage.plain_step_over_ranks import take_plain_step_over_ranks
-from balance.stage.step import BalancedStep, Stage
+from balance.stage.samples import read_sample_losses, require_one_process
+from balance.stage.step import BalancedStep
+from balance.stage.writing import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -49,7 +52,7 @@ class Owner(Stage, Protocol):
     """A balancer, whose step is executed.
 
     Attributes:
-        tasks: Names of all tasks.
+        tasks: Names of all tasks; empty with one loss per sample.
         nan: Meaning of a loss of NaN.
         gradient_balancer: Rule of the gradients; None: one ordinary backward pass.
         loss_sums: Sums of the losses of the epoch. Shape (tasks,)
@@ -107,7 +110,18 @@ def prepare(owner: Owner, given: StepArguments) -> Prepared:
         TypeError: If an argument has the wrong type.
         RuntimeError: If the graph cannot be walked once for each task, or the ranks have not the same parameters.
     """
-    step = read_losses(given.losses, owner.tasks, owner.nan, owner.zero, given.counts)
+    check_further(
+        given,
+        owner.gradient_balancer,
+        owner.source,
+        num_ranks=owner.ranks.size,
+        is_collecting=owner.collection is not None,
+    )
+    if owner.tasks:
+        step = read_losses(given.losses, owner.tasks, owner.nan, owner.zero, given.counts)
+    else:
+        require_one_process(owner.ranks)
+        step = read_sample_losses(given, owner.zero)
     parameters = list(owner.parameters())
     parts = read_partition(owner, step, given, parameters)
     if owner.ranks.size == 1:
@@ -135,12 +149,14 @@ def read_partition(owner: Owner, step: StepLosses, given: StepArguments, paramet
     if owner.gradient_balancer is None:
         _check_unused(given)
         return None
-    roots = [*step.roots, *step.idle.values()]
+    roots = [*step.starts, *step.idle.values()]
     shared = [p for p in given.shared if isinstance(p, torch.Tensor)] if isinstance(given.shared, list) else []
     if (sharded := sharded_partition(roots, shared, parameters)) is not None:
         _check_sharded(owner, given)
         return sharded
-    parts = partition_graph(owner.source, step.roots, given.shared, given.features, given.measure, parameters)
+    if owner.metric is not None and given.measure is not None:
+        raise ValueError("measure cannot be combined with a metric, since lengths in it need all shared parameters. Use one.")
+    parts = partition_graph(owner.source, step.starts, given.shared, given.features, given.measure, parameters)
     if owner.gradient_balancer.sees == "jacobian":
         if given.measure is not None:
             raise ValueError("measure is for rules that give weights, but this one sees the Jacobian and gives a direction.")
@@ -201,12 +217,18 @@ def _take(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial: b
     elif outcome.skipped:  # no rule must learn from such a step
         state.restore()
     else:
+        owner.reminders.after_step(owner.loss_balancer)
+        _note_losses(owner, step)
+    return outcome
+
+
+def _note_losses(owner: Owner, step: StepLosses) -> None:
+    """Add the losses of a step to the sums of the epoch, unless they are losses of single samples."""
+    if owner.tasks:
         present = step.context.present
         tasks = slice(None) if present is None else present  # a slice is faster than indices
         owner.loss_sums[tasks] += step.host.to(owner.loss_sums)
         owner.loss_counts[tasks] += 1
-        owner.reminders.after_step(owner.loss_balancer)
-    return outcome
 
 
 def _restore(owner: Owner, state: Snapshot, stretch: Tensor, gradients: Sequence[tuple[Tensor, Tensor | None]]) -> None:
@@ -231,7 +253,9 @@ def _outcome(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial
         extras = _extra_pairs(owner, given, prepared, seed)
     is_sharded = any(map(is_distributed_tensor, parts.trunk))
     rule = owner.gradient_balancer
-    whole = BalancedStep(owner, rule, step, parts, seed, factor, list(extras), collected, is_trial, is_sharded)
+    policies = (owner.nan, owner.zero)
+    cross = cross_gramian(given, step, owner.tasks, policies, prepared.parameters, owner.engine, retain_graph=is_trial)
+    whole = BalancedStep(owner, rule, step, parts, seed, factor, list(extras), collected, is_trial, is_sharded, cross)
     return Outcome(whole.run())
 
 
@@ -307,7 +331,7 @@ def _leaves(step: StepLosses, parts: Partition | None, given: StepArguments) -> 
     if parts is None:
         shared = [] if given.shared is None else read_shared(given.shared, measured=False)
         idle = leaves(step.idle.values())
-        reached = [*leaves([*step.roots, given.extra]), *shared, *(idle if sharded_parameters(idle) else ())]
+        reached = [*leaves([*step.starts, given.extra]), *shared, *(idle if sharded_parameters(idle) else ())]
     else:
         reached = [*parts.trunk, *parts.heads, *([] if given.extra is None else leaves([given.extra]))]
     return list({id(leaf): leaf for leaf in reached if leaf.requires_grad}.values())

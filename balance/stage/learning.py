@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from balance.distributed.ranks import Ranks
     from balance.rules.protocol import LossBalancer
-    from balance.stage.arguments import Counts, NanPolicy, ZeroPolicy
+    from balance.stage.arguments import Counts, NanPolicy, StepLosses, ZeroPolicy
     from balance.stage.reminders import Reminders
 
 
@@ -65,14 +65,43 @@ class LearningStage(nn.Module):
         """
         if not self.needs_observation or self._skipped:
             return
+        step = self._read(losses, counts)
+        self.loss_balancer.observe(step.losses, step.context)
+        self.reminders.observed()
+
+    @property
+    def needs_validation(self) -> bool:
+        """True if `observe_validation` must be called every few steps."""
+        return self.loss_balancer.needs_validation
+
+    @torch.no_grad()
+    def observe_validation(self, losses: Mapping[str, Tensor] | Tensor, *, counts: Counts | None = None) -> None:
+        """Pass losses of validation data to a rule that learns from them (coba). For other rules this does nothing.
+
+        Over several ranks the rule gets the mean losses over all ranks, and every rank must make the call.
+
+        Args:
+            losses: As for `backward`, of a batch of validation data. A task without a loss in this batch is left out.
+            counts: As for `backward`.
+
+        Raises:
+            ValueError: If a loss is not finite or out of the rule's domain; the rule's state is then as before.
+        """
+        if not self.needs_validation:
+            return
+        step = self._read(losses, counts)
+        self.loss_balancer.observe_validation(step.losses, step.context)
+        self.reminders.validated()
+
+    def _read(self, losses: Mapping[str, Tensor] | Tensor, counts: Counts | None) -> StepLosses:
+        """Return losses between steps, their means over all ranks, checked."""
         step = read_losses(losses, self.tasks, self.nan, self.zero, counts)
         if self.ranks.size > 1:
             step = mean_over_ranks(step, self.tasks, self.ranks)
         require_present(step, losses, self.tasks)
         if bad := step.not_finite():
             raise ValueError(f"Losses must be finite, but got {bad}. Look at the data and the learning rate.")
-        self.loss_balancer.observe(step.losses, step.context)
-        self.reminders.observed()
+        return step
 
     def end_epoch(self) -> None:
         """Close an epoch: rules that update once per epoch get its mean losses, NaN for a task that was never present."""

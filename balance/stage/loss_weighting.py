@@ -34,6 +34,8 @@ class Weighting(NamedTuple):
     def gramian(self, gramian: Gramian) -> Gramian:
         """Return the Gramian of the weighted losses, given the Gramian of the raw losses. Shape (K, K)."""
         E = self.matrix
+        if E.ndim == 2 and torch.equal(E, E.diagonal().diag()):  # the same numbers as the products of matrices
+            E = E.diagonal()
         return E[:, None] * gramian * E if E.ndim == 1 else E @ gramian @ E.T
 
     def rows(self, positions: Tensor) -> Weighting:

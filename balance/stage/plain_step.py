@@ -18,7 +18,7 @@ from balance.engine.accumulate import (
 )
 from balance.engine.gramian import HeadGradients
 from balance.engine.graph import leaves
-from balance.engine.passes import LossOutputs, sequential_passes
+from balance.engine.passes import sequential_passes
 from balance.stage.loss_weighting import WeightedStep, weighted_losses, weighted_step
 from balance.stage.report import Report
 
@@ -101,7 +101,7 @@ def _take_half_precision_step(
     weighted = weighted_step(rule, step)
     seed = seed_of(step, scaler)
     extras = extra_gradients(extra, factor, seed)
-    trained = [leaf for leaf in leaves(step.roots) if leaf.requires_grad]
+    trained = [leaf for leaf in leaves(step.starts) if leaf.requires_grad]
     by_task = task_passes(step, seed, trained)
     pairs = [
         *merged_pairs(by_task.weighted_sums((factor * weighted.loss_weights).tolist()), extras),
@@ -115,7 +115,7 @@ def _take_half_precision_step(
 def task_passes(step: StepLosses, seed: Seed, leaves: Sequence[Tensor]) -> HeadGradients:
     """Return the gradients of each task with respect to leaf tensors, by one backward pass for each task."""
     by_task = HeadGradients([])
-    outputs = LossOutputs(step.roots, seed.gradient, step.shares)
+    outputs = step.outputs(seed.gradient)
     with without_hooks(leaves):
         for task, gradients in enumerate(sequential_passes(outputs, leaves, retain_graph=False)):
             by_task.add(task, leaves, gradients)

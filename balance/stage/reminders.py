@@ -13,8 +13,12 @@ if TYPE_CHECKING:
 
     from balance.rules.protocol import LossBalancer
 
-_SILENT_STEPS = {"observation": 50, "epochs": 200}  # steps after which a missing call is probably forgotten
-_CALLS = {"observation": "observe(losses) after each optimizer step", "epochs": "end_epoch() after each epoch"}
+_SILENT_STEPS = {"observation": 50, "epochs": 200, "validation": 200}  # after which a missing call is probably forgotten
+_CALLS = {
+    "observation": "observe(losses) after each optimizer step",
+    "epochs": "end_epoch() after each epoch",
+    "validation": "observe_validation(losses) every few steps",
+}
 
 
 class Reminders:
@@ -26,7 +30,7 @@ class Reminders:
 
     def __init__(self, description: str) -> None:
         self._description = description
-        self._silent_steps = {"observation": 0, "epochs": 0}  # -1: called, or warned of
+        self._silent_steps = dict.fromkeys(_SILENT_STEPS, 0)  # -1: called, or warned of
         self._warned_of_single_reach = False
 
     def observed(self) -> None:
@@ -37,9 +41,14 @@ class Reminders:
         """Note a call of ``end_epoch``."""
         self._silent_steps["epochs"] = -1
 
+    def validated(self) -> None:
+        """Note a call of ``observe_validation``."""
+        self._silent_steps["validation"] = -1
+
     def after_step(self, rule: LossBalancer) -> None:
         """Count a step, and warn of a call that the loss balancer needs if it has not come for many steps."""
-        for kind, needed in (("observation", rule.needs_observation), ("epochs", rule.needs_epochs)):
+        needs = {"observation": rule.needs_observation, "epochs": rule.needs_epochs, "validation": rule.needs_validation}
+        for kind, needed in needs.items():
             if not needed or self._silent_steps[kind] < 0:
                 continue
             self._silent_steps[kind] += 1

@@ -2,109 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from balance.engine.accumulate import (
-    accumulate,
-    accumulate_reduced,
-    are_finite,
-    leaf_gradients,
-    merged_pairs,
-    without_hooks,
-)
-from balance.engine.custom_functions import needs_ordinary_pass
-from balance.engine.fully_sharded import FullyShardedGradients
-from balance.engine.gramian import TaskRows, multiply_rows
+from balance.engine.accumulate import are_finite
+from balance.engine.gramian import multiply_rows
 from balance.engine.graph import Reachability
-from balance.engine.over_ranks import sum_gradients
-from balance.engine.passes import FeatureOutputs, LossOutputs, weighted_pass
 from balance.stage.length import stretch_of_direction, stretch_of_trunk, stretch_of_weights, stretch_to_sum
 from balance.stage.loss_weighting import WeightedStep, Weighting, weighted_step
-from balance.stage.ordinary_backward import NotFiniteError, require_finite, run_ordinary_backward
+from balance.stage.ordinary_backward import NotFiniteError
+from balance.stage.writing import Measurement, StepWriter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from balance.distributed.ranks import Ranks
-    from balance.engine.accumulate import LeafGradient
-    from balance.engine.engine import Engine
-    from balance.engine.partition import Partition
     from balance.engine.task_gradients import TaskGradients
-    from balance.rules.protocol import GradientBalancer, JacobianBalancer, LossBalancer
-    from balance.stage.arguments import StepLosses, ZeroPolicy
-    from balance.stage.plain_step import Seed
-    from balance.stage.reminders import Reminders
     from balance.stage.report import Report
-    from balance.types import Direction, Gramian, Heads, Scale, Source, Weights
+    from balance.types import Direction, Gramian, Source, Weights
 
 
-class Stage(Protocol):
-    """Rules and options of a balancer that a step uses; see `balance.Balancer`.
-
-    Attributes:
-        loss_balancer: Rule of the losses.
-        heads: Treatment of task-specific parameters.
-        scale: Length of the direction.
-        zero: Meaning of a zero loss or gradient.
-        source: Tensors on which conflict is measured.
-        engine: Computation of the task gradients.
-        stretch: Factor of ``scale`` on the last direction, for steps that reuse its weights. Shape ()
-        reminders: Warnings that are given once.
-        ranks: The processes that train together.
-    """
-
-    loss_balancer: LossBalancer
-    heads: Heads
-    scale: Scale
-    zero: ZeroPolicy
-    source: Source
-    engine: Engine
-    stretch: Tensor
-    reminders: Reminders
-    ranks: Ranks
-
-
-class _Measurement(NamedTuple):
-    """Inner products and lengths of the gradients of the raw losses, on the host."""
-
-    gramian: Gramian  # without the factor of mixed precision. Shape (K, K)
-    shared_lengths: Tensor  # with that factor. Shape (K,)
-    head_lengths: Tensor  # with that factor. Shape (K,)
-
-
-@dataclass
-class BalancedStep:
-    """One step with a gradient balancer.
-
-    Attributes:
-        stage: Rules and options.
-        rule: The gradient balancer.
-        step: The losses.
-        parts: Leaf tensors of the graph.
-        seed: Gradient with which every backward pass begins.
-        factor: Factor on all gradients that are added to ``.grad``.
-        extra: Gradients of an extra loss, which are added to the direction, with all factors.
-        collected: The tasks' gradients, if they have been computed before; None: they are computed in this step.
-        is_trial: Whether the step only computes weights; it then leaves ``.grad`` and the graph as they are.
-        is_sharded: Whether FSDP2 shards the parameters.
-    """
-
-    stage: Stage
-    rule: GradientBalancer | JacobianBalancer
-    step: StepLosses
-    parts: Partition
-    seed: Seed
-    factor: float
-    extra: list[LeafGradient] = field(default_factory=list)
-    collected: TaskGradients | None = None
-    is_trial: bool = False
-    is_sharded: bool = False
+class BalancedStep(StepWriter):
+    """One step with a gradient balancer."""
 
     def run(self) -> Report:
         """Take the step.
@@ -134,23 +56,6 @@ class BalancedStep:
         self._accumulate_direction(gradients, weighted, direction)
         return weighted.report(self.step, None, gramian, self._unshared(balanced))
 
-    @property
-    def _outputs(self) -> LossOutputs:
-        return LossOutputs(self.step.roots, self.seed.gradient, self.step.shares)
-
-    def _gradients(self) -> TaskGradients:
-        """Return the gradients of the raw losses, of the batches of all ranks."""
-        if self.collected is not None:
-            return self.collected
-        if self.is_sharded:
-            num_ranks = self.stage.ranks.size
-            return FullyShardedGradients.measure(self._outputs, self.parts, num_ranks, retain_graph=self.is_trial)
-        ranks = self.stage.ranks if self.stage.ranks.size > 1 else None
-        as_matrix = self.rule.sees == "jacobian"
-        return self.stage.engine.measure(
-            self._outputs, self.parts, as_matrix=as_matrix, retain_graph=self.is_trial, ranks=ranks
-        )
-
     def _weighted(self) -> WeightedStep:
         """Return the weighted losses, whose gradients of the loss balancer's own parameters are finite."""
         weighted = weighted_step(self.stage.loss_balancer, self.step)
@@ -158,7 +63,7 @@ class BalancedStep:
             raise NotFiniteError("Gradients of the loss balancer's parameters must be finite, but got infinite or NaN entries.")
         return weighted
 
-    def _measurement(self, gradients: TaskGradients) -> _Measurement:
+    def _measurement(self, gradients: TaskGradients) -> Measurement:
         """Return inner products and lengths of finite gradients, after one copy to the host."""
         if self.parts.inputs and not any(gradients.is_reached):
             raise ValueError(_unreached(self.stage.source, len(self.parts.inputs)))
@@ -175,7 +80,7 @@ class BalancedStep:
             raise NotFiniteError(
                 f"Gradients must be finite, but the gradients of {', '.join(bad)} are not. Look at the learning rate."
             )
-        return _Measurement(gradients.gramian / self.seed.scale**2, squares.clamp(min=0).sqrt(), head_lengths)
+        return Measurement(gradients.gramian / self.seed.scale**2, squares.clamp(min=0).sqrt(), head_lengths)
 
     def _balanced(self, gradients: TaskGradients, weighted: WeightedStep, gramian: Gramian) -> Tensor:
         """Return the positions of the tasks that the rule balances, because they reach the shared parameters. Shape (k,)."""
@@ -204,7 +109,8 @@ class BalancedStep:
 
     def _solve(self, gradients: TaskGradients, weighting: Weighting, balanced: Tensor, G: Gramian) -> Weights:
         """Apply the rule and the option ``scale`` to the balanced tasks. Shape (k,)."""
-        weights = self.rule(G, self.step.context_of(balanced)).to(G)
+        cross = None if self.cross is None else weighting.gramian(self.cross)
+        weights = self.rule(G, replace(self.step.context_of(balanced), cross=cross)).to(G)
         if self.stage.scale == "sum":
             return weights * stretch_to_sum(weights)
         stretch = stretch_of_weights(self.stage.scale, G, weights)
@@ -227,51 +133,11 @@ class BalancedStep:
         stretch = stretch_of_direction(self.stage.scale, gramian[balanced][:, balanced], square)
         return self.seed.scale * self.factor * (direction * stretch)
 
-    def _head_weights(self, weighted: WeightedStep, weights: Weights) -> Weights:
-        """Return the weights of the raw gradients of the heads. Shape (K,)."""
-        if self.stage.heads == "weighted":
-            return self.factor * weighted.weighting.pull_back(weights)
-        return self.factor * weighted.loss_weights
-
     def _total_weights(self, weighted: WeightedStep, balanced: Tensor, weights: Weights) -> Weights:
         """Return the weights of the raw gradients in the direction of the shared parameters. Shape (K,), float64."""
         if not self.parts.inputs:
             return weights
         return weighted.weighting.rows(balanced).pull_back(weights[balanced])
-
-    def _accumulate_weighted(
-        self, gradients: TaskGradients, weighted: WeightedStep, weights: Weights, total: Weights, measured: _Measurement
-    ) -> None:
-        """Accumulate the weighted sums of the tasks' gradients."""
-        if self.is_trial:
-            return
-        shared_weights, head_weights = self.factor * total, self._head_weights(weighted, weights)
-        others = [
-            *gradients.head_sums(head_weights.tolist()),
-            *weighted.parameter_pairs(self.factor * self.seed.scale),
-        ]
-        bound = None
-        if not gradients.needs_pass:
-            bound = _bound((shared_weights, head_weights), (measured.shared_lengths, measured.head_lengths))
-        self._write(gradients, shared_weights.tolist(), others, bound)
-
-    def _accumulate_direction(self, gradients: TaskGradients, weighted: WeightedStep, direction: Direction) -> None:
-        """Accumulate a direction, of the parameters or of the features, and the gradients of the heads."""
-        if self.is_trial:
-            return
-        head_weights = self.factor * weighted.loss_weights
-        others = [
-            *gradients.head_sums(head_weights.tolist()),
-            *weighted.parameter_pairs(self.factor * self.seed.scale),
-        ]
-        pieces = gradients.split(direction)
-        if self.parts.source == "features":
-            gradients.replace_by_direction(pieces)
-            self._write(gradients, [1.0], others, None)
-            return
-        pairs = [*leaf_gradients(self.parts.inputs, pieces), *others]
-        require_finite(pairs, self.step.tasks)
-        self._add_to_grad(pairs)
 
     def _reused_weights(self, weighted: WeightedStep) -> tuple[Tensor, Weights] | None:
         """Return balanced tasks and weights of an earlier step that the rule uses again; None if it must solve."""
@@ -304,80 +170,6 @@ class BalancedStep:
             self._accumulate_reused(weighted, weights, total)
         return weighted.report(self.step, weights, None, self._unshared(balanced), total)
 
-    def _accumulate_reused(self, weighted: WeightedStep, weights: Weights, total: Weights) -> None:
-        """Accumulate the weighted sums of the tasks' gradients, by passes of all tasks at once."""
-        shared, heads = (self.factor * total).tolist(), self._head_weights(weighted, weights).tolist()
-        own = weighted.parameter_pairs(self.factor * self.seed.scale)
-        if self.collected is not None or self.is_sharded:
-            gradients = self._gradients()
-            pairs = [*gradients.weighted_sums(shared), *gradients.head_sums(heads)]
-        elif self.parts.source == "features" and self.parts.features and needs_ordinary_pass(self.parts.lower_graph.functions):
-            self._run_through_features(self._outputs, shared, heads, own)
-            return
-        else:
-            pairs = self._weighted_pairs(self._outputs, shared, heads)
-        require_finite(pairs, self.step.tasks)
-        self._add_to_grad([*pairs, *own])
-
-    def _weighted_pairs(
-        self, outputs: LossOutputs, shared_weights: list[float], head_weights: list[float]
-    ) -> list[LeafGradient]:
-        """Return the weighted gradients of heads and trunk, by one backward pass if their weights are equal."""
-        leaves = [*self.parts.heads, *self.parts.trunk]
-        with without_hooks(leaves):
-            if head_weights == shared_weights:
-                gradients = weighted_pass(outputs, shared_weights, leaves)
-            else:
-                gradients = weighted_pass(outputs, head_weights, self.parts.heads, retain_graph=True)
-                gradients += weighted_pass(outputs, shared_weights, self.parts.trunk)
-        if self.stage.ranks.size > 1:
-            gradients = sum_gradients(self.stage.ranks, leaves, gradients)
-        return leaf_gradients(leaves, gradients)
-
-    def _run_through_features(
-        self, outputs: LossOutputs, shared_weights: list[float], head_weights: list[float], own: list[LeafGradient]
-    ) -> None:
-        """Run passes to the heads and to the features, then one ordinary backward pass below the features."""
-        with without_hooks(self.parts.heads):
-            heads = leaf_gradients(self.parts.heads, weighted_pass(outputs, head_weights, self.parts.heads, retain_graph=True))
-        cotangents = weighted_pass(outputs, shared_weights, self.parts.features)
-        rows = TaskRows.of_one_task(cotangents)
-        begin = FeatureOutputs(self.parts.features, rows)
-        others = merged_pairs(heads, own, self.extra)
-        run_ordinary_backward(begin, [1.0], others, self.parts.trunk, self.step.tasks)
-
-    def _write(
-        self, gradients: TaskGradients, shared_weights: list[float], others: list[LeafGradient], bound: float | None
-    ) -> None:
-        """Accumulate a weighted sum of the tasks' gradients, and the gradients of other leaf tensors.
-
-        Args:
-            gradients: The tasks' gradients.
-            shared_weights: Weight of each task's gradient of the shared parameters.
-            others: Gradients of heads, and of the balancer's own parameters.
-            bound: Bound on the entries; None if unknown.
-        """
-        outputs = gradients.outputs
-        at_features = isinstance(outputs, FeatureOutputs) and self.parts.source == "features"
-        if at_features and needs_ordinary_pass(self.parts.lower_graph.functions):
-            others = merged_pairs(others, self.extra)
-            run_ordinary_backward(outputs, shared_weights, others, self.parts.trunk, self.step.tasks)
-            return
-        with without_hooks(self.parts.trunk):
-            pairs = [*gradients.weighted_sums(shared_weights), *others]
-        if bound is None or any(bound > torch.finfo(dtype).max for dtype in {leaf.dtype for leaf, _ in pairs}):
-            require_finite(pairs, self.step.tasks)
-        self._add_to_grad(pairs)
-
-    def _add_to_grad(self, pairs: list[LeafGradient]) -> None:
-        """Add gradients of the whole batch, and of the extra loss, to ``.grad``."""
-        if self.extra:
-            pairs = merged_pairs(pairs, self.extra)
-        if self.stage.ranks.size > 1 or self.is_sharded:
-            accumulate_reduced(pairs)
-        else:
-            accumulate(pairs)
-
 
 def _unreached(source: Source, count: int) -> str:
     if source == "parameters":
@@ -392,9 +184,3 @@ def _depending(weighted: WeightedStep, reaching: Sequence[bool]) -> Tensor:
     """Return the positions of the tasks whose weighted loss depends on a raw loss that reaches what the tasks share."""
     R = torch.tensor(reaching, dtype=torch.float64, device="cpu")
     return ((weighted.weighting.matrix != 0).double() @ R > 0).nonzero().flatten()
-
-
-def _bound(weights: Sequence[Tensor], lengths: Sequence[Tensor]) -> float:
-    """Return a bound on the entries of weighted sums of gradients of the given lengths; infinite if a length is NaN."""
-    bounds = [float(w.abs() @ length.nan_to_num(nan=math.inf)) for w, length in zip(weights, lengths, strict=True)]
-    return math.inf if any(map(math.isnan, bounds)) else max(bounds)

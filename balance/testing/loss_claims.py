@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from balance.messages import unknown
-from balance.rules.protocol import Context, adapt_loss_balancer
+from balance.rules.context import Context
+from balance.rules.protocol import adapt_loss_balancer
 from balance.testing.inputs import check_on_examples, make_losses
 from balance.types import LossRule
 
@@ -49,7 +50,7 @@ def check_loss_balancer(
 def derivatives(rule: LossRule, sequence: Tensor, *, without_last: bool = False) -> Tensor:
     """Return the derivatives of the sum of the weighted losses at each step.
 
-    After each step the rule observes the next row and ends an epoch.
+    After each step the rule observes the next row, also as validation losses, and ends an epoch.
 
     Args:
         rule: A fresh loss balancer.
@@ -71,6 +72,8 @@ def derivatives(rule: LossRule, sequence: Tensor, *, without_last: bool = False)
         steps.append(torch.autograd.grad(balancer(losses, context).sum(), losses)[0])
         if balancer.needs_observation:
             balancer.observe(after, context)
+        if balancer.needs_validation:
+            balancer.observe_validation(after, context)
         balancer.end_epoch(torch.cat([row, absent]))
     return torch.stack(steps)
 

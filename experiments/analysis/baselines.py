@@ -12,6 +12,7 @@ import yaml
 from experiments.analysis import published_tables
 from experiments.analysis.grouping import newest_runs
 from experiments.problems import base as problems
+from experiments.recording.recorded_run import METHOD_GROUPS
 from experiments.recording.store import complete
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def read_file(file: Path) -> BaselinesFile:
     try:
         content: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
         metrics = {name: float(row["mean"]) for name, row in content["metrics"].items()}
-        settings = complete({key: str(value) for key, value in content.get("settings", {}).items()})
+        recorded = {key: str(value) for key, value in content.get("settings", {}).items()}
+        settings = {key: value for key, value in complete(recorded).items() if not key.startswith(METHOD_GROUPS)}
     except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} must be a file as experiments/baselines.py writes it, but: {error}") from None
     return BaselinesFile(Baselines(metrics, f"the file {file.name} of single-task networks"), settings)

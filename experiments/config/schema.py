@@ -70,6 +70,9 @@ class TrainConfig:
     report_last: int | None = setting(
         None, minimum=1, help="number of last epochs whose mean test metrics are final; null: test of the best epoch"
     )
+    validation_interval: int = setting(
+        1, minimum=1, help="steps between two validation batches, for loss methods that learn from validation losses (coba)"
+    )
     checkpoint_minutes: float = setting(10.0, above=0, help="time between two checkpoints within an epoch, in minutes")
 
 

@@ -36,6 +36,9 @@ EARLIER: Mapping[str, Any] = {
     "train.optimizer": "adam",
     "optimizer.betas": [0.9, 0.999],
     "optimizer.eps": 1e-8,
+    "train.validation_interval": 1,
+    "balancer.metric": "gradients",
+    "balancer.warmup": 0,
 }
 SEPARATE = ("experiment", "loss_method", "gradient_method", "seed")  # entries that are fields of a `RecordedRun`
 CURVES = ("loss/", "weight/", "gradient_weight/", "cosine/", "conflicts")
@@ -155,7 +158,8 @@ def as_run(run: Any) -> RecordedRun:
 
 def complete(settings: Mapping[str, str]) -> dict[str, str]:
     """Return recorded settings, with the entries that did not exist when they were recorded."""
-    earlier = {} if "train.optimizer" in settings else {key: str(value) for key, value in EARLIER.items()}
+    has_optimizer = "train.optimizer" in settings  # and the options of that optimizer, which may be another one
+    earlier = {key: str(value) for key, value in EARLIER.items() if not (has_optimizer and key.startswith("optimizer."))}
     return earlier | dict(settings)
 
 

@@ -20,7 +20,7 @@ from experiments.training.interruption import Interrupted
 from experiments.training.randomness import random_state, set_random_state
 from experiments.training.resumption import finish, released
 from experiments.training.schedule import Schedule
-from experiments.training.step import build_optimizer, train_step
+from experiments.training.step import build_optimizer, observe_validation, train_step
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -112,13 +112,19 @@ class Training:
 
     def make_step(self, batch: Batch | None) -> Report:
         """Make one step, and measure its time or its memory."""
-        make = partial(train_step, self.run, self.optimizer, batch)
+        make = partial(self.observed_step, batch)
         if self.step == self.memory_step:
             self.optimizer.zero_grad()  # or freeing these gradients would be credited to the step
             report = self.costs.measure_memory(make, self.run.config.device)
         else:
             report = self.costs.measure_time(make)
         self.schedule.after_step()
+        return report
+
+    def observed_step(self, batch: Batch | None) -> Report:
+        """Make one step, and let the balancer observe validation losses if it needs them."""
+        report = train_step(self.run, self.optimizer, batch)
+        observe_validation(self.run, self.step)
         return report
 
     @property

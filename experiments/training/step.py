@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from balance import extra_forward
 from balance.config import measured
 from experiments.training import ranks
-from experiments.training.data import num_samples
+from experiments.training.data import num_samples, to_device
 
 if TYPE_CHECKING:
     from balance import Report
@@ -24,13 +24,25 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_optimizer(run: Run) -> Optimizer:
-    """Build the optimizer of the model and, with a separate learning rate, of the parameters of the balancer."""
+    """Return an optimizer of the model and, with another learning rate, of the balancer's parameters.
+
+    With ``balancer.metric=optimizer`` it becomes the metric of the balancer.
+
+    Args:
+        run: The run.
+
+    Returns:
+        A new optimizer.
+    """
     train = run.config.train
     classes: dict[str, type[Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     model = {"params": list(run.model.parameters()), "lr": train.lr, "weight_decay": train.weight_decay}
     balancer = {"params": list(run.balancer.parameters()), "lr": train.balancer_lr, "weight_decay": 0.0}
     options: Any = OmegaConf.to_container(run.config.optimizer)
-    return classes[train.optimizer]([model, balancer], **options)
+    optimizer = classes[train.optimizer]([model, balancer], **options)
+    if run.config.balancer.metric == "optimizer":
+        run.balancer.metric = optimizer
+    return optimizer
 
 
 def autocast(run: Run) -> torch.autocast:
@@ -101,3 +113,31 @@ def observe(run: Run, batch: Batch | None) -> None:
     with extra_forward(run.model) if run.config.protocol == "sound" else nullcontext(), autocast(run):
         losses = {} if batch is None else run.problem.losses(run.model(batch[0]), batch)
     run.balancer.observe(losses, counts=counts_of(run, losses, batch))
+
+
+@torch.no_grad()
+def observe_validation(run: Run, step: int) -> None:
+    """Show the balancer the losses of a batch of validation data, if it needs them after this step. Every rank must call it.
+
+    The batches have the size of training batches and go round the validation data. The number of the step determines the batch,
+    so a resumed run continues with the same batches. The network is in evaluation mode, and nothing of it changes.
+
+    Args:
+        run: Network, losses and balancer.
+        step: Number of the training step, from 0.
+    """
+    number, rest = divmod(step, run.config.train.validation_interval)
+    if not run.balancer.needs_validation or rest:
+        return
+    data: Any = run.data.validation
+    size = min(run.config.train.batch_size, len(data))
+    indices = [(number * size + i) % len(data) for i in range(size)]
+    own = indices[ranks.part(size)]
+    losses: ByTask = {}
+    batch = to_device(data[own], run.config.device) if own else None
+    if batch is not None:
+        run.model.eval()
+        with autocast(run):
+            losses = run.problem.losses(run.model(batch[0]), batch)
+        run.model.train()
+    run.balancer.observe_validation(losses, counts=counts_of(run, losses, batch))

@@ -6,6 +6,6 @@ every claim, and folklore that is false stays refuted.
 """
 
 from tests.claims.gradient import GENERIC, GRADIENT_OPTIONS, GRADIENT_ROWS, gradient_factory
-from tests.claims.loss import LOSS_ROWS, loss_factory
+from tests.claims.loss import LOSS_OPTIONS, LOSS_ROWS, loss_factory
 
-__all__ = ["GENERIC", "GRADIENT_OPTIONS", "GRADIENT_ROWS", "LOSS_ROWS", "gradient_factory", "loss_factory"]
+__all__ = ["GENERIC", "GRADIENT_OPTIONS", "GRADIENT_ROWS", "LOSS_OPTIONS", "LOSS_ROWS", "gradient_factory", "loss_factory"]

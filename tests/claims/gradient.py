@@ -1,6 +1,9 @@
 """Claims that each gradient balancer satisfies; see `tests.claims`."""
 
+import torch
+
 from balance import gradient_balancers
+from balance.rules.protocol import takes
 
 GENERIC = "on linearly independent gradients"
 
@@ -67,6 +70,34 @@ GRADIENT_ROWS = {
         "linear_under_scaling": [[1.0] * 6, [-1.0] * 6],
         "sum_without_conflict": True,
     },
+    "gradnorm": ON_GRAMIANS | {"conflict_free": THREE, "scales_with_the_gradients": SKEWED},  # long gradients learn faster
+    "inverse_norm": ON_GRAMIANS | {"conflict_free": THREE, "at_least_one": True},
+    "ntk": ON_GRAMIANS | {"conflict_free": THREE, "at_least_one": GENERIC},
+    "ema_norm": ON_GRAMIANS
+    | {
+        "conflict_free": THREE,
+        "unchanged_by_scaling_one_task": True,
+        "scales_with_the_gradients": SKEWED,  # every gradient has its share of a fixed length
+        "equal_projections": THREE,
+    },
+    "lr_annealing": ON_JACOBIANS | {"permutation_equivariant": SKEWED, "rotation_equivariant": SKEWED, "conflict_free": THREE},
+    "sdmgrad": ON_GRAMIANS | {"on_simplex": True, "linear_under_scaling": THREE},
+    "modo": ON_GRAMIANS | {"on_simplex": True, "conflict_free": THREE, "scales_with_the_gradients": SKEWED},
+    "moco": ON_JACOBIANS | {"conflict_free": THREE, "scales_with_the_gradients": SKEWED},  # all have the length of the loss
+    "db_mtl": ON_JACOBIANS | {"conflict_free": THREE},
+    "config_momentum": ON_JACOBIANS
+    | {
+        "rotation_equivariant": SKEWED,
+        "conflict_free": THREE,  # ConFIG is, but its entries are divided by their typical sizes
+        "scales_with_the_gradients": SKEWED,
+        "equal_projections": THREE,
+    },
+    "excess_mtl": ON_JACOBIANS | {"rotation_equivariant": SKEWED, "scales_with_the_gradients": SKEWED},
+    "pcd": ON_GRAMIANS | {"permutation_equivariant": SKEWED, "conflict_free": THREE},  # the primary task is an index
+    "cr_mogm": ON_GRAMIANS | {"on_simplex": True},
+    "epo": ON_GRAMIANS
+    | {"on_simplex": GENERIC, "unchanged_by_scaling_one_task": TWO, "linear_under_scaling": TWO},  # equal losses are on the ray
+    "pmgda": ON_GRAMIANS | {"non_negative": ACUTE, "scales_with_the_gradients": SKEWED},  # corrections have a length of about 1
     "upgrad": ON_GRAMIANS | {"on_simplex": TWO, "conflict_free": True, "linear_under_scaling": True},
     "dualproj": ON_GRAMIANS | {"on_simplex": THREE, "conflict_free": True, "linear_under_scaling": HARMLESS},
     "aligned_mtl": ON_GRAMIANS
@@ -155,5 +186,48 @@ GRADIENT_OPTIONS = [
 ]
 
 
+# Rules whose claims are checked at their second step, after a step on other gradients. (ema_norm's claim about the scaling of
+# one task is about a factor that is constant over time.)
+AT_SECOND_STEP = {
+    "config_momentum",
+    "cr_mogm",
+    "db_mtl",
+    "excess_mtl",
+    "gradnorm",
+    "inverse_norm",
+    "lr_annealing",
+    "moco",
+    "modo",
+    "pcd",
+    "sdmgrad",
+}
+
+
 def gradient_factory(name, **options):
-    return lambda num_tasks: gradient_balancers.build(name, num_tasks=num_tasks, **options)
+    """Return a factory of rules that get losses, unequal ones, if they take them, and that have been used where listed."""
+
+    def build(num_tasks):
+        rule = gradient_balancers.build(name, num_tasks=num_tasks, **options)
+
+        def step(data):
+            return rule(data, losses=unequal_losses(name, data)) if takes(rule, "losses") else rule(data)
+
+        def second_step(data):
+            step(with_mean_added(name, data))
+            return step(data)
+
+        return second_step if name in AT_SECOND_STEP else step
+
+    return build
+
+
+def unequal_losses(name, data):
+    """Return positive losses that depend on the lengths of the gradients only, not on their scale."""
+    squares = data.square().sum(dim=1) if gradient_balancers.sees(name) == "jacobian" else data.diagonal()
+    return 1 + squares / squares.sum().clamp(min=torch.finfo(squares.dtype).tiny)
+
+
+def with_mean_added(name, data):
+    """Return the Jacobian or Gramian of the gradients with their mean added to each."""
+    A = torch.eye(len(data), dtype=data.dtype) + 1 / len(data)
+    return A @ data if gradient_balancers.sees(name) == "jacobian" else A @ data @ A.T

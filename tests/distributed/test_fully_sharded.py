@@ -14,6 +14,7 @@ BALANCERS = (
     {"gradient": "mgda", "loss": "famo"},
     {"gradient": "pcgrad", "loss": "go4align"},
     {"gradient": "cagrad", "loss": "uw"},
+    {"gradient": "mgda", "in_metric": True},
     {"loss": "uw"},
     {},
 )
@@ -54,9 +55,11 @@ def train(options, rows, steps=3, sharded=False, absent=(), listed_late=False, p
     model = Net().double()
     if sharded:
         shard(model, **fsdp)
-    balancer = Balancer(TASKS, **options)
+    in_metric = options.get("in_metric", False)
+    balancer = Balancer(TASKS, **{key: value for key, value in options.items() if key != "in_metric"})
     shared, parameters, weights = list(model.trunk.parameters()), list(model.parameters()), []
     optimizer = torch.optim.Adam([*parameters, *balancer.parameters()], lr=0.05)
+    balancer.metric = optimizer if in_metric else None
     for step in range(steps):
         optimizer.zero_grad()
         x = torch.randn(24, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)[rows]

@@ -25,6 +25,10 @@ FAST = (
     Case({"gradient": "cagrad", "loss": "uw"}, collect=3, batches="unequal"),
     Case({"loss": "famo"}, collect=2, batches="alternating"),
     Case({"gradient": "mgda", "loss": "uw"}, dtype=torch.float32),
+    Case({"gradient": "pcgrad"}, batches="alternating", arguments=("metric",)),
+    Case({"gradient": "imtl"}, batches="unequal", arguments=("metric",), collect=2),
+    Case({"loss": "coba", "loss_options": {"warmup": 2}}, batches="alternating"),
+    Case({"gradient": "mgda", "loss": "famo", "loss_options": {"optimizer": "user"}}, batches="unequal"),
 )
 SLOW = (
     Case({"gradient": "pcgrad"}, wrap={"static_graph": True}, inner=True),

@@ -36,7 +36,7 @@ class Case:
         inner: Whether the forward pass goes through the module inside of the wrapper.
         checkpointed: Whether the trunk recomputes its activations.
         collect: Number of micro-batches of a step, inside of collect().
-        arguments: Further arguments of backward: "measure", "extra".
+        arguments: Further arguments of backward: "measure", "extra"; or "metric", the metric of the optimizer.
     """
 
     balancer: dict
@@ -109,6 +109,7 @@ def train(case, rank=0, ranks=1, steps=3, share=None):
     used = inner if case.inner else model
     balancer = Balancer(TASKS, **case.balancer)
     optimizer = torch.optim.Adam([*inner.parameters(), *balancer.parameters()], lr=0.05)
+    balancer.metric = optimizer if "metric" in case.arguments else None
     reports = []
     for step in range(steps):
         optimizer.zero_grad()
@@ -133,6 +134,10 @@ def train(case, rank=0, ranks=1, steps=3, share=None):
             with torch.no_grad():
                 losses, counts, _ = losses_of(inner, x, rows)
                 balancer.observe(losses, counts=counts)
+        if balancer.needs_validation:
+            with torch.no_grad():
+                losses, counts, _ = losses_of(inner, x, rows)
+                balancer.observe_validation(losses, counts=counts)
         balancer.end_epoch()
     return {
         "reports": reports,

@@ -18,13 +18,15 @@ from experiments.problems import base as experiment
 from experiments.training import loop
 from tests.experiments.short_runs import BOTH, DIGITS, NAMES, ROOT, finite_metrics, prepare, runs_in, train
 
-FAST = (None, "pcgrad")
-GRADIENTS = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in (None, *gradient_balancers.names())]
+PAIRS = [
+    pytest.param(loss, gradient, marks=[] if gradient is None or (loss, gradient) == ("uw", "pcgrad") else pytest.mark.slow)
+    for loss in loss_balancers.names()
+    for gradient in (None, *gradient_balancers.names())
+]
 
 
 @pytest.mark.filterwarnings("ignore:mgda gives all weight", "ignore:nashmtl ignores positive loss weights")
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("loss", loss_balancers.names())
+@pytest.mark.parametrize(("loss", "gradient"), PAIRS)
 def test_every_pairing_trains_digits_for_one_epoch(loss, gradient, tmp_path):
     chosen = [f"--loss_method={loss}", *([f"--gradient_method={gradient}"] if gradient else [])]
     arguments = [*chosen, "train.epochs=1", "data.train_pairs=3000", "track=false", f"output_dir={tmp_path}"]

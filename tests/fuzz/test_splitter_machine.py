@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 import balance
 from tests.fuzz.training import MACHINE, ROWS, TASKS, Net, Step, all_finite, assert_same, composed, fields
+from tests.splitter.views import RULES as RULES_OF_SPLITTERS
 
 STEPS, EXAMPLES = 40, int(os.environ.get("FUZZ_MACHINES", "190"))  # in all about 10 000 steps
 NOT_FINITE = ("nan", "inf", "overflow")
@@ -33,10 +34,10 @@ class Setup(NamedTuple):
         return balance.Splitter(TASKS, gradient, projection=self.projection, weights=self.weights, beta=0.9, seed=number)
 
 
-GRAMIAN = [name for name in balance.gradient_balancers.names() if balance.gradient_balancers.traits(name).sees == "gramian"]
+GRAMIAN = [name for name in RULES_OF_SPLITTERS if balance.gradient_balancers.traits(name).sees == "gramian"]
 COMPOSITIONS = ("every", "smoothed", "grouped", "smoothed every", "grouped every")
 WEIGHTS = st.sampled_from([(1.0, 1.0, 1.0), (1.0, 0.0, 3.0)])
-RULES = st.sampled_from(balance.gradient_balancers.names())
+RULES = st.sampled_from(RULES_OF_SPLITTERS)
 COMPOSED = st.tuples(st.sampled_from(COMPOSITIONS), st.sampled_from(GRAMIAN))
 SETUPS = st.one_of(
     st.tuples(RULES | COMPOSED, st.just(0), WEIGHTS),

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from balance import Balancer, gradient_balancers
-from balance.rules.protocol import Context, TaskError, adapt_gradient_balancer, adapt_loss_balancer, takes
+from balance.rules.context import Context, TaskError
+from balance.rules.protocol import adapt_gradient_balancer, adapt_loss_balancer, takes
 
 SOME = Context(torch.tensor([0, 2]), 3, tasks=("a", "c"))
 
@@ -32,6 +33,31 @@ def test_observe_gets_present_only_where_it_takes_it():
     adapted.observe(torch.ones(2), SOME)
     adapted.observe(torch.ones(3), Context.of_all(3))
     assert rule.observed == [[1, 1], [1, 1, 1]]
+
+
+def test_observe_validation_gets_present_only_where_it_takes_it():
+    class Rule:
+        def __init__(self):
+            self.observed = []
+
+        def __call__(self, losses):
+            return losses
+
+        def observe_validation(self, losses):
+            self.observed.append(losses.tolist())
+
+    rule = Rule()
+    adapted = adapt_loss_balancer(rule)
+    assert adapted.needs_validation
+    assert not adapted.needs_observation
+    adapted.observe_validation(torch.ones(2), SOME)
+    adapted.observe_validation(torch.ones(3), Context.of_all(3))
+    assert rule.observed == [[1, 1], [1, 1, 1]]
+    rule.needs_validation = False
+    assert not adapted.needs_validation
+    plain = adapt_loss_balancer(lambda losses: losses)
+    plain.observe_validation(torch.ones(3), SOME)
+    assert not plain.needs_validation
 
 
 class PresentObserver(Observer):

@@ -124,7 +124,13 @@ def test_one_task(mode):
     g = gradients(0, 1)
     direction = merged(splitter_of(1, mode), g)
     norm = g[0].square().sum(dim=1).mean().sqrt()
-    factor = {"normalized": 1 / norm, "cagrad": (1 + 0.4) / (1 + 0.4**2), "nashmtl": 1 / g.norm(), "every": 1 / g.norm()}
+    factor = {
+        "normalized": 1 / norm,
+        "cagrad": (1 + 0.4) / (1 + 0.4**2),
+        "nashmtl": 1 / g.norm(),
+        "ema_norm": 1 / g.norm(),
+        "every": 1 / g.norm(),
+    }
     torch.testing.assert_close(direction, g[0] * factor.get(mode.get("gradient", "normalized"), 1.0))
 
 

@@ -10,9 +10,16 @@ from balance.rules.compose import every
 TASKS = ("a", "b", "c")
 
 
-RULES = gradient_balancers.names()
+# that need neither losses nor gradients of the same parameters at every step
+RULES = [
+    name
+    for name in gradient_balancers.names()
+    if not {"positive losses", "parameters"}.intersection(gradient_balancers.traits(name).needs)
+]
 
 
+# rules of every kind: solved, projected, drawn, with state, of coordinates; `test_splitter` tries all others
+OF_EVERY_KIND = ("mgda", "pcgrad", "imtl", "nashmtl", "graddrop", "gradvac", "upgrad", "ema_norm", "lr_annealing", "cr_mogm")
 # every way to merge: what is normalised, projected, solved, drawn, kept
 MODES = [
     {},
@@ -20,12 +27,12 @@ MODES = [
     {"projection": 3},
     {"gradient": None},
     {"gradient": None, "projection": 1},
-    *({"gradient": name} for name in RULES),
+    *({"gradient": name} for name in OF_EVERY_KIND),
     {"gradient": "every"},
 ]
 
 
-ROTATABLE = [mode for mode in MODES if mode.get("gradient") != "graddrop"]  # that draws a number for each coordinate
+ROTATABLE = [mode for mode in MODES if mode.get("gradient") not in ("graddrop", "lr_annealing")]  # which see coordinates
 
 
 def splitter_of(tasks, mode, **options):

@@ -12,6 +12,7 @@ from tests.stage.three_tasks import TASKS, Network, assert_same, assert_same_sta
 # Absent tasks
 
 
+@pytest.mark.filterwarnings("ignore:mgda gives all weight")
 @pytest.mark.parametrize("gradient", [None, "mgda", "pcgrad"])
 @pytest.mark.parametrize("loss", [name for name in balance.loss_balancers.names() if name not in ("stl", "igbv2")])
 def test_absent_task_is_the_smaller_problem(loss, gradient):

@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 
 import balance
 from balance import Balancer
+from balance.rules.protocol import takes
 from tests.stage.three_tasks import TASKS, Network, assert_same, reference
 from tests.strategies import SEEDS
 
@@ -37,14 +39,19 @@ def test_without_gradient_balancer_autograd_runs_once(monkeypatch):
 # Composition
 
 
+LOSSES, HEADS = ("ls", "scaleinvls", "go4align", "uw"), (None, "weighted", "unweighted")
 ON_GRAMIANS = [name for name in balance.gradient_balancers.names() if balance.gradient_balancers.sees(name) == "gramian"]
 
 
+# Every choice for three rules; for the others each choice once
+PAIRINGS = [
+    *itertools.product(LOSSES, ("mgda", "pcgrad", "imtl"), HEADS, (False, True)),
+    *((LOSSES[i % 4], name, HEADS[i % 3], i % 2 == 0) for i, name in enumerate(ON_GRAMIANS)),
+]
+
+
 @pytest.mark.filterwarnings("ignore:nashmtl ignores positive loss weights")
-@pytest.mark.parametrize("as_tensor", [False, True])
-@pytest.mark.parametrize("heads", [None, "weighted", "unweighted"])
-@pytest.mark.parametrize("gradient", ON_GRAMIANS)
-@pytest.mark.parametrize("loss", ["ls", "scaleinvls", "go4align", "uw"])
+@pytest.mark.parametrize(("loss", "gradient", "heads", "as_tensor"), PAIRINGS)
 def test_gradients_are_those_of_the_weighted_losses(loss, gradient, heads, as_tensor):
     network = Network()
     losses = network.losses()
@@ -54,9 +61,11 @@ def test_gradients_are_those_of_the_weighted_losses(loss, gradient, heads, as_te
     rows = [torch.autograd.grad(loss, list(twin.trunk.parameters()), retain_graph=True) for loss in twin.losses().values()]
     J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).double() * report.loss_weights.double()[:, None]
     torch.testing.assert_close(report.gramian, J @ J.T, rtol=1e-5, atol=1e-12)
-    weights = balance.gradient_balancers.build(gradient, num_tasks=3)(report.gramian).float()
+    rule = balance.gradient_balancers.build(gradient, num_tasks=3)
+    keywords = {"losses": torch.stack(list(losses.values())).detach().double()} if takes(rule, "losses") else {}
+    weights = rule(report.gramian, **keywords).float()
     torch.testing.assert_close(report.gradient_weights, weights)
-    official = "weighted" if gradient in ("mgda", "imtl", "nashmtl") else "unweighted"
+    official = balance.gradient_balancers.heads(gradient)
     head_weights = weights if (heads or official) == "weighted" else torch.ones(3)
     expected = reference(network, weights * report.loss_weights, head_weights * report.loss_weights)
     assert_same(network.grads(), expected, rtol=1e-4, atol=1e-4)

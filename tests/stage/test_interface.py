@@ -150,7 +150,8 @@ def test_a_parameter_that_one_task_reaches_warns_once():
 
 
 @pytest.mark.parametrize(
-    ("loss", "call"), [("famo", "observe"), ("dwa", "end_epoch"), ("igbv1", "end_epoch"), ("igbv2", "end_epoch")]
+    ("loss", "call"),
+    [("famo", "observe"), ("dwa", "end_epoch"), ("igbv1", "end_epoch"), ("igbv2", "end_epoch"), ("coba", "observe_validation")],
 )
 def test_a_call_that_never_comes_is_asked_for_once(loss, call):
     v = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -163,6 +164,7 @@ def test_a_call_that_never_comes_is_asked_for_once(loss, call):
                 if not forgets:
                     stage.observe(0.9 * v.detach())
                     stage.end_epoch()
+                    stage.observe_validation(1.1 * v.detach())
         assert [call in str(warning.message) for warning in caught] == [True] * forgets
         assert all(warning.filename == __file__ for warning in caught)
 

@@ -45,6 +45,23 @@ def test_signals_leave_a_run_that_resumes(runs, database):
     ends_undisturbed(runs, database)
 
 
+def test_a_run_that_observes_validation_losses_resumes(tmp_path):
+    """The resumed run continues with the next validation batch, and ends with the weights of the undisturbed run."""
+    finals = []
+    for name in ("undisturbed", "killed"):
+        runs = Runs(tmp_path / name, "loss_method=coba", "loss.warmup=2", "train.validation_interval=2", "track=false")
+        if name == "killed":
+            for step in (3, STEPS):
+                interrupt(runs, loop, "train_step", step, raise_killed, ALWAYS)
+        finals.append(runs.train())
+        (folder,) = (runs.folder / "digits").iterdir()
+        state = load(folder / "last.pt")["balancer"]
+        assert state["loss_balancer.rule.observations"] == 3 * STEPS / 2 - 1
+        finals.append(state["loss_balancer.rule.weights"].tolist())
+    assert finals[:2] == finals[2:]
+    assert len(set(finals[1])) == 4
+
+
 @pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_signal_during_an_evaluation(number, runs, database):
     interrupt(runs, evaluation, "to_device", number, send(signal.SIGTERM))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from experiments.training import loop
-from experiments.training.step import build_optimizer, train_step
+from experiments.training.step import build_optimizer, observe_validation, train_step
 from tests.experiments.short_runs import BOTH, DIGITS, finite_metrics, prepare, train
 
 
@@ -34,6 +34,37 @@ def test_the_second_forward_pass_of_famo_leaves_statistics_alone(protocol, passe
     train_step(run, build_optimizer(run), next(iter(run.batches)))
     (counts,) = {int(value) for key, value in run.model.state_dict().items() if key.endswith("num_batches_tracked")}
     assert counts == passes
+
+
+def test_validation_batches_go_round_the_data(tmp_path):
+    words = ["--loss_method=coba", *DIGITS, "train.batch_size=64", "train.validation_interval=3", f"output_dir={tmp_path}"]
+    run = prepare(*words)
+    rule, read = run.balancer.loss_balancer.rule, []
+
+    class Watched:
+        def __len__(self):
+            return len(run.data.validation)
+
+        def __getitem__(self, indices):
+            read.append(indices)
+            return run.data.validation[indices]
+
+    watched = run._replace(data=run.data._replace(validation=Watched()))
+    before = {key: value.clone() for key, value in run.model.state_dict().items()}
+    run.model.train()
+    for step in range(7):
+        observe_validation(watched, step)
+    assert read == [[*range(64)], [*range(64, 100), *range(28)], [*range(28, 92)]]
+    assert rule.observations == 2  # after the first one
+    run.model.eval()
+    losses = run.problem.losses(run.model(run.data.validation[read[0]][0]), run.data.validation[read[0]])
+    torch.testing.assert_close(rule.first, torch.stack(list(losses.values())).detach().double())
+    assert all(torch.equal(value, before[key]) for key, value in run.model.state_dict().items())
+
+
+def test_other_methods_read_no_validation_batches(tmp_path):
+    run = prepare("--loss_method=uw", *DIGITS, f"output_dir={tmp_path}")
+    observe_validation(run._replace(data=run.data._replace(validation=None)), 0)
 
 
 @pytest.mark.slow

@@ -1,0 +1,48 @@
+"""Adam for one number per task, where tasks can miss steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+
+
+class Moments(NamedTuple):
+    """State of Adam, which an absent task keeps: buffers of the rule, changed in place.
+
+    Attributes:
+        mean: Average of the gradients. Shape (K,).
+        mean_square: Average of their squares. Shape (K,).
+        steps: Number of steps of each task. Shape (K,).
+    """
+
+    mean: Tensor
+    mean_square: Tensor
+    steps: Tensor
+
+    def step(self, values: Tensor, tasks: Tensor, gradient: Tensor, lr: float) -> None:
+        """Take one step for some tasks, in place.
+
+        Args:
+            values: The numbers that are learned. Shape (K,).
+            tasks: Indices of the tasks that take the step. Shape (k,).
+            gradient: Their gradient. Shape (k,).
+            lr: Learning rate.
+        """
+        self.steps[tasks] += 1
+        self.mean[tasks] += (1 - BETA1) * (gradient - self.mean[tasks])
+        self.mean_square[tasks] += (1 - BETA2) * (gradient**2 - self.mean_square[tasks])
+        mean = self.mean[tasks] / (1 - BETA1 ** self.steps[tasks])
+        mean_square = self.mean_square[tasks] / (1 - BETA2 ** self.steps[tasks])
+        values[tasks] -= lr * mean / (mean_square.sqrt() + EPSILON)
+
+
+def register_moments(rule: nn.Module, num_tasks: int) -> None:
+    """Register the buffers ``mean``, ``mean_square`` and ``steps`` of a rule."""
+    for name in Moments._fields:
+        rule.register_buffer(name, torch.zeros(num_tasks, dtype=torch.float64, device="cpu"))
