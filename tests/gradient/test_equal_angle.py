@@ -96,3 +96,13 @@ def test_config_with_the_length_of_a_task():
     torch.testing.assert_close(rule(J @ J.T, present=torch.tensor([0, 1, 3])), projection)  # the task is absent
     J[2] = 0
     torch.testing.assert_close(build("config", 3, length=2)(J @ J.T), build("config", 3)(J @ J.T))
+
+
+LENGTHS = {"projection": 2, "minimum": 1, "maximum": 3, "harmonic": 1.5, "arithmetic": 2, "geometric": 3**0.5}
+
+
+@pytest.mark.parametrize(("length", "mean"), LENGTHS.items())
+def test_config_of_orthogonal_gradients_has_the_mean_length_at_every_coordinate(length, mean):
+    """By hand: the unit direction is (1, 1) / sqrt(2), and the projections on it sum to sqrt(2) times the mean length."""
+    J = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))
+    assert direction("config", J, length=length).tolist() == pytest.approx([mean, mean])

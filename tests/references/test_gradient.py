@@ -83,10 +83,6 @@ DIRECTIONS = [
     # the bisector; the projections on it sum to 4 / sqrt(2), or to twice the chosen length / sqrt(2)
     ("config", {}, [[1.0, 0.0], [0.0, 3.0]], [2.0, 2.0]),
     ("config", {"length": "minimum"}, [[1.0, 0.0], [0.0, 3.0]], [1.0, 1.0]),
-    ("config", {"length": "maximum"}, [[1.0, 0.0], [0.0, 3.0]], [3.0, 3.0]),
-    ("config", {"length": "harmonic"}, [[1.0, 0.0], [0.0, 3.0]], [1.5, 1.5]),
-    ("config", {"length": "arithmetic"}, [[1.0, 0.0], [0.0, 3.0]], [2.0, 2.0]),
-    ("config", {"length": "geometric"}, [[1.0, 0.0], [0.0, 3.0]], [3**0.5, 3**0.5]),
     ("config", {"length": 1}, [[1.0, 0.0], [0.0, 3.0]], [3.0, 3.0]),
     # cosines in the ratio 1 : 2, and the length 1 / sqrt(5) + 6 / sqrt(5)
     ("config", {"preference": [1.0, 2.0]}, [[1.0, 0.0], [0.0, 3.0]], [1.4, 2.8]),
