@@ -31,6 +31,20 @@ def test_benchmark(script, options, tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == (script == "bench_jacobian.py")
 
 
+@pytest.mark.slow
+def test_conflicts_after_the_step_of_the_optimizer(tmp_path):
+    script, options = ROOT / "benchmarks/bench_optimizer_metric.py", ["--problems", "digits", "--methods", "mgda"]
+    command = [sys.executable, str(script), *options, "--seeds", "0", "--steps", "24", "--output", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    (file,) = tmp_path.glob("*.json")
+    (rows,) = json.loads(file.read_text(encoding="utf-8"))["results"].values()
+    assert [(row["optimizer"], row["metric"]) for row in rows] == [
+        (optimizer, metric) for optimizer in ("Adam", "Adam without momentum") for metric in ("gradients", "optimizer")
+    ]
+    assert rows[0]["direction"] == rows[2]["direction"] == 0.0  # mgda conflicts with no task in the metric that it sees
+    assert all(0 <= row["step"] <= 1 for row in rows)
+
+
 def test_rules_are_measured_against_their_own_certificates(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import bench_rules
