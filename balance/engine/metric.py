@@ -25,9 +25,9 @@ class OptimizerMetric:
 
     P is the root of the optimizer's current average of squared gradients, plus its epsilon. The average of Adam is corrected
     for its start at zero. SGD has the identity. Learning rates of parameter groups count relative to the largest of them.
-    Momentum and weight decay are left out. A parameter without state gets the mean of all other entries of
-    :math:`P^{-1}`; if none has state, P is the identity. A coordinate whose gradients have all been zero so far has an entry of
-    epsilon, so that its first gradient can dominate all inner products.
+    Momentum and weight decay are left out. A coordinate has no history if all its gradients have been zero. Its entry would be
+    epsilon, and its first gradient would dominate all inner products. So it gets the mean of all other entries of
+    :math:`P^{-1}`, as does a parameter without state. If no coordinate has a history, P is the identity.
 
     Args:
         optimizer: Adam, AdamW, RMSprop, Adagrad or SGD, or a wrapper that has it as ``optimizer``.
@@ -67,40 +67,46 @@ class OptimizerMetric:
                 f"metric must be the optimizer of all shared parameters, but lacks {missing} of {len(parameters)}. "
                 "Set balancer.metric to their optimizer."
             )
-        inverses = [self._inverse(parameter, groups[id(parameter)]) for parameter in parameters]
-        usual = _mean(inverses) if any(inverse is None for inverse in inverses) else 1.0
+        diagonals = [self._diagonal(parameter, groups[id(parameter)]) for parameter in parameters]
+        usual = _mean_inverse(diagonals)
         largest = max((float(groups[id(parameter)]["lr"]) for parameter in parameters), default=0.0)
         roots = []
-        for parameter, inverse in zip(parameters, inverses, strict=True):
+        for parameter, diagonal in zip(parameters, diagonals, strict=True):
             rate = float(groups[id(parameter)]["lr"]) / largest if largest > 0 else 1.0
-            entries = torch.full_like(parameter, usual, requires_grad=False) if inverse is None else inverse
-            roots.append((entries * rate).sqrt())
+            roots.append((torch.where(diagonal == 0, usual, 1 / diagonal) * rate).sqrt())
         if not all(bool(_local(root).isfinite().all()) for root in roots):
             raise ValueError("The state of the optimizer in metric must be finite, but is not. Look at the learning rate.")
         return roots
 
-    def _inverse(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor | None:
-        """Return the entries of :math:`P^{-1}` of one parameter, without its learning rate; None without a state."""
+    def _diagonal(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """Return the entries of P of one parameter, 0 for coordinates without history."""
         if isinstance(self.optimizer, optim.SGD):
             return torch.ones_like(parameter, requires_grad=False)
         state = self.optimizer.state.get(parameter)
         if not state or not float(state["step"]):
-            return None
+            return torch.zeros_like(parameter, requires_grad=False)
         name = next(name for kind, name in _DIVIDE.items() if isinstance(self.optimizer, kind))
         squares: Tensor = state["max_exp_avg_sq" if group.get("amsgrad") else name].detach()
+        history = squares != 0
         if name == "exp_avg_sq":
             squares = squares / (1 - float(group["betas"][1]) ** float(state["step"]))
         elif group.get("centered"):
             squares = squares - state["grad_avg"].detach().square()
-        denominator: Tensor = squares.clamp(min=0).sqrt() + group["eps"]
-        return 1 / denominator
+        diagonal: Tensor = (squares.clamp(min=0).sqrt() + group["eps"]) * history
+        return diagonal
 
 
-def _mean(inverses: Sequence[Tensor | None]) -> float:
-    """Return the mean of all entries on this rank; 1 if there are none."""
-    known = [_local(inverse) for inverse in inverses if inverse is not None]
-    count = sum(inverse.numel() for inverse in known)
-    return float(sum(inverse.sum(dtype=torch.float64) for inverse in known)) / count if count else 1.0
+def _mean_inverse(diagonals: Sequence[Tensor]) -> float:
+    """Return the mean of the inverses of all entries that are not zero; 1 if there are none."""
+    count = sum(_total(diagonal != 0) for diagonal in diagonals)
+    total = sum(_total(torch.where(diagonal == 0, 0.0, 1 / diagonal)) for diagonal in diagonals)
+    return total / count if count else 1.0
+
+
+def _total(tensor: Any) -> float:
+    """Return the sum of all entries, of a distributed tensor over all ranks."""
+    total = tensor.double().sum()
+    return float(total.full_tensor() if hasattr(total, "full_tensor") else total)
 
 
 def _local(tensor: Any) -> Tensor:

@@ -137,6 +137,15 @@ def test_a_parameter_without_state_has_the_mean_of_the_others():
     torch.testing.assert_close(unknown.square(), torch.full((3,), 0.625))
 
 
+def test_a_coordinate_without_history_does_not_dominate():
+    theta = nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    optimizer = torch.optim.Adam([theta])
+    theta.grad = torch.tensor([1.0, 4.0, 0.0], dtype=torch.float64)
+    optimizer.step()
+    (root,) = OptimizerMetric(optimizer).roots([theta])
+    torch.testing.assert_close(root.square(), torch.tensor([1.0, 0.25, 0.625], dtype=torch.float64), rtol=1e-7, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch's Adagrad
 def test_sparse_gradients():
     embedding = nn.Embedding(6, 2, sparse=True, dtype=torch.float64)
@@ -152,6 +161,8 @@ def test_sparse_gradients():
         [torch.autograd.grad(loss, embedding.weight, retain_graph=True)[0].to_dense().flatten() for loss in losses()]
     )
     P = optimizer.state[embedding.weight]["sum"].sqrt().flatten() + 1e-10
+    history = P > 1e-10
+    P[~history] = 1 / (1 / P[history]).mean()  # rows without history have the mean of the others
     for collected in (False, True):
         balancer = Balancer(2, gradient="mgda", metric=optimizer)
         if collected:
