@@ -39,7 +39,7 @@ def fronts_figure(fronts: Sequence[Front], names: tuple[str, str], reference: tu
         _draw(axes, front, COLORS[i % len(COLORS)], DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)], numbered=i == 0)
     axes.plot(*reference, "+", color=GREY, markersize=8, label="reference point")
     axes.set(xlabel=f"{names[0]}, lower is better ←", ylabel=f"{names[1]}, lower is better ↓")
-    figure.legend(loc="outside right upper")
+    figure.legend(loc="outside right upper", title="numbers: share of the\nfirst task in %", title_fontsize=7)
     return figure
 
 
