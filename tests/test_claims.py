@@ -6,7 +6,7 @@ import torch
 from balance import gradient_balancers, loss_balancers, testing
 from tests import claims
 
-EXAMPLES = {"thorough": 1000, "mutation": 15}.get(os.environ.get("HYPOTHESIS_PROFILE", ""), 25)
+EXAMPLES = {"thorough": 1000, "mutation": 15}.get(os.environ.get("HYPOTHESIS_PROFILE", ""), 15)
 
 
 def test_every_loss_balancer_answers_every_claim():

@@ -50,7 +50,8 @@ def registries(monkeypatch):
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=[str(k) for k in range(len(SNIPPETS))])
-def test_snippet(snippet, registries, capsys, tmp_path):
+def test_snippet(snippet, registries, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(measurement, "ROUNDS", 1)
     if "torchrun" in snippet:
         first, second = printed_by_ranks(snippet, tmp_path / "train.py")
         assert first == second
@@ -83,7 +84,7 @@ def run(command, capfd):
     """The command on less data, in this process, since starting one takes longer than all that it does."""
     program, script, *words = command.replace("--seeds=3", "--seeds=1").split()
     assert program == "python"
-    words = [word.replace("--points=5", "--points=2") for word in words]
+    words = [word.replace("--points=5", "--points=2").replace("ls,pbi", "pbi") for word in words]
     if script == "-m":
         script = f"{words.pop(0).replace('.', '/')}/__main__.py"
     assert (ROOT / script).exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from functools import partial
@@ -147,6 +148,7 @@ class Measurement:
 
     def _cost(self, stage: Balancer) -> Cost:
         """Measure a step on the first batch, observation included."""
+        stage = copy.deepcopy(stage)  # whose state, such as K gradients, is gone afterwards
 
         def step() -> None:
             stage.backward(self.losses(self.batches[0]), shared=self.shared)

@@ -115,7 +115,7 @@ def digits(dtype, loose):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", [SCALES[0], *(pytest.param(scale, marks=pytest.mark.slow) for scale in SCALES[1:])])
 @pytest.mark.parametrize("name", gradient_balancers.names())
 def test_direction_is_finite_and_a_combination_of_the_gradients(name, scale, dtype):
     for J in matrices(scale, dtype):

@@ -133,7 +133,9 @@ def concave(theta):
     return torch.stack([1 - (-(theta - shift).square().sum()).exp(), 1 - (-(theta + shift).square().sum()).exp()])
 
 
-@pytest.mark.parametrize("preference", [[1.0, 1.0], [1.0, 3.0], [2.0, 1.0]])
+@pytest.mark.parametrize(
+    "preference", [[1.0, 3.0], *(pytest.param(values, marks=pytest.mark.slow) for values in ([1.0, 1.0], [2.0, 1.0]))]
+)
 @pytest.mark.parametrize(("name", "options"), [("epo", {"tolerance": 1e-5}), ("pmgda", {"tolerance": 2e-3})])
 def test_training_ends_on_the_ray_of_a_concave_front(name, options, preference):
     """Weighted sums end at an end of this front; these rules end where preference times loss is equal, and on the front."""
