@@ -48,7 +48,7 @@ class Fan(NamedTuple):
         jobs: The runs.
         shares: By fingerprint of a run, the methods and the share of the first task.
         metrics: Metrics of the two tasks.
-        signs: By metric, whether higher is better.
+        higher_is_better: Names of metrics of which higher is better; their costs are 1 minus the metric.
     """
 
     jobs: Sequence[Job]

@@ -22,9 +22,9 @@ def test_finite_in_finite_out(name, scale):
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
 @pytest.mark.parametrize("name", NAMES)
-def test_finite_in_finite_out_with_many_tasks(name, scale):
-    for kind, seed in itertools.product(KINDS, range(2)):
-        assert direction(name, scale * make_jacobian(100, kind, seed)).isfinite().all(), (kind, seed)
+def test_finite_in_finite_out_up_to_a_hundred_tasks(name, scale):
+    for kind, num_tasks, seed in itertools.product(KINDS, (1, 2, 3, 100), range(2)):
+        assert direction(name, scale * make_jacobian(num_tasks, kind, seed)).isfinite().all(), (kind, num_tasks, seed)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,7 +19,19 @@ RULES = [
 
 
 # rules of every kind: solved, projected, drawn, with state, of coordinates; `test_splitter` tries all others
-OF_EVERY_KIND = ("mgda", "pcgrad", "imtl", "nashmtl", "graddrop", "gradvac", "upgrad", "ema_norm", "lr_annealing", "cr_mogm")
+OF_EVERY_KIND = (
+    "mgda",
+    "pcgrad",
+    "cagrad",
+    "imtl",
+    "nashmtl",
+    "graddrop",
+    "gradvac",
+    "upgrad",
+    "ema_norm",
+    "lr_annealing",
+    "cr_mogm",
+)
 # every way to merge: what is normalised, projected, solved, drawn, kept
 MODES = [
     {},

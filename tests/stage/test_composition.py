@@ -43,10 +43,14 @@ LOSSES, HEADS = ("ls", "scaleinvls", "go4align", "uw"), (None, "weighted", "unwe
 ON_GRAMIANS = [name for name in balance.gradient_balancers.names() if balance.gradient_balancers.sees(name) == "gramian"]
 
 
-# Every choice for three rules; for the others each choice once
-PAIRINGS = [
+# Every choice for three rules; for the others each choice once, and the rest in the slow tests
+FAST = {
     *itertools.product(LOSSES, ("mgda", "pcgrad", "imtl"), HEADS, (False, True)),
     *((LOSSES[i % 4], name, HEADS[i % 3], i % 2 == 0) for i, name in enumerate(ON_GRAMIANS)),
+}
+PAIRINGS = [
+    pytest.param(*pairing, marks=[] if pairing in FAST else pytest.mark.slow)
+    for pairing in itertools.product(LOSSES, ON_GRAMIANS, HEADS, (False, True))
 ]
 
 
