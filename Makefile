@@ -18,7 +18,7 @@ lint: $(VENV)/dev.installed  ## style, types, structure and language
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/codespell balance experiments benchmarks tests README.md CHANGELOG.md Makefile pyproject.toml
+	$(VENV)/bin/codespell balance experiments benchmarks tests docs README.md CHANGELOG.md Makefile pyproject.toml
 	$(VENV)/bin/python tests/structure.py
 	$(VENV)/bin/python tests/plain_english.py
 

@@ -33,6 +33,7 @@ LAYERS = (
     {"balance.splitter"},
     {"balance.diagnosis"},
     {"balance.config", "balance.tracking", "balance.testing"},
+    {"balance.comparison", "balance.integrations"},
     {"balance.catalogue"},
     {"balance.__main__"},
     {"balance"},

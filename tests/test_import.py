@@ -1,7 +1,23 @@
 import subprocess
 import sys
 
-HEAVY = ("mlflow", "omegaconf", "cvxpy", "sklearn", "torch_geometric", "matplotlib", "rich", "torchmetrics", "joblib", "yaml")
+HEAVY = (
+    "mlflow",
+    "omegaconf",
+    "cvxpy",
+    "sklearn",
+    "torch_geometric",
+    "matplotlib",
+    "rich",
+    "torchmetrics",
+    "joblib",
+    "yaml",
+    "lightning",
+    "transformers",
+    "accelerate",
+    "peft",
+    "tensorboard",
+)
 
 
 def test_import_balance_is_light():

@@ -16,14 +16,7 @@ from balance.rules.casting import preserving
 from balance.rules.options import describe
 from balance.rules.priorities import read_priorities
 from balance.rules.task_names import check_tasks, encode_tasks
-from balance.stage.arguments import (
-    Counts,
-    NanPolicy,
-    StepArguments,
-    ZeroPolicy,
-    listed,
-    task_names,
-)
+from balance.stage.arguments import Counts, NanPolicy, StepArguments, ZeroPolicy, listed, task_names
 from balance.stage.choices import check_choices, check_jacobian_balancer, check_metric
 from balance.stage.collection import Collection, collecting
 from balance.stage.deferred import deferred_loss
@@ -217,7 +210,8 @@ class Balancer(LearningStage):
                 length of its direction (nashmtl), and ``scale="norm"``, get that length for all shared parameters, by one or
                 two further passes.
             scaler: The GradScaler of mixed-precision training; give unscaled losses. The gradients are left scaled, for
-                ``scaler.step``. A step with an infinite or NaN loss or gradient is left for the scaler to skip.
+                ``scaler.step``. A step with an infinite or NaN loss or gradient is left for the scaler to skip. None: the
+                attribute ``scaler`` of this stage.
             factor: Positive factor on all gradients that are added to ``.grad``; for accumulation over n micro-batches 1 / n.
                 The rules see the losses without it. For the exact step of all micro-batches see `collect`.
             counts: Number of samples that each loss is a mean of, by task; 1 if it is not given. Needed where losses of several
@@ -235,8 +229,12 @@ class Balancer(LearningStage):
             ValueError: If a loss has the wrong shape or name, or a loss or gradient is not finite. Also if the losses do not
                 reach the shared parameters or features. ``.grad`` is then as before.
             TypeError: If a loss is not a tensor, or ``shared`` is not an iterable of parameters.
-            RuntimeError: If the graph cannot be walked once for each task, or several processes do not train one model.
+            RuntimeError: If the graph cannot be walked once for each task, or several processes do not train one model. Also
+                inside a training loop that calls the backward pass itself, if the loop has set ``backward_refusal``.
         """
+        if self.backward_refusal:
+            raise RuntimeError(self.backward_refusal)
+        scaler = self.scaler if scaler is None else scaler
         given = StepArguments(losses, listed(shared), features, listed(measure), scaler, factor, counts, extra, further)
         return self._run(given)
 
@@ -288,13 +286,14 @@ class Balancer(LearningStage):
             features: As for `backward`.
             measure: As for `backward`.
             scaler: The GradScaler that multiplies the scalar. Without it a step whose gradients overflow is an error, not a
-                step to skip.
+                step to skip. None: the attribute ``scaler`` of this stage.
             counts: As for `backward`.
             extra: As for `backward`.
 
         Returns:
             The sum of the losses and the extra loss. Shape ().
         """
+        scaler = self.scaler if scaler is None else scaler
         given = StepArguments(losses, listed(shared), features, listed(measure), scaler, counts=counts, extra=extra)
         return deferred_loss(given, self._run)
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
+    from torch.amp.grad_scaler import GradScaler
 
     from balance.distributed.ranks import Ranks
     from balance.rules.protocol import LossBalancer
@@ -31,6 +32,9 @@ class LearningStage(nn.Module):
         ranks: Processes that train together.
 
     Attributes:
+        scaler: The GradScaler of steps that are given none; None for no scaler. Not part of the state.
+        backward_refusal: Message of the error of a direct call of ``backward``; empty: such calls are allowed. For training
+            loops that run the backward pass of ``loss(...)`` themselves, and would clear the result of a direct call.
         loss_sums: Sums of the losses of the epoch. Shape (K,).
         loss_counts: Numbers of steps of the epoch at which each task was present. Shape (K,).
     """
@@ -43,6 +47,8 @@ class LearningStage(nn.Module):
     def __init__(self, tasks: tuple[str, ...], nan: NanPolicy, zero: ZeroPolicy, ranks: Ranks) -> None:
         super().__init__()
         self.tasks, self.nan, self.zero, self.ranks = tasks, nan, zero, ranks
+        self.scaler: GradScaler | None = None
+        self.backward_refusal = ""
         self.register_buffer("loss_sums", torch.zeros(len(tasks), dtype=torch.float64, device="cpu"))
         self.register_buffer("loss_counts", torch.zeros(len(tasks), dtype=torch.int64, device="cpu"))
         self._skipped = False  # whether the gradient scaler was to skip the last step

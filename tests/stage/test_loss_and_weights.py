@@ -122,3 +122,26 @@ def test_weights_refuse_losses_that_are_not_finite():
     losses["b"] = losses["b"] * torch.nan
     with pytest.raises(ValueError, match="Losses must be finite"):
         balancer.weights(losses, shared=network.shared())
+
+
+def test_the_scaler_of_the_stage_is_the_default():
+    grads = []
+    for by_argument in (True, False):
+        network, balancer = Network(), Balancer(TASKS, gradient="nashmtl")
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+        balancer.scaler = None if by_argument else scaler
+        given = {"scaler": scaler} if by_argument else {}
+        scaler.scale(balancer.loss(network.losses(), shared=network.shared(), **given)).backward()
+        balancer.backward(network.losses(), shared=network.shared(), **given)
+        grads.append(network.grads())
+    assert_same(*grads, rtol=0, atol=0)
+    assert "scaler" not in balancer.state_dict()
+
+
+def test_a_training_loop_can_refuse_direct_calls_of_backward():
+    network, balancer = Network(), Balancer(TASKS)
+    balancer.backward_refusal = "Return balancer.loss(...) instead."
+    with pytest.raises(RuntimeError, match=r"Return balancer\.loss"):
+        balancer.backward(network.losses(), shared=network.shared())
+    balancer.loss(network.losses(), shared=network.shared()).backward()
+    assert network.grads()
