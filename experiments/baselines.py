@@ -17,9 +17,9 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
+from balance.comparison.store import Store
 from experiments.cli import add_output, add_overrides, all_overrides, command_parser, parse_seeds, run_command
 from experiments.problems import base as problems
-from experiments.recording.store import Store
 from experiments.sweeps.execute import run_jobs
 from experiments.sweeps.plan import baseline_jobs
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+    from balance.comparison.recorded_run import RecordedRun
     from experiments.cli import Work
-    from experiments.recording.recorded_run import RecordedRun
     from experiments.sweeps.job import Job
 
 

@@ -16,25 +16,27 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
+from balance.comparison import comparison
+from balance.comparison.report_files import write_figure_per_setting, write_report
+from balance.comparison.selection import select_runs, split_runs
+from balance.comparison.store import Store
+from balance.comparison.tables import Format
 from balance.messages import unknown
-from experiments.analysis import baselines, comparison, published_tables
+from experiments.analysis import baselines, published_comparison, published_tables
 from experiments.analysis.printing import print_tables, print_tables_per
 from experiments.analysis.published_comparison import compare_with_published
-from experiments.analysis.report_files import write_figure_per_setting, write_report
-from experiments.analysis.selection import reason_for_no_runs, select_runs, split_runs
-from experiments.analysis.tables import Format
+from experiments.analysis.selection import as_recorded, reason_for_no_runs
 from experiments.cli import add_output, add_overrides, command_parser, mistakes_refused, run_command
 from experiments.config.layers import values_by_key
 from experiments.problems import base as problems
-from experiments.recording.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from experiments.analysis.comparison import Comparison
+    from balance.comparison.comparison import Comparison
+    from balance.comparison.recorded_run import RecordedRun
     from experiments.analysis.published_comparison import PublishedComparison
     from experiments.cli import Work
-    from experiments.recording.recorded_run import RecordedRun
 
 
 class Result(NamedTuple):
@@ -216,10 +218,10 @@ def write_files(result: Result, options: argparse.Namespace, command: str) -> li
     Raises:
         OSError: If the folder cannot be written.
     """
-    files = []
+    files, sections = [], [published_comparison.section(published) for published in result.published]
     for value, compared in result.comparisons.items():
         folder = options.output if options.per is None else options.output / f"{options.per}={value.replace('/', '_')}"
-        files += write_report(compared, result.published, result.store, folder, axes=options.pareto, command=command)
+        files += write_report(compared, sections, result.store, folder, axes=options.pareto, command=command)
     if options.per is not None:
         files += write_figure_per_setting(options.per, result.comparisons, result.store, options.output)
     return files
@@ -232,7 +234,7 @@ def _filters(options: argparse.Namespace) -> dict[str, str]:
     """
     words = [*options.overrides, *(word for word in options.runs or () if "=" in word)]
     options.runs = [word for word in options.runs or () if "=" not in word]
-    return values_by_key(words)
+    return {key: as_recorded(value) for key, value in values_by_key(words).items()}
 
 
 def _pareto_axes(words: str | None, compared: Comparison) -> tuple[str, str] | None:

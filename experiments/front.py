@@ -20,14 +20,14 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
-from experiments.analysis.figures.front import fronts_figure
+from balance.comparison.grouping import method_label
+from balance.comparison.store import Store
+from experiments.analysis.front_figure import fronts_figure
 from experiments.analysis.fronts import Front, Indicators, Point, common_reference, indicators
-from experiments.analysis.grouping import method_label
 from experiments.cli import add_methods, add_output, add_overrides, all_overrides, command_parser, parse_seeds, run_command
 from experiments.config.layers import values_by_key
 from experiments.config.schema import RunConfig
 from experiments.problems import base as problems
-from experiments.recording.store import Store
 from experiments.sweeps.console import show_plan
 from experiments.sweeps.execute import execute
 from experiments.sweeps.fan import configurations

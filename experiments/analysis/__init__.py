@@ -1,1 +1,1 @@
-"""Recorded runs to comparisons, tables, figures and reports."""
+"""Comparisons that know the problems: published tables, baselines that ship, fronts, and selection on a command line."""

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import statistics
-from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from balance.comparison.recorded_run import METHOD_GROUPS
+from balance.comparison.single_task import Baselines, most_common_settings, single_task_means
+from balance.comparison.store import complete
 from experiments.analysis import published_tables
-from experiments.analysis.grouping import newest_runs
 from experiments.problems import base as problems
-from experiments.recording.recorded_run import METHOD_GROUPS
-from experiments.recording.store import complete
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from experiments.recording.recorded_run import RecordedRun, Settings
+    from balance.comparison.recorded_run import RecordedRun, Settings
 
 DATA_AND_PROTOCOL = ("protocol", "data.source")  # baselines with other values of these settings are never used
-
-
-class Baselines(NamedTuple):
-    """Single-task value of each metric, and its origin in words."""
-
-    metrics: dict[str, float]
-    origin: str
 
 
 class BaselinesFile(NamedTuple):
@@ -110,24 +101,6 @@ def with_settings(experiment: str, common: Settings, runs: Iterable[RecordedRun]
     return published(experiment, common)
 
 
-def single_task_means(runs: Iterable[RecordedRun], common: Settings, tasks: Sequence[str]) -> dict[str, float]:
-    """Return mean test metrics of the finished single-task runs with these settings; empty unless every task has a run.
-
-    Args:
-        runs: Any runs, newest first.
-        common: Settings that do not belong to the methods.
-        tasks: Names of the tasks, in the order of ``loss.main_task``.
-    """
-    values: dict[str, list[float]] = defaultdict(list)
-    for run in newest_runs([run for run in runs if run.finished and run.is_single_task and run.common == common]):
-        task = tasks[int(run.settings["loss.main_task"])]
-        for name, value in run.metrics.items():
-            if name.partition("/")[0] == task:
-                values[name].append(value)
-    trained = {name.partition("/")[0] for name in values}
-    return {name: statistics.fmean(numbers) for name, numbers in values.items()} if trained == set(tasks) else {}
-
-
 def for_table(experiment: str, compared: Sequence[RecordedRun], recorded: Sequence[RecordedRun]) -> Baselines:
     """Return the baselines of a table: for the settings that most of its runs have, among the settings with baselines.
 
@@ -151,11 +124,6 @@ def for_table(experiment: str, compared: Sequence[RecordedRun], recorded: Sequen
         f"{_remarkable(candidates[0], experiment)}. Measure them with sweep.py, or give --baselines=FILE, or --baselines=none "
         "for a table without delta_m."
     )
-
-
-def most_common_settings(runs: Iterable[RecordedRun]) -> list[Settings]:
-    """Return the different `RecordedRun.common` of the finished runs, the most frequent first."""
-    return [common for common, _ in Counter(run.common for run in runs if run.finished).most_common()]
 
 
 def _different(common: Settings, candidates: Sequence[Settings]) -> str:

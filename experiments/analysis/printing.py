@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.measure import Measurement
 
-from experiments.analysis import formats, published_comparison, published_export
-from experiments.analysis.tables import (
+from balance.comparison import formats
+from balance.comparison.tables import (
     COLUMNS,
     METRICS_IN_TERMINAL,
     csv_lines,
@@ -19,14 +19,15 @@ from experiments.analysis.tables import (
     json_text,
     render,
 )
+from experiments.analysis import published_comparison, published_export
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from experiments.analysis.comparison import Comparison
-    from experiments.analysis.formats import TextTable
+    from balance.comparison.comparison import Comparison
+    from balance.comparison.formats import TextTable
+    from balance.comparison.tables import Format
     from experiments.analysis.published_comparison import PublishedComparison
-    from experiments.analysis.tables import Format
 
 
 def print_tables(name: str, compared: Comparison | None, tables: Sequence[PublishedComparison], form: Format) -> None:

@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from balance.comparison.formats import MISSING, Cell, TextTable
+from balance.comparison.report import Section
+from balance.comparison.statistics import Estimate
+from balance.comparison.tables import SINGLE_TASK, direction, remark_on_hidden
 from balance.metrics import delta_m
-from experiments.analysis.formats import MISSING, Cell, TextTable
 from experiments.analysis.published_tables import registered_methods
-from experiments.analysis.statistics import Estimate
-from experiments.analysis.tables import SINGLE_TASK, direction, remark_on_hidden
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from experiments.analysis.comparison import Comparison, Row
+    from balance.comparison.comparison import Comparison, Row
     from experiments.analysis.published_tables import PrintedNumber, PublishedRanking, PublishedRow, PublishedTable
 
 LOCAL_PREFIX = "here: "  # begins the label of a line that no paper printed
@@ -122,6 +123,12 @@ def legend(published: PublishedComparison, *, with_metrics: bool = True) -> str:
             "single-task networks of the papers, too."
         )
     return " ".join(sentences)
+
+
+def section(published: PublishedComparison) -> Section:
+    """Return the table as a section of the report."""
+    is_comparable = bool(published.comparable)
+    return Section(text_table(published), published.relation, is_comparable, notes(published), LOCAL_PREFIX)
 
 
 def notes(published: PublishedComparison) -> tuple[str, ...]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from experiments.analysis.published_comparison import against_published, rows_with_single_task
-from experiments.analysis.published_tables import registered_methods
-from experiments.analysis.tables import (
+from balance.comparison.tables import (
     COLUMNS,
     csv_lines,
     csv_text,
@@ -15,11 +13,13 @@ from experiments.analysis.tables import (
     summary,
     summary_with_values,
 )
+from experiments.analysis.published_comparison import against_published, rows_with_single_task
+from experiments.analysis.published_tables import registered_methods
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from experiments.analysis.comparison import Comparison, Row
+    from balance.comparison.comparison import Comparison, Row
     from experiments.analysis.published_comparison import PublishedComparison
     from experiments.analysis.published_tables import PrintedNumber, PublishedRanking, PublishedRow, PublishedTable
 

@@ -1,1 +1,1 @@
-"""Recorded runs: what of a run goes to MLflow, and how it is read back."""
+"""Recorded runs: which of a run's data goes to MLflow, and the fingerprint of its configuration."""

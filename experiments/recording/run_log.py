@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import OmegaConf
 
+from balance.comparison.store import decides
 from balance.config import flatten
 from balance.tracking import Tracker
+from experiments.recording.fingerprint import fingerprint
 from experiments.recording.served_model import save_network
-from experiments.recording.store import decides, fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

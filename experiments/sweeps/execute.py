@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
+from balance.comparison.store import Store
 from balance.tracking import Tracker
 from experiments.config.layers import values_by_key
-from experiments.recording.store import Store, digest
+from experiments.recording.fingerprint import digest
 from experiments.sweeps.console import progress, result_line
 from experiments.sweeps.worker import WorkerOptions, portable_worker
 

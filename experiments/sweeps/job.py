@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from balance.comparison.grouping import method_label
 from balance.config import build_balancer
-from experiments.analysis.grouping import method_label
 from experiments.config.layers import configure
 from experiments.problems import base as problems
-from experiments.recording.store import fingerprint
+from experiments.recording.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

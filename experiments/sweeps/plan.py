@@ -6,12 +6,13 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from balance.comparison.recorded_run import METHOD_GROUPS
+from balance.comparison.store import Store
 from experiments.analysis import baselines
 from experiments.config.layers import values_by_key
 from experiments.config.schema import RunConfig
 from experiments.problems import base as problems
-from experiments.recording.recorded_run import METHOD_GROUPS
-from experiments.recording.store import Store, common_of
+from experiments.recording.fingerprint import common_of
 from experiments.sweeps.job import make_job
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from experiments.recording.recorded_run import RecordedRun
+    from balance.comparison.recorded_run import RecordedRun
     from experiments.sweeps.job import Job
 
 

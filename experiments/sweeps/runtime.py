@@ -14,7 +14,7 @@ import torch
 from balance.config import flatten
 from balance.profiling import measure
 from experiments.problems import base as problems
-from experiments.recording.store import fingerprint
+from experiments.recording.fingerprint import fingerprint
 from experiments.training.data import to_device
 from experiments.training.evaluation import evaluate
 from experiments.training.run import build

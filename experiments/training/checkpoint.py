@@ -10,7 +10,7 @@ import torch
 
 from balance import metrics as balance_metrics
 from experiments.analysis import baselines as reference
-from experiments.recording.store import common_of
+from experiments.recording.fingerprint import common_of
 from experiments.training import ranks
 from experiments.training.checkpoint_files import write_file
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.recording.store import Store, fingerprint
+from balance.comparison.store import Store
+from experiments.recording.fingerprint import fingerprint
 from experiments.training import ranks
 from experiments.training.checkpoint_files import PREVIOUS, write_file
 

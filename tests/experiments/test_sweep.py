@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
+from balance.comparison.store import Store
 from experiments import baselines, sweep
-from experiments.recording.store import Store
 from experiments.sweeps import runtime
 from experiments.training import loop
 from tests.experiments.sweeps.small_sweeps import GRID, TINY, markdown, recorded, without_costs

@@ -1,8 +1,8 @@
 """Published tables, and recorded runs whose metrics are known multiples of the published ones."""
 
+from balance.comparison.comparison import compare
+from balance.comparison.recorded_run import RecordedRun
 from experiments.analysis import published_tables
-from experiments.analysis.comparison import compare
-from experiments.recording.recorded_run import RecordedRun
 
 SCENES = {"data.source": "scenes", "train.epochs": "12"}
 REAL = {"data.source": "files", "data.protocol": "sound", "train.epochs": "12"}

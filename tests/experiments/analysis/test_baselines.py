@@ -4,7 +4,7 @@ import yaml
 from experiments.analysis import baselines as reference
 from experiments.analysis import published_tables as published
 from experiments.problems import base as experiment
-from experiments.recording.store import common_of
+from experiments.recording.fingerprint import common_of
 from tests.experiments.short_runs import ROOT, configure
 
 

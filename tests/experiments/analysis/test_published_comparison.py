@@ -6,9 +6,11 @@ import json
 import pytest
 from rich.console import Console
 
+from balance.comparison.comparison import compare
+from balance.comparison.formats import MISSING, latex, markdown, terminal
+from balance.comparison.recorded_run import RecordedRun
+from balance.comparison.tables import SINGLE_TASK
 from experiments.analysis import published_tables
-from experiments.analysis.comparison import compare
-from experiments.analysis.formats import MISSING, latex, markdown, terminal
 from experiments.analysis.published_comparison import (
     LOCAL_PREFIX,
     compare_with_published,
@@ -18,8 +20,6 @@ from experiments.analysis.published_comparison import (
     text_table,
 )
 from experiments.analysis.published_export import as_csv, as_json
-from experiments.analysis.tables import SINGLE_TASK
-from experiments.recording.recorded_run import RecordedRun
 from tests.experiments.analysis.published_runs import NYUV2, REAL, SCENES, STL, compared_runs
 
 TABLES = [pytest.param(published_tables.load(name), id=name) for name in published_tables.names()]

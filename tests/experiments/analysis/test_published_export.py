@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from balance.comparison.tables import SINGLE_TASK
 from experiments.analysis.published_comparison import compare_with_published
 from experiments.analysis.published_export import as_csv, as_json
-from experiments.analysis.tables import SINGLE_TASK
 from tests.experiments.analysis.published_runs import NYUV2, REAL, SCENES, compared_runs
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from balance.comparison.store import Store
 from experiments import sweep
 from experiments.problems import base as experiments
-from experiments.recording.store import Store
 from experiments.sweeps import runtime
 from experiments.sweeps.plan import plan
 from experiments.sweeps.sweep_file import read_sweep_file

@@ -1,0 +1,86 @@
+"""Files of a report: the page and its figures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from balance.comparison import report
+from balance.comparison.figures import gallery
+from balance.comparison.figures.per_setting import metrics_per_setting
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
+    from balance.comparison.comparison import Comparison
+    from balance.comparison.report import Section
+    from balance.comparison.store import Store
+
+
+def write_report(
+    compared: Comparison,
+    sections: Sequence[Section],
+    store: Store,
+    folder: Path,
+    *,
+    axes: tuple[str, str] | None,
+    command: str,
+) -> list[Path]:
+    """Write the page and the figures of a comparison.
+
+    Args:
+        compared: The comparison.
+        sections: Further tables for the page.
+        store: Store with the curves of the runs.
+        folder: Folder for the files.
+        axes: Metrics of the Pareto plot; None for a default.
+        command: Command that made the page.
+
+    Returns:
+        The files, the page first.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    curves = {row.label: store.curves(run.run_id for run in row.runs) for row in compared.rows}
+    figures = gallery.every_figure(compared, curves, axes)
+    title = ", ".join(filter(None, (f"Comparison of methods on {compared.experiment}", compared.title)))
+    page = report.html(compared, figures, sections, title=title, command=command)
+    return _write(folder, {"report.html": page}, figures)
+
+
+def write_figure_per_setting(key: str, comparisons: Mapping[str, Comparison], store: Store, folder: Path) -> list[Path]:
+    """Write the figure with the metrics of all rows for each value of a setting.
+
+    Args:
+        key: The setting.
+        comparisons: Comparison of the runs with each value of the setting.
+        store: Store with the curves of the runs.
+        folder: Folder for the files.
+
+    Returns:
+        The files.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    validation = {
+        run.run_id: store.curves([run.run_id], ("val/",))
+        for compared in comparisons.values()
+        for row in compared.rows
+        for run in row.runs
+    }
+    return _write(folder, {}, {f"metrics_per_{key}": metrics_per_setting(key, comparisons, validation)})
+
+
+def _write(folder: Path, pages: Mapping[str, str], figures: Mapping[str, Figure]) -> list[Path]:
+    """Write pages and figures; return the files, pages first."""
+    try:
+        files = gallery.save(figures, folder)
+        for name, text in pages.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"--output: cannot write to {folder} ({error.strerror}). Choose another folder.") from None
+    return [*(folder / name for name in pages), *files]
