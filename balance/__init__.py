@@ -5,7 +5,7 @@ losses (K,) -> loss balancer -> weighted losses (K,) -> Jacobian (K, P) or Grami
 """
 
 from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from balance import gradient, loss
 from balance.diagnosis.diagnose import Diagnosis, diagnose
@@ -15,6 +15,9 @@ from balance.splitter.splitter import Splitter
 from balance.stage.balancer import Balancer
 from balance.stage.extra_forward import extra_forward
 from balance.stage.report import Report
+
+if TYPE_CHECKING:
+    from balance.comparison.comparison import Comparison, compare  # noqa: F401
 
 __version__ = "0.1.0"
 
@@ -33,12 +36,17 @@ __all__ = [
     "loss_balancers",
 ]
 
-_ON_FIRST_USE = ("config", "metrics", "testing", "tracking")  # some need packages of an extra
+# Modules, and names in modules; some need packages of an extra
+_ON_FIRST_USE = {
+    **{name: f"balance.{name}" for name in ("comparison", "config", "metrics", "testing", "tracking")},
+    **dict.fromkeys(("Comparison", "compare"), "balance.comparison.comparison"),
+}
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     if name in _ON_FIRST_USE:
-        return import_module(f"balance.{name}")
+        module = import_module(_ON_FIRST_USE[name])
+        return module if module.__name__ == f"balance.{name}" else getattr(module, name)
     raise AttributeError(f"module 'balance' has no attribute '{name}'")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import warnings
 from difflib import get_close_matches
@@ -32,3 +33,19 @@ def suggestion(name: object, known: Iterable[str]) -> str:
     near = get_close_matches(str(name), known, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return f"{hint} Known: {', '.join(known) if known else 'none'}."
+
+
+def require_package(package: str, extra: str) -> None:
+    """Check that an optional package is installed; it is not imported.
+
+    Args:
+        package: Name under which it is imported.
+        extra: Extra of this library that installs it.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(
+            f"{package} is required but not installed. Use pip install 'mtl-balance[{extra}]'.", name=package
+        )

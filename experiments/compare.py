@@ -10,18 +10,21 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
-from balance.comparison import comparison
+from balance.comparison.comparison import table_of_runs
+from balance.comparison.declared import declared_baselines, directions
 from balance.comparison.report_files import write_figure_per_setting, write_report
+from balance.comparison.run_table import tabulate
 from balance.comparison.selection import select_runs, split_runs
 from balance.comparison.store import Store
 from balance.comparison.tables import Format
 from balance.messages import unknown
+from balance.tracking import recorded_experiments, tracking_uri, without_password
 from experiments.analysis import baselines, published_comparison, published_tables
 from experiments.analysis.printing import print_tables, print_tables_per
 from experiments.analysis.published_comparison import compare_with_published
@@ -33,8 +36,9 @@ from experiments.problems import base as problems
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from balance.comparison.comparison import Comparison
     from balance.comparison.recorded_run import RecordedRun
+    from balance.comparison.run_table import RunTable
+    from balance.comparison.single_task import Baselines
     from experiments.analysis.published_comparison import PublishedComparison
     from experiments.cli import Work
 
@@ -51,7 +55,7 @@ class Result(NamedTuple):
 
     store: Store
     runs: Sequence[RecordedRun]
-    comparisons: Mapping[str, Comparison]
+    comparisons: Mapping[str, RunTable]
     published: Sequence[PublishedComparison]
 
 
@@ -116,7 +120,7 @@ def prepare_work(options: argparse.Namespace, *, parser: argparse.ArgumentParser
     if tables and not options.runs and (reason := reason_for_no_runs(name, output_dir)):
         published = [compare_with_published(table, None) for table in tables]
         return partial(show_published, name, published, options.format, reason)
-    problems.find(name)
+    check_experiment(name, output_dir)
     store = Store(name, output_dir)
     recorded = store.runs()
     runs = select_runs(store, recorded, options.runs, filters)
@@ -128,9 +132,26 @@ def prepare_work(options: argparse.Namespace, *, parser: argparse.ArgumentParser
     return partial(show, result, options, parser=parser, command=command)
 
 
+def check_experiment(name: str, output_dir: str) -> None:
+    """Check that an experiment is a problem here, or that a training loop of a user has recorded runs of it.
+
+    Raises:
+        ValueError: If it is neither, or the problem is incomplete.
+        OSError: If the server does not answer.
+    """
+    if name in problems.names():
+        problems.find(name)
+        return
+    recorded = recorded_experiments(output_dir)
+    if name not in recorded:
+        place = without_password(tracking_uri(output_dir))
+        message = unknown("experiment", name, {*problems.names(), *recorded})
+        raise ValueError(f"{message} Recorded in {place}: {', '.join(recorded) or 'none'}.")
+
+
 def compare_per(
     name: str, runs: Sequence[RecordedRun], recorded: Sequence[RecordedRun], options: argparse.Namespace
-) -> dict[str, Comparison]:
+) -> dict[str, RunTable]:
     """Return the comparison of the runs for each value of the setting ``--per``, or one with an empty key without it.
 
     Raises:
@@ -151,7 +172,7 @@ def compare(
     baselines_file: str | None,
     *,
     title: str = "",
-) -> Comparison:
+) -> RunTable:
     """Return the table of the runs.
 
     Args:
@@ -164,20 +185,25 @@ def compare(
     Raises:
         ValueError: If no baselines exist, or the runs cannot be compared.
     """
-    if baselines_file == "none":
-        known = None
-    elif baselines_file is not None:
-        known = baselines.read_file(Path(baselines_file)).baselines
-    else:
-        known = baselines.for_table(name, runs, recorded)
-    return comparison.compare(
+    given = read_baselines(baselines_file)
+    if name not in problems.names():
+        return table_of_runs(name, runs, recorded, baselines=given, title=title)
+    known = None if given == "none" else given or declared_baselines(runs) or baselines.for_table(name, runs, recorded)
+    return tabulate(
         runs,
         experiment=name,
-        higher_is_better=problems.find(name).HIGHER_IS_BETTER,
+        higher_is_better=directions(runs, problems.find(name).HIGHER_IS_BETTER),
         baselines=None if known is None else known.metrics,
         baselines_from="" if known is None else known.origin,
         title=title,
     )
+
+
+def read_baselines(file: str | None) -> Baselines | Literal["none"] | None:
+    """Return the baselines in a file; ``"none"`` and None are not names of files."""
+    if file == "none":
+        return "none"
+    return None if file is None else baselines.read_file(Path(file)).baselines
 
 
 def show_published(name: str, published: Sequence[PublishedComparison], form: Format, reason: str) -> int:
@@ -237,7 +263,7 @@ def _filters(options: argparse.Namespace) -> dict[str, str]:
     return {key: as_recorded(value) for key, value in values_by_key(words).items()}
 
 
-def _pareto_axes(words: str | None, compared: Comparison) -> tuple[str, str] | None:
+def _pareto_axes(words: str | None, compared: RunTable) -> tuple[str, str] | None:
     names = words.split(",") if words is not None else []
     for name in names:
         if name not in compared.metrics:

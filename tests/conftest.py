@@ -28,3 +28,13 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def golden():
     return json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory):
+    """An empty database of MLflow, to be copied: its creation takes seconds."""
+    from balance.tracking import connect
+
+    folder = tmp_path_factory.mktemp("empty")
+    connect("balance/empty", folder)
+    return folder / "mlflow.db"

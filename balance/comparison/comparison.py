@@ -1,225 +1,208 @@
-"""A table of recorded runs: one row for each pair of methods, with means over seeds, ranks and verdicts."""
+"""Comparison of the runs of an experiment that `balance.tracking.Tracker` has recorded, in one call."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from balance.comparison.grouping import check_same_data, group_by_label, newest_runs
-from balance.comparison.statistics import ENOUGH_SEEDS, Estimate, compare_with_best, median
-from balance.metrics import delta_m, mean_rank
+from balance.comparison import report, report_files
+from balance.comparison.declared import (
+    check_metrics,
+    declared_baselines,
+    directions,
+    recorded_baselines,
+    remark_on_missing_baselines,
+)
+from balance.comparison.run_table import tabulate
+from balance.comparison.selection import select_runs
+from balance.comparison.single_task import Baselines
+from balance.comparison.store import Store
+from balance.comparison.tables import plain_text, render
+from balance.messages import unknown
+from balance.tracking.description import baseline
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    import os
+    from collections.abc import Collection, Sequence
 
     from balance.comparison.recorded_run import RecordedRun
-    from balance.comparison.statistics import Verdict
+    from balance.comparison.run_table import RunTable
 
 
-@dataclass(frozen=True)
-class Row:
-    """A pair of methods, with the settings that distinguish it from other rows.
-
-    Attributes:
-        label: Name of the row.
-        loss_method: Name.
-        gradient_method: Name, or None.
-        runs: Finished runs, one for each seed.
-        failed: Number of seeds without a finished run.
-        metrics: Test metrics by ``<task>/<metric>``.
-        delta_m: In percent; None without baselines.
-        mean_rank: Among the rows of the table, 1 is best.
-        time: Time of a step relative to ``ls``; NaN if it was not measured.
-        memory: Memory of a step in MiB; NaN if it was not measured.
-    """
-
-    label: str
-    loss_method: str
-    gradient_method: str | None
-    runs: tuple[RecordedRun, ...]
-    failed: int
-    metrics: Mapping[str, Estimate]
-    delta_m: Estimate | None
-    mean_rank: float
-    time: float
-    memory: float
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """Seeds of the runs."""
-        return tuple(run.seed for run in self.runs)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
-    """A table of rows, best delta_m first (best mean rank without baselines).
+    """Compared runs of an experiment. ``print(comparison)`` shows the table.
 
     Attributes:
-        experiment: Name of the experiment.
-        rows: At least one.
-        metrics: Names of the columns, ``<task>/<metric>``.
-        higher_is_better: Metrics that should be large.
-        baselines: Single-task value of each metric; None for a table without delta_m.
-        baselines_from: Origin of the baselines, in words.
-        notes: Limits of the table, in sentences: missing or failed seeds, settings that differ.
-        title: Text above the table; empty for none.
+        table: Rows with means over seeds, standard errors, verdicts and mean ranks; best first.
+        store: Store of the runs.
+        folder: Folder for the report, unless another one is given.
     """
 
-    experiment: str
-    rows: tuple[Row, ...]
-    metrics: tuple[str, ...]
-    higher_is_better: frozenset[str]
-    baselines: Mapping[str, float] | None = None
-    baselines_from: str = ""
-    notes: tuple[str, ...] = field(default=())
-    title: str = ""
+    table: RunTable
+    store: Store
+    folder: Path
 
+    def __str__(self) -> str:
+        return plain_text(self.table)
 
-class _Metrics(NamedTuple):
-    """Facts about the metrics of a table that all rows share."""
+    def __repr__(self) -> str:
+        rows = ", ".join(row.label for row in self.table.rows)
+        return f"Comparison({self.table.experiment!r}, rows: {rows})"
 
-    names: tuple[str, ...]
-    higher_is_better: Collection[str]
-    baselines: Mapping[str, float] | None
+    def _repr_markdown_(self) -> str:
+        """Return the table for notebooks."""
+        return self.to_markdown()
+
+    def to_markdown(self) -> str:
+        """Return the table and its notes in Markdown."""
+        notes = "".join(f"- {note}\n" for note in self.table.notes)
+        return "\n".join(filter(None, (render(self.table, "markdown"), notes)))
+
+    def to_latex(self) -> str:
+        """Return the table as a ``table`` for the LaTeX package booktabs."""
+        return render(self.table, "latex")
+
+    def to_csv(self) -> str:
+        """Return all numbers, with all digits, one line for each method and quantity."""
+        return render(self.table, "csv")
+
+    def to_json(self) -> str:
+        """Return the whole content as JSON, with all digits."""
+        return render(self.table, "json")
+
+    def to_html(self, axes: tuple[str, str] | None = None) -> str:
+        """Return the report, one page with the table and the figures.
+
+        Args:
+            axes: Metrics of the Pareto plot; None for the two on which the methods disagree most.
+
+        Raises:
+            ValueError: If a metric is unknown.
+        """
+        self._check_axes(axes)
+        return report.html(self.table, report_files.figures_of(self.table, self.store, axes), title=report.title(self.table))
+
+    def write_report(self, folder: str | os.PathLike[str] | None = None, *, axes: tuple[str, str] | None = None) -> Path:
+        """Write the report, and every figure as PNG and PDF.
+
+        Args:
+            folder: Folder for the files; None for ``<folder of the runs>/<experiment>/comparison``.
+            axes: Metrics of the Pareto plot; None for the two on which the methods disagree most.
+
+        Returns:
+            Path of the page, ``report.html``.
+
+        Raises:
+            ValueError: If a metric is unknown.
+            OSError: If the folder cannot be written.
+        """
+        self._check_axes(axes)
+        place = self.folder if folder is None else Path(folder).expanduser().resolve()
+        return report_files.write_report(self.table, (), self.store, place, axes=axes, command=None)[0]
+
+    def _check_axes(self, axes: tuple[str, str] | None) -> None:
+        for name in axes or ():
+            if name not in self.table.metrics:
+                raise ValueError(unknown("metric in axes", name, self.table.metrics))
 
 
 def compare(
-    runs: Sequence[RecordedRun],
-    *,
     experiment: str,
-    higher_is_better: Collection[str],
-    baselines: Mapping[str, float] | None,
-    baselines_from: str = "",
+    folder: str | os.PathLike[str] = "runs",
+    *,
+    runs: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    baselines: Mapping[str, float] | Literal["none"] | None = None,
+    higher_is_better: Collection[str] | None = None,
     title: str = "",
+    output: str | os.PathLike[str] | None = None,
 ) -> Comparison:
-    """Return the table of some runs.
+    """Compare the recorded runs of an experiment: methods in rows, with means over seeds, ranks and verdicts.
+
+    A row is a pair of methods with equal parameters. Of several finished runs with equal methods, parameters and seed the
+    newest counts. Runs of single-task networks are baselines and no rows.
 
     Args:
-        runs: Newest first. Of several finished runs with equal methods, settings and seed the newest counts.
+        experiment: Name that the runs were recorded with.
+        folder: Folder with ``mlflow.db``, used if ``MLFLOW_TRACKING_URI`` is not set.
+        runs: Ids of runs or of sweeps in MLflow; None for all runs that have ended.
+        settings: Values that parameters of the runs must have, such as ``{"train.lr": 0.1}``.
+        baselines: Single-task value of each metric, for delta_m, or ``"none"``. None: the values that the runs declare, else
+            means of the recorded single-task runs, else none.
+        higher_is_better: Names of the metrics that should be large; None: the names that the runs declare.
+        title: Text above the table.
+        output: Folder in which the report is written at once; None: see `Comparison.write_report`.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        ValueError: If an id or a setting is unknown, no run has finished, or the runs cannot be compared.
+        TypeError: If an argument has the wrong type.
+        OSError: If nothing is recorded, the server does not answer, or ``output`` cannot be written.
+    """
+    if isinstance(runs, str) or isinstance(higher_is_better, str):
+        raise TypeError("runs and higher_is_better must be sequences of texts, but got one text. Use a tuple.")
+    store = Store(experiment, str(folder))
+    recorded = store.runs()
+    filters = {key: str(value) for key, value in (settings or {}).items()}
+    selected = select_runs(store, recorded, runs or (), filters)
+    table = table_of_runs(
+        experiment, selected, recorded, baselines=_given(baselines), higher_is_better=higher_is_better, title=title
+    )
+    made = Comparison(table, store, (Path(folder).expanduser() / experiment / "comparison").resolve())
+    if output is not None:
+        made.write_report(output)
+    return made
+
+
+def table_of_runs(
+    experiment: str,
+    selected: Sequence[RecordedRun],
+    recorded: Sequence[RecordedRun],
+    *,
+    baselines: Baselines | Literal["none"] | None = None,
+    higher_is_better: Collection[str] | None = None,
+    title: str = "",
+) -> RunTable:
+    """Return the table of runs that declare how to compare them.
+
+    Args:
         experiment: Name of the experiment.
-        higher_is_better: Names of the metrics that should be large.
-        baselines: Single-task value of each metric; None for a table without delta_m.
-        baselines_from: Origin of the baselines, in words.
+        selected: Runs to compare, newest first.
+        recorded: All recorded runs, newest first.
+        baselines: Single-task values, or ``"none"`` for a table without delta_m. None: declared or recorded values.
+        higher_is_better: Names of the metrics that should be large; None: the names that the runs declare.
         title: Text above the table.
 
     Raises:
-        ValueError: If no run is finished, two runs have different data, or a baseline is missing or zero.
+        ValueError: If the runs have different metrics or data, or declare no directions or different ones.
     """
-    finished = newest_runs([run for run in runs if run.finished])
-    if not finished:
-        raise ValueError(f"No finished runs of '{experiment}' to compare.")
-    check_same_data(finished)
-    names = tuple(dict.fromkeys(name for run in finished for name in run.metrics))
-    finished = [replace(run, metrics={name: run.metrics.get(name, math.nan) for name in names}) for run in finished]
-    groups = group_by_label([*finished, *newest_runs([run for run in runs if not run.finished])])
-    rows = _judged(_rows(groups, _Metrics(names, higher_is_better, baselines)), higher_is_better)
-    notes = _notes(rows, [label for label, group in groups.items() if not any(run.finished for run in group)])
-    higher = frozenset(higher_is_better) & set(names)
-    return Comparison(experiment, rows, names, higher, baselines, baselines_from, notes, title)
-
-
-def _rows(groups: Mapping[str, Sequence[RecordedRun]], metrics: _Metrics) -> list[Row]:
-    """Return a row for each group with a finished run, in the order of the table."""
-    finished = {label: [run for run in group if run.finished] for label, group in groups.items()}
-    finished = {label: group for label, group in finished.items() if group}
-    means = {label: {name: _estimate(group, name).mean for name in metrics.names} for label, group in finished.items()}
-    ranks = mean_rank(means, metrics.higher_is_better)
-    plain = _plain_step_ms(run for group in finished.values() for run in group)
-    rows = [_row(label, group, metrics) for label, group in finished.items()]
-    rows = [
-        replace(row, mean_rank=ranks[row.label], time=row.time / plain, failed=_failed_seeds(groups[row.label], row))
-        for row in rows
-    ]
-    return sorted(rows, key=lambda row: (_cost(row.delta_m.mean if row.delta_m else row.mean_rank), row.mean_rank, row.label))
-
-
-def _row(label: str, finished: Sequence[RecordedRun], metrics: _Metrics) -> Row:
-    """Return a row from its finished runs only; time is in milliseconds."""
-    runs = tuple(sorted(finished, key=lambda run: run.seed))
-    drops = None
-    if metrics.baselines is not None:
-        baselines = metrics.baselines
-        drops = Estimate({run.seed: delta_m(run.metrics, baselines, metrics.higher_is_better) for run in runs})
-    return Row(
-        label,
-        runs[0].loss_method,
-        runs[0].gradient_method,
-        runs,
-        failed=0,
-        metrics={name: _estimate(runs, name) for name in metrics.names},
-        delta_m=drops,
-        mean_rank=math.nan,
-        time=median(run.step_ms for run in runs),
-        memory=median(run.step_mib for run in runs),
+    check_metrics(selected)
+    higher = directions(selected) if higher_is_better is None else frozenset(higher_is_better)
+    names = {name for run in selected for name in run.metrics}
+    for name in () if higher_is_better is None else higher - names:
+        raise ValueError(unknown("metric in higher_is_better", name, names))
+    known = baselines or declared_baselines(selected) or recorded_baselines(selected, recorded)
+    metrics, origin = (None, "") if known is None or known == "none" else known
+    table = tabulate(
+        selected, experiment=experiment, higher_is_better=higher, baselines=metrics, baselines_from=origin, title=title
     )
+    remarks = (remark_on_missing_baselines(recorded),) if known is None else ()
+    return replace(table, notes=(*table.notes, *remarks))
 
 
-def _estimate(runs: Iterable[RecordedRun], name: str) -> Estimate:
-    return Estimate({run.seed: run.metrics[name] for run in runs})
+def _given(baselines: Mapping[str, float] | Literal["none"] | None) -> Baselines | Literal["none"] | None:
+    """Return baselines that a caller gives.
 
-
-def _failed_seeds(group: Sequence[RecordedRun], row: Row) -> int:
-    return len({run.seed for run in group} - set(row.seeds))
-
-
-def _plain_step_ms(runs: Iterable[RecordedRun]) -> float:
-    """Return the time of a step of ``ls`` without a gradient balancer; NaN without such a run."""
-    return median(run.step_ms for run in runs if run.loss_method == "ls" and run.gradient_method is None)
-
-
-def _judged(rows: Sequence[Row], higher_is_better: Collection[str]) -> tuple[Row, ...]:
-    """Return the rows with a verdict for each estimate."""
-    columns = {
-        name: _with_verdicts([row.metrics[name] for row in rows], higher_is_better=name in higher_is_better)
-        for name in rows[0].metrics
-    }
-    drops = _with_verdicts([row.delta_m for row in rows if row.delta_m is not None], higher_is_better=False)
-    return tuple(
-        replace(row, metrics={name: column[k] for name, column in columns.items()}, delta_m=drops[k] if drops else None)
-        for k, row in enumerate(rows)
-    )
-
-
-def _with_verdicts(estimates: Sequence[Estimate], *, higher_is_better: bool) -> list[Estimate]:
-    """Return the estimates of a column, each compared with the best."""
-    costs = [_cost(-estimate.mean if higher_is_better else estimate.mean) for estimate in estimates]
-    if not estimates or min(costs) == math.inf:
-        return list(estimates)
-    best = estimates[costs.index(min(costs))]
-    verdicts: list[Verdict] = [
-        "best" if cost == min(costs) else compare_with_best(estimate.values, best.values, higher_is_better=higher_is_better)
-        for cost, estimate in zip(costs, estimates, strict=True)
-    ]
-    return [replace(estimate, verdict=verdict) for estimate, verdict in zip(estimates, verdicts, strict=True)]
-
-
-def _cost(number: float) -> float:
-    """Return a number for sorting, NaN last."""
-    return math.inf if math.isnan(number) else number
-
-
-def _notes(rows: Sequence[Row], failed: Sequence[str]) -> tuple[str, ...]:
-    """Return sentences about rows without finished runs, missing seeds, NaN and few seeds."""
-    seeds = sorted({seed for row in rows for seed in row.seeds})
-    notes = [f"No run of {label} finished." for label in failed]
-    for row in rows:
-        missing = [seed for seed in seeds if seed not in row.seeds]
-        if missing:
-            cause = f" ({row.failed} failed)" if row.failed else ""
-            notes.append(f"{row.label} lacks seed {', '.join(map(str, missing))}{cause}.")
-        broken = [name for name, estimate in row.metrics.items() if math.isnan(estimate.mean)]
-        if broken:
-            notes.append(f"{row.label} has NaN for {', '.join(broken)} in at least one seed, so its mean is not a number.")
-    return (*notes, *_notes_on_seeds(len(seeds)))
-
-
-def _notes_on_seeds(seeds: int) -> list[str]:
-    if seeds == 1:
-        return ["One seed is too few to estimate a spread. Use --seeds=6 or more."]
-    if seeds >= ENOUGH_SEEDS:
-        return []
-    return [
-        f"{seeds} seeds are too few to call a method worse than the best: if two are equal, all {seeds} paired "
-        f"differences still have one sign in {200 / 2**seeds:.3g} % of cases. From {ENOUGH_SEEDS} seeds on it is less than 5 %."
-    ]
+    Raises:
+        TypeError: If they are no mapping of names to numbers.
+    """
+    if baselines is None or baselines == "none":
+        return baselines
+    if not isinstance(baselines, Mapping):
+        raise TypeError(f"baselines must be a dict of numbers by metric, or 'none', but got {baselines!r}.")
+    return Baselines({name: baseline(name, value) for name, value in baselines.items()}, "as given")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MISSING = "\N{EN DASH}"
 MARKS = {"alike": "≈", "unclear": "?"}
+BOLD, STAR = "bold", "*"  # signs of the best of a column in legends
 TERMINAL_WIDTH = 100  # characters
 
 
@@ -51,6 +52,12 @@ class TextTable(NamedTuple):
     methods: int
     legend: str
     title: str = ""
+
+
+def without_bold(table: TextTable) -> TextTable:
+    """Return a table in which a star marks the best of a column, for text without bold letters."""
+    lines = [[Cell(f"{cell.text} {STAR}") if cell.verdict == "best" else cell for cell in line] for line in table.lines]
+    return table._replace(lines=lines, legend=table.legend.replace(f"{BOLD}:", f"{STAR}:"))
 
 
 def terminal(table: TextTable) -> Table:

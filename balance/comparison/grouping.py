@@ -33,7 +33,7 @@ def check_same_data(runs: Sequence[RecordedRun]) -> None:
         if others:
             raise ValueError(
                 f"Compared runs must have the same data, but got {key}={others[0]} and {key}={first}. Select one of them, or "
-                f"make a table of each with --per={key}."
+                f"make a table of each with compare.py --per={key}."
             )
 
 
@@ -75,7 +75,7 @@ def _names(runs: Iterable[RecordedRun]) -> dict[tuple[object, ...], str]:
 
 def _configuration(run: RecordedRun) -> tuple[object, ...]:
     """Return everything that decides the result except the seed."""
-    return (run.loss_method, run.gradient_method, *sorted(run.settings.items()))
+    return (run.loss_method, run.gradient_method, run.task, *sorted(run.settings.items()))
 
 
 def _different_settings(runs: Iterable[RecordedRun], *, methods: bool) -> set[str]:

@@ -1,4 +1,4 @@
-"""A run of the trainer, read back from the tracking store."""
+"""A run that `balance.tracking.Tracker` has recorded, read back from the tracking store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ METHOD_GROUPS = ("loss.", "gradient.", "balancer.")  # settings that belong to a
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """A run of the trainer, read back from the tracking store.
+    """A run, of the trainer or of another training loop, read back from the tracking store.
 
     Attributes:
         run_id: Identifier in MLflow.
@@ -30,6 +30,9 @@ class RecordedRun:
         step_mib: Memory that a training step needs in addition to parameters and the optimizer's state, in MiB.
         fingerprint: Hash of configuration and seed.
         configuration: Name of the configuration in a sweep file; empty without one.
+        higher_is_better: Metrics that should be large, as the run declares them; None if it does not.
+        baselines: Single-task value of each metric, as the run declares them; None if it does not.
+        task: Name of the only task of a single-task run, as the run declares it; empty if it does not.
     """
 
     run_id: str
@@ -43,6 +46,9 @@ class RecordedRun:
     step_mib: float = math.nan
     fingerprint: str = ""
     configuration: str = ""
+    higher_is_better: frozenset[str] | None = None
+    baselines: Mapping[str, float] | None = None
+    task: str = ""
 
     @property
     def common(self) -> Settings:

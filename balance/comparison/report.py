@@ -20,8 +20,8 @@ from balance.comparison.tables import number_format, text_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from balance.comparison.comparison import Comparison, Row
     from balance.comparison.formats import TextTable
+    from balance.comparison.run_table import Row, RunTable
     from balance.comparison.statistics import Estimate, Verdict
 
 LARGEST_SVG = 400_000  # bytes; a larger figure becomes PNG if that is smaller
@@ -55,7 +55,7 @@ class Section(NamedTuple):
 
 
 def html(
-    comparison: Comparison,
+    run_table: RunTable,
     figures: Mapping[str, Figure],
     sections: Sequence[Section] = (),
     *,
@@ -66,7 +66,7 @@ def html(
     """Return the page.
 
     Args:
-        comparison: The comparison to report.
+        run_table: The comparison to report.
         figures: Figures by name, in the order of the page; a name that begins with a key of `CAPTIONS` gets that caption.
         sections: Further tables.
         title: Heading of the page.
@@ -82,9 +82,9 @@ def html(
     )
     return templates.get_template("report.html").render(
         title=title,
-        answer=_unbroken(answer(comparison)),
-        comparison=comparison,
-        results=_unbroken_header(text_table(comparison)),
+        answer=_unbroken(answer(run_table)),
+        run_table=run_table,
+        results=_unbroken_header(text_table(run_table)),
         sections=[section._replace(table=_unbroken_header(section.table)) for section in sections],
         pictures=[_picture(name, figure) for name, figure in figures.items()],
         enough=ENOUGH_SEEDS,
@@ -94,12 +94,17 @@ def html(
     )
 
 
-def answer(comparison: Comparison) -> str:
+def title(run_table: RunTable) -> str:
+    """Return the heading of the page."""
+    return ", ".join(filter(None, (f"Comparison of methods on {run_table.experiment}", run_table.title)))
+
+
+def answer(run_table: RunTable) -> str:
     """Return the best method, and the methods that cannot be distinguished from it, in sentences."""
-    rows = [(row, row.delta_m) for row in comparison.rows if row.delta_m is not None]
+    rows = [(row, row.delta_m) for row in run_table.rows if row.delta_m is not None]
     finite = [(row, estimate) for row, estimate in rows if math.isfinite(estimate.mean)]
     if not rows:
-        return _answer_without_baselines(comparison)
+        return _answer_without_baselines(run_table)
     if not finite:
         return "No method has a finite delta_m."
     best, estimate = min(finite, key=lambda pair: pair[1].mean)
@@ -114,9 +119,9 @@ def answer(comparison: Comparison) -> str:
     return " ".join(filter(None, sentences))
 
 
-def _answer_without_baselines(comparison: Comparison) -> str:
-    best = min(comparison.rows, key=lambda row: row.mean_rank)
-    rank = f"{best.mean_rank:.2f} among {len(comparison.rows)} methods"
+def _answer_without_baselines(run_table: RunTable) -> str:
+    best = min(run_table.rows, key=lambda row: row.mean_rank)
+    rank = f"{best.mean_rank:.2f} among {len(run_table.rows)} methods"
     return (
         f"{best.label} has the best mean rank: {rank}. Without single-task baselines there is no delta_m; the table states "
         "for each metric which methods can be distinguished."

@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from balance.comparison.comparison import Comparison
     from balance.comparison.report import Section
+    from balance.comparison.run_table import RunTable
     from balance.comparison.store import Store
 
 
 def write_report(
-    compared: Comparison,
+    compared: RunTable,
     sections: Sequence[Section],
     store: Store,
     folder: Path,
     *,
     axes: tuple[str, str] | None,
-    command: str,
+    command: str | None,
 ) -> list[Path]:
     """Write the page and the figures of a comparison.
 
@@ -36,7 +36,7 @@ def write_report(
         store: Store with the curves of the runs.
         folder: Folder for the files.
         axes: Metrics of the Pareto plot; None for a default.
-        command: Command that made the page.
+        command: Command that made the page, if any.
 
     Returns:
         The files, the page first.
@@ -44,19 +44,29 @@ def write_report(
     Raises:
         OSError: If the folder cannot be written.
     """
-    curves = {row.label: store.curves(run.run_id for run in row.runs) for row in compared.rows}
-    figures = gallery.every_figure(compared, curves, axes)
-    title = ", ".join(filter(None, (f"Comparison of methods on {compared.experiment}", compared.title)))
-    page = report.html(compared, figures, sections, title=title, command=command)
+    figures = figures_of(compared, store, axes)
+    page = report.html(compared, figures, sections, title=report.title(compared), command=command)
     return _write(folder, {"report.html": page}, figures)
 
 
-def write_figure_per_setting(key: str, comparisons: Mapping[str, Comparison], store: Store, folder: Path) -> list[Path]:
+def figures_of(compared: RunTable, store: Store, axes: tuple[str, str] | None) -> dict[str, Figure]:
+    """Return the figures of a comparison by name.
+
+    Args:
+        compared: The comparison.
+        store: Store with the curves of the runs.
+        axes: Metrics of the Pareto plot; None for a default.
+    """
+    curves = {row.label: store.curves(run.run_id for run in row.runs) for row in compared.rows}
+    return gallery.every_figure(compared, curves, axes)
+
+
+def write_figure_per_setting(key: str, comparisons: Mapping[str, RunTable], store: Store, folder: Path) -> list[Path]:
     """Write the figure with the metrics of all rows for each value of a setting.
 
     Args:
         key: The setting.
-        comparisons: Comparison of the runs with each value of the setting.
+        comparisons: RunTable of the runs with each value of the setting.
         store: Store with the curves of the runs.
         folder: Folder for the files.
 

@@ -32,7 +32,7 @@ def select_runs(
         runs = [run for run in runs if _equal(_setting(run, key, recorded), value)]
     if not any(run.finished for run in runs):
         condition = f" with {', '.join(f'{key}={value}' for key, value in filters.items())}" if filters else ""
-        raise ValueError(f"No finished runs of '{store.experiment}'{condition} in {store.place}. Use sweep.py to train some.")
+        raise ValueError(f"No finished runs of '{store.experiment}'{condition} in {store.place}. Train some first.")
     return runs
 
 

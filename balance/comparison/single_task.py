@@ -27,11 +27,11 @@ def single_task_means(runs: Iterable[RecordedRun], common: Settings, tasks: Sequ
     Args:
         runs: Any runs, newest first.
         common: Settings that do not belong to the methods.
-        tasks: Names of the tasks, in the order of ``loss.main_task``.
+        tasks: Names of the tasks, in the order of ``loss.main_task`` for runs that do not declare their task.
     """
     values: dict[str, list[float]] = defaultdict(list)
     for run in newest_runs([run for run in runs if run.finished and run.is_single_task and run.common == common]):
-        task = tasks[int(run.settings["loss.main_task"])]
+        task = run.task or tasks[int(run.settings["loss.main_task"])]
         for name, value in run.metrics.items():
             if name.partition("/")[0] == task:
                 values[name].append(value)

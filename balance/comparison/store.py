@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import numpy as np
 
 from balance.comparison.recorded_run import RecordedRun
 from balance.tracking import connect, tracking_uri, without_password
+from balance.tracking.description import BASELINES, HIGHER_IS_BETTER, SINGLE_TASK
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 # Entries of a configuration that do not decide the result of a run; data.source describes the files of data.path
 BOOKKEEPING = frozenset(
     {
-        *("output_dir", "resume", "track", "log_every", "log_model", "system_metrics", "balancer.engine", "balancer.memory"),
+        *("output_dir", "resume", "track", "loggers", "log_every", "log_model", "system_metrics"),
+        *("balancer.engine", "balancer.memory"),
         *("data.path", "data.cache", "data.workers", "train.num_workers", "train.eval_batch_size"),
         "train.checkpoint_minutes",
     }
@@ -65,7 +68,7 @@ class Store:
         return runs
 
     def runs(self) -> list[RecordedRun]:
-        """Return the runs of the trainer that have ended, newest first."""
+        """Return the runs with methods that have ended, newest first."""
         return [as_run(run) for run in self.search("attributes.status != 'RUNNING'") if "loss_method" in run.data.params]
 
     def finished(self) -> set[str]:
@@ -127,8 +130,11 @@ class Store:
 
 
 def as_run(run: Any) -> RecordedRun:
-    """Convert an MLflow run of the trainer."""
-    params, metrics = complete(run.data.params), run.data.metrics
+    """Convert an MLflow run with methods."""
+    params, metrics, tags = run.data.params, run.data.metrics, run.data.tags
+    if "fingerprint" in tags:  # of the trainer, whose entries of today earlier runs lack
+        params = complete(params)
+    higher_is_better, baselines = (json.loads(tags.get(name, "null")) for name in (HIGHER_IS_BETTER, BASELINES))
     gradient = params.get("gradient_method")
     return RecordedRun(
         run_id=run.info.run_id,
@@ -144,8 +150,11 @@ def as_run(run: Any) -> RecordedRun:
         finished=run.info.status == "FINISHED",
         step_ms=metrics.get("cost/step_ms", math.nan),
         step_mib=metrics.get("cost/step_mib", math.nan),
-        fingerprint=run.data.tags.get("fingerprint", ""),
-        configuration=run.data.tags.get("configuration", ""),
+        fingerprint=tags.get("fingerprint", ""),
+        configuration=tags.get("configuration", ""),
+        higher_is_better=None if higher_is_better is None else frozenset(higher_is_better),
+        baselines=baselines,
+        task=tags.get(SINGLE_TASK, ""),
     )
 
 

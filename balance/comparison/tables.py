@@ -7,16 +7,20 @@ import io
 import json
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from balance.comparison.formats import MISSING, Cell, TextTable, latex, markdown, terminal
+from rich.console import Console
+from rich.measure import Measurement
+
+from balance.comparison.formats import BOLD, MISSING, Cell, TextTable, latex, markdown, terminal, without_bold
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from balance.comparison.comparison import Comparison, Row
+    from balance.comparison.run_table import Row, RunTable
     from balance.comparison.statistics import Estimate
 
 Format = Literal["table", "markdown", "latex", "csv", "json"]
@@ -28,35 +32,62 @@ COLUMNS = ("method", "loss_method", "gradient_method", "quantity", *STATISTICS) 
 
 
 @overload
-def render(comparison: Comparison, form: Literal["table"]) -> Table: ...
+def render(run_table: RunTable, form: Literal["table"]) -> Table: ...
 @overload
-def render(comparison: Comparison, form: Literal["markdown", "latex", "csv", "json"]) -> str: ...
-def render(comparison: Comparison, form: Format) -> Table | str:
+def render(run_table: RunTable, form: Literal["markdown", "latex", "csv", "json"]) -> str: ...
+def render(run_table: RunTable, form: Format) -> Table | str:
     """Return the comparison in one of the formats.
 
     ``csv`` and ``json`` have all digits. The other formats are rounded and have a legend.
     """
-    forms: dict[str, Callable[[Comparison], Table | str]] = {
+    forms: dict[str, Callable[[RunTable], Table | str]] = {
         "table": lambda whole: terminal(for_terminal(whole)),
         "markdown": lambda whole: markdown(text_table(whole)),
         "latex": lambda whole: latex(text_table(whole)),
         "csv": lambda whole: csv_text(csv_lines(whole)),
         "json": lambda whole: json_text(json_content(whole)),
     }
-    return forms[form](comparison)
+    return forms[form](run_table)
 
 
-def text_table(comparison: Comparison) -> TextTable:
+def text_table(run_table: RunTable) -> TextTable:
     """Return the table before it is written in one of the forms."""
-    header, lines = cells(comparison)
-    return TextTable(header, lines, len(comparison.rows), legend(comparison), comparison.title)
+    header, lines = cells(run_table)
+    return TextTable(header, lines, len(run_table.rows), legend(run_table), run_table.title)
 
 
-def for_terminal(comparison: Comparison, most_metrics: int = METRICS_IN_TERMINAL) -> TextTable:
+def for_terminal(run_table: RunTable, most_metrics: int = METRICS_IN_TERMINAL) -> TextTable:
     """Return the table with at most so many metrics."""
-    shown = replace(comparison, metrics=comparison.metrics[:most_metrics])
-    table, hidden = text_table(shown), len(comparison.metrics) - len(shown.metrics)
+    shown = replace(run_table, metrics=run_table.metrics[:most_metrics])
+    table, hidden = text_table(shown), len(run_table.metrics) - len(shown.metrics)
     return table._replace(legend=table.legend + remark_on_hidden(hidden))
+
+
+def fitting(make: Callable[[int], TextTable], console: Console) -> tuple[Table, int]:
+    """Return a table with as many metrics as fit a terminal, and its width; for a file as many as the widest terminal gets.
+
+    Args:
+        make: Returns the table with at most so many metrics.
+        console: The terminal or file.
+    """
+    wide = console.options.update(max_width=1000)
+    for most_metrics in range(METRICS_IN_TERMINAL, -1, -1):
+        table = terminal(make(most_metrics))
+        width = Measurement.get(console, wide, table).maximum
+        if width <= console.width or not console.is_terminal:
+            break
+    return table, max(console.width, width)
+
+
+def plain_text(run_table: RunTable) -> str:
+    """Return the table and its notes without colours and bold letters, as wide as the terminal if standard output is one."""
+    table, width = fitting(lambda most_metrics: without_bold(for_terminal(run_table, most_metrics)), Console())
+    page = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+    with page.capture() as written:
+        page.print(table)
+    lines = [line.rstrip() for line in written.get().strip("\n").splitlines()]
+    notes = [textwrap.fill(f"- {note}", width, subsequent_indent="  ") for note in run_table.notes]
+    return "\n".join([*lines, *notes])
 
 
 def remark_on_hidden(metrics: int) -> str:
@@ -64,12 +95,12 @@ def remark_on_hidden(metrics: int) -> str:
     return f" {metrics} further metrics are in the other formats." if metrics else ""
 
 
-def cells(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
+def cells(run_table: RunTable) -> tuple[list[str], list[list[Cell]]]:
     """Return header and lines; with baselines, the last line is for the single-task networks.
 
     Columns without any content are left out.
     """
-    rows = comparison.rows
+    rows = run_table.rows
     columns: dict[str, list[Cell]] = {
         "method": [*(Cell(row.label) for row in rows), Cell(SINGLE_TASK)],
         "seeds": [*(Cell(_seeds(row)) for row in rows), Cell("")],
@@ -79,15 +110,15 @@ def cells(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
         columns["delta_m % ↓"] = _estimates(drops, 0.0)
         columns["95 % interval"] = [*_intervals(drops), Cell("")]
     columns["mean rank ↓"] = _numbers([row.mean_rank for row in rows], decimals=2)
-    for name in comparison.metrics:
-        baseline = (comparison.baselines or {}).get(name, math.nan)
-        header = f"{name} {direction(name, comparison.higher_is_better)}"
+    for name in run_table.metrics:
+        baseline = (run_table.baselines or {}).get(name, math.nan)
+        header = f"{name} {direction(name, run_table.higher_is_better)}"
         columns[header] = _estimates([row.metrics.get(name) for row in rows], baseline)
     columns["time / ls"] = _numbers([row.time for row in rows], decimals=2)
     columns["memory MiB"] = _numbers([row.memory for row in rows])
     columns = {name: column for name, column in columns.items() if any(cell.text != MISSING for cell in column[: len(rows)])}
     lines = [list(line) for line in zip(*columns.values(), strict=True)]
-    return list(columns), lines if comparison.baselines else lines[:-1]
+    return list(columns), lines if run_table.baselines else lines[:-1]
 
 
 def direction(metric: str, higher_is_better: frozenset[str]) -> str:
@@ -95,15 +126,15 @@ def direction(metric: str, higher_is_better: frozenset[str]) -> str:
     return "↑" if metric in higher_is_better else "↓"
 
 
-def legend(comparison: Comparison) -> str:
+def legend(run_table: RunTable) -> str:
     """Explain the signs and columns of the table."""
-    header, lines = cells(comparison)
+    header, lines = cells(run_table)
     sentences = [_legend_of_signs({cell.verdict for line in lines for cell in line})]
     if "delta_m % ↓" in header:
-        source = f" ({comparison.baselines_from})" if comparison.baselines_from else ""
+        source = f" ({run_table.baselines_from})" if run_table.baselines_from else ""
         sentences.append(f"delta_m: mean relative drop against single-task networks{source}; below 0 beats them.")
     if "mean rank ↓" in header:
-        sentences.append(f"Mean rank: among these {len(comparison.rows)} methods only.")
+        sentences.append(f"Mean rank: among these {len(run_table.rows)} methods only.")
     if "time / ls" in header:
         sentences.append("time / ls: duration of a training step relative to ls.")
     if "memory MiB" in header:
@@ -113,7 +144,7 @@ def legend(comparison: Comparison) -> str:
 
 def _legend_of_signs(verdicts: set[Any]) -> str:
     signs = ["mean ± standard error over seeds"]
-    signs += ["bold: best mean"] if "best" in verdicts else []
+    signs += [f"{BOLD}: best mean"] if "best" in verdicts else []
     signs += ["≈: not distinguishable from the best"] if "alike" in verdicts else []
     signs += ["?: too few seeds to distinguish it from the best"] if "unclear" in verdicts else []
     return "; ".join(signs).capitalize() + "."
@@ -186,10 +217,10 @@ def _numbers(numbers: Sequence[float], decimals: int | None = None) -> list[Cell
     return [*(Cell(MISSING if math.isnan(number) else write(number)) for number in numbers), Cell("")]
 
 
-def csv_lines(comparison: Comparison) -> list[dict[str, Any]]:
+def csv_lines(run_table: RunTable) -> list[dict[str, Any]]:
     """Return a line for each method and quantity; several values in a field are separated by blanks, in the order of seeds."""
     lines: list[dict[str, Any]] = []
-    for row in comparison.rows:
+    for row in run_table.rows:
         ids = {run.seed: run.run_id for run in row.runs}
         method = {"method": row.label, "loss_method": row.loss_method, "gradient_method": row.gradient_method}
         for name, estimate in ({"delta_m": row.delta_m} | dict(row.metrics)).items():
@@ -197,7 +228,7 @@ def csv_lines(comparison: Comparison) -> list[dict[str, Any]]:
                 lines.append(method | {"quantity": name} | summary(estimate) | _joined_values(estimate, ids))
         for name, number in (("mean_rank", row.mean_rank), ("time", row.time), ("memory", row.memory)):
             lines.append(method | {"quantity": name, "mean": number})
-    for name, number in (comparison.baselines or {}).items():
+    for name, number in (run_table.baselines or {}).items():
         lines.append({"method": SINGLE_TASK, "quantity": name, "mean": number})
     return lines
 
@@ -220,16 +251,16 @@ def csv_text(lines: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMN
     return written.getvalue()
 
 
-def json_content(comparison: Comparison) -> dict[str, Any]:
+def json_content(run_table: RunTable) -> dict[str, Any]:
     """Return the whole content of the comparison."""
     return {
-        "experiment": comparison.experiment,
-        "metrics": [{"name": name, "higher_is_better": name in comparison.higher_is_better} for name in comparison.metrics],
-        "baselines": comparison.baselines,
-        "baselines_from": comparison.baselines_from,
-        "mean_ranks_are_among": [row.label for row in comparison.rows],  # without them the ranks mean nothing
-        "rows": [_json_row(row) for row in comparison.rows],
-        "notes": comparison.notes,
+        "experiment": run_table.experiment,
+        "metrics": [{"name": name, "higher_is_better": name in run_table.higher_is_better} for name in run_table.metrics],
+        "baselines": run_table.baselines,
+        "baselines_from": run_table.baselines_from,
+        "mean_ranks_are_among": [row.label for row in run_table.rows],  # without them the ranks mean nothing
+        "rows": [_json_row(row) for row in run_table.rows],
+        "notes": run_table.notes,
     }
 
 

@@ -22,6 +22,7 @@ from balance.stage.collection import Collection, collecting
 from balance.stage.deferred import deferred_loss
 from balance.stage.execution import execute, prepare
 from balance.stage.learning import LearningStage
+from balance.stage.methods import methods_of
 from balance.stage.own_gradients import OwnGradients
 from balance.stage.reminders import Reminders
 from balance.stage.samples import check_sample_choices, check_sample_rules
@@ -119,6 +120,7 @@ class Balancer(LearningStage):
         check_choices(source, heads, scale, nan, zero, engine, memory)
         super().__init__(() if tasks is None else task_names(tasks), nan, zero, Ranks(process_group, is_shared=True))
         self.source, self.scale = source, scale
+        self.methods = methods_of(loss, loss_options, gradient, gradient_options)
         self._descriptions = describe(loss, loss_options), describe(gradient, gradient_options)
         K = len(self.tasks) or 2  # rules without state by task ignore it
         if tasks is None:

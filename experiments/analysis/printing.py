@@ -6,14 +6,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.measure import Measurement
 
 from balance.comparison import formats
 from balance.comparison.tables import (
     COLUMNS,
-    METRICS_IN_TERMINAL,
     csv_lines,
     csv_text,
+    fitting,
     for_terminal,
     json_content,
     json_text,
@@ -24,13 +23,13 @@ from experiments.analysis import published_comparison, published_export
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from balance.comparison.comparison import Comparison
     from balance.comparison.formats import TextTable
+    from balance.comparison.run_table import RunTable
     from balance.comparison.tables import Format
     from experiments.analysis.published_comparison import PublishedComparison
 
 
-def print_tables(name: str, compared: Comparison | None, tables: Sequence[PublishedComparison], form: Format) -> None:
+def print_tables(name: str, compared: RunTable | None, tables: Sequence[PublishedComparison], form: Format) -> None:
     """Print the table of the runs and the published tables, with their notes except in formats for programs.
 
     Args:
@@ -52,12 +51,12 @@ def print_tables(name: str, compared: Comparison | None, tables: Sequence[Publis
             _print_published(published, form)
 
 
-def print_tables_per(key: str, comparisons: Mapping[str, Comparison], form: Format) -> None:
+def print_tables_per(key: str, comparisons: Mapping[str, RunTable], form: Format) -> None:
     """Print one table for each value of a setting.
 
     Args:
         key: The setting.
-        comparisons: Comparison of the runs with each value of the setting.
+        comparisons: RunTable of the runs with each value of the setting.
         form: Format of all tables; CSV has a further column for the setting, JSON an object with the values as keys.
     """
     if form == "csv":
@@ -72,7 +71,7 @@ def print_tables_per(key: str, comparisons: Mapping[str, Comparison], form: Form
             print_comparison(compared, form)
 
 
-def print_comparison(compared: Comparison, form: Format) -> None:
+def print_comparison(compared: RunTable, form: Format) -> None:
     """Print the table of the runs, with its notes except in formats for programs."""
     if form == "table":
         _print_fitting(partial(for_terminal, compared))
@@ -102,13 +101,8 @@ def _print_fitting(make: Callable[[int], TextTable]) -> None:
         make: Returns the table with at most so many metrics.
     """
     console = Console()
-    wide = console.options.update(max_width=1000)
-    for most_metrics in range(METRICS_IN_TERMINAL, -1, -1):
-        table = formats.terminal(make(most_metrics))
-        width = Measurement.get(console, wide, table).maximum
-        if width <= console.width or not console.is_terminal:
-            break
-    (console if console.is_terminal else Console(width=max(console.width, width))).print(table)
+    table, width = fitting(make, console)
+    (console if console.is_terminal else Console(width=width)).print(table)
 
 
 def _print_notes(notes: Sequence[str]) -> None:

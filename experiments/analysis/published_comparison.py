@@ -20,7 +20,7 @@ from experiments.analysis.published_tables import registered_methods
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from balance.comparison.comparison import Comparison, Row
+    from balance.comparison.run_table import Row, RunTable
     from experiments.analysis.published_tables import PrintedNumber, PublishedRanking, PublishedRow, PublishedTable
 
 LOCAL_PREFIX = "here: "  # begins the label of a line that no paper printed
@@ -37,7 +37,7 @@ class PublishedComparison(NamedTuple):
     """
 
     table: PublishedTable
-    runs: Comparison | None = None
+    runs: RunTable | None = None
     relation: str = ""
     data: str = ""
 
@@ -54,7 +54,7 @@ class PublishedComparison(NamedTuple):
         return f"Published results on {self.table.data}{setting} (not measured here{exception})"
 
 
-def compare_with_published(table: PublishedTable, compared: Comparison | None) -> PublishedComparison:
+def compare_with_published(table: PublishedTable, compared: RunTable | None) -> PublishedComparison:
     """Return the table together with the runs, if they have its data."""
     if compared is None:
         return PublishedComparison(table)

@@ -19,14 +19,14 @@ from experiments.analysis.published_tables import registered_methods
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from balance.comparison.comparison import Comparison, Row
+    from balance.comparison.run_table import Row, RunTable
     from experiments.analysis.published_comparison import PublishedComparison
     from experiments.analysis.published_tables import PrintedNumber, PublishedRanking, PublishedRow, PublishedTable
 
 ORIGIN = ("data", "setting", "source")  # columns of CSV that distinguish published numbers from runs
 
 
-def as_csv(compared: Comparison | None, tables: Sequence[PublishedComparison]) -> str:
+def as_csv(compared: RunTable | None, tables: Sequence[PublishedComparison]) -> str:
     """Return runs and published tables as CSV, with the columns ``data``, ``setting`` and ``source``."""
     data = ", ".join(dict.fromkeys(published.data for published in tables))
     lines = [line | {"data": data} for line in csv_lines(compared)] if compared is not None else []
@@ -37,7 +37,7 @@ def as_csv(compared: Comparison | None, tables: Sequence[PublishedComparison]) -
     return csv_text(lines, (*COLUMNS, *ORIGIN))
 
 
-def as_json(experiment: str, compared: Comparison | None, tables: Sequence[PublishedComparison]) -> str:
+def as_json(experiment: str, compared: RunTable | None, tables: Sequence[PublishedComparison]) -> str:
     """Return runs, under the keys that they have without published tables, and the tables under the key ``published``."""
     runs = {"experiment": experiment, "rows": []} if compared is None else json_content(compared)
     return json_text({**runs, "published": [_json_table(published) for published in tables]})

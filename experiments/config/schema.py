@@ -88,6 +88,9 @@ class RunConfig:
     resume: bool = setting(default=False, help="continue the newest unfinished run with this configuration, if there is one")
     output_dir: str = setting("runs", help="folder for runs and for MLflow's file")
     track: bool = setting(default=True, help="record the run in MLflow")
+    loggers: list[str] = setting(
+        [], choices=("tensorboard", "wandb"), help="loggers in addition to MLflow, in the run's folder"
+    )
     log_every: int = setting(10, minimum=1, help="steps between two records")
     log_model: bool = setting(default=True, help="record the network and its checkpoints as artifacts")
     system_metrics: bool = setting(default=False, help="record the use of processor, memory, disk and network")

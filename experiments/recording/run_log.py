@@ -15,7 +15,10 @@ from omegaconf import OmegaConf
 from balance.comparison.store import decides
 from balance.config import flatten
 from balance.tracking import Tracker
+from balance.tracking.description import SINGLE_TASK
+from experiments.problems import base as problems
 from experiments.recording.fingerprint import fingerprint
+from experiments.recording.loggers import further_loggers
 from experiments.recording.served_model import save_network
 
 if TYPE_CHECKING:
@@ -33,25 +36,30 @@ HASHED = 100  # samples of a split
 CONTEXTS = {"train": "training", "validation": "validation", "test": "testing"}  # MLflow's names for the splits
 
 
-def new_tracker(config: DictConfig, name: str, parent: str | None = None, run_id: str | None = None) -> Tracker:
+def new_tracker(config: DictConfig, folder: Path, parent: str | None = None, run_id: str | None = None) -> Tracker:
     """Return the MLflow run of a training run; it starts, or is resumed, when it is entered.
 
     Args:
         config: Configuration of the run.
-        name: Name of the run.
+        folder: Folder of the run, which gives the run its name.
         parent: Id of the MLflow run under which this run is shown.
         run_id: Id of the MLflow run to resume; None for a new one.
     """
     tags = {"loss_method": config.loss_method, "gradient_method": str(config.gradient_method).lower(), "seed": str(config.seed)}
     tags |= {"kind": "baseline" if config.loss_method == "stl" else "run", "fingerprint": fingerprint(config)}
+    problem = problems.find(config.experiment)
+    if config.loss_method == "stl":
+        tags[SINGLE_TASK] = problem.TASKS[config.loss.main_task]
     return Tracker(
         config.experiment,
         config.output_dir,
-        name=name,
+        higher_is_better=problem.HIGHER_IS_BETTER,
+        name=folder.name,
         tags=tags,
         params=flatten(config),
         parent=parent,
         run_id=run_id,
+        loggers=further_loggers(config, folder),
         system_metrics=config.system_metrics,
         enabled=config.track,
     )

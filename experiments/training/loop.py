@@ -47,7 +47,7 @@ def train(run: Run, parent: str | None = None) -> dict[str, float]:
     Raises:
         Interrupted: If SIGTERM or SIGINT arrives; the run can be resumed.
     """
-    tracker = new_tracker(run.config, run.folder.name, parent, run.run_id)
+    tracker = new_tracker(run.config, run.folder, parent, run.run_id)
     with released(run.lock), interruption.noted(), problems.by_design():
         warnings.filterwarnings("ignore", message=SCHEDULED_FIRST)
         with tracker, progress_bar(run) as bar:

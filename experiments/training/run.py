@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from balance.config import build_balancer, measured
 from balance.tracking import connect
 from experiments.problems import base as problems
+from experiments.recording.loggers import further_loggers
 from experiments.training import ranks
 from experiments.training.checkpoint_files import write_file
 from experiments.training.data import training_batches
@@ -113,6 +114,7 @@ def build(config: DictConfig, console: Console | None = None) -> Run:
     problem = problems.under(config.protocol, problems.find(config.experiment))
     balancer = build_balancer(config, problem.TASKS)
     check_device(config.device)
+    further_loggers(config, Path(config.output_dir))  # refuses loggers that are not installed
     torch.manual_seed(config.seed)
     data = problem.load(config.data)
     batches = training_batches(data.train, config)

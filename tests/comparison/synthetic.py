@@ -4,8 +4,8 @@ from itertools import combinations
 
 import numpy as np
 
-from balance.comparison.comparison import Comparison, Row
 from balance.comparison.recorded_run import RecordedRun
+from balance.comparison.run_table import Row, RunTable
 from balance.comparison.statistics import Estimate
 
 TASKS = ("left", "right", "sum", "reconstruction")
@@ -38,7 +38,7 @@ def row(label="ls", *, seeds=3, failed=0, metrics=None, delta_m=None, mean_rank=
 
 def comparison(*rows, metrics=(), higher=HIGHER, baselines=BASELINES, **others):
     names = tuple(metrics or rows[0].metrics)
-    return Comparison("digits", tuple(rows), names, frozenset(higher) & set(names), baselines, **others)
+    return RunTable("digits", tuple(rows), names, frozenset(higher) & set(names), baselines, **others)
 
 
 def two_rows():

@@ -1,139 +1,213 @@
+"""Runs of a user's own training loop, from the tracker to the comparison."""
+
+import csv
+import io
+import json
 import math
-from dataclasses import replace
+import shutil
+import sys
 
 import pytest
+import torch
 
-from balance.comparison.comparison import compare
-from balance.comparison.recorded_run import RecordedRun
-from tests.comparison.recorded import run
+import balance
+from balance.tracking import Tracker, recorded_experiments
 
-
-def table(runs, baselines=None):
-    return compare(runs, experiment="synthetic", higher_is_better={"b/accuracy"}, baselines=baselines)
-
-
-def row(comparison, label):
-    (found,) = [row for row in comparison.rows if row.label == label]
-    return found
+TASKS = ("digit", "depth")
+HIGHER = ("digit/accuracy",)
+KNOWN = {"digit/accuracy": 0.8, "depth/rmse": 2.0}
 
 
-def test_rows_by_hand():
-    """delta_m against error 2 and accuracy 0.8: ls (50 + 25) / 2, uw (0 + 0) / 2; uw is first on both metrics."""
-    runs = [run(error=3.0, accuracy=0.6, seed=s, step_ms=2.0) for s in (0, 1)]
-    runs += [run("uw", "pcgrad", error=2.0, accuracy=0.8, seed=s, step_ms=6.0) for s in (0, 1)]
-    made = table(runs, {"a/error": 2.0, "b/accuracy": 0.8})
-    assert [row.label for row in made.rows] == ["uw + pcgrad", "ls"]
-    best, plain = made.rows
-    assert (best.delta_m.mean, plain.delta_m.mean) == pytest.approx((0, 37.5))
-    assert (best.mean_rank, plain.mean_rank) == (1, 2)
-    assert (best.time, plain.time) == (3, 1)
-    assert best.seeds == plain.seeds == (0, 1)
-    assert {estimate.verdict for estimate in (best.delta_m, *best.metrics.values())} == {"best"}
-    assert plain.delta_m.verdict == "unclear"
-    assert any("too few" in note for note in made.notes)
+def record(experiment, folder, loss="ls", gradient=None, seed=0, *, accuracy=0.4, rmse=3.0, final=None, **options):
+    """Record a run of one step, with final metrics that are known."""
+    balancer = balance.Balancer(TASKS, loss=loss, gradient=gradient, loss_options={"main_task": 1} if loss == "stl" else None)
+    options = {"higher_is_better": HIGHER} | options
+    with Tracker(experiment, folder, balancer=balancer, seed=seed, **options) as tracker:
+        shared = torch.ones(2, requires_grad=True)
+        balancer.backward({"digit": shared.sum(), "depth": shared.square().sum()}, shared=[shared])
+        tracker.log_metrics(balancer.report.as_metrics(), 0)
+        tracker.log_final({"digit/accuracy": accuracy, "depth/rmse": rmse} if final is None else final)
+    return tracker.run_id
 
 
-def test_ties_share_the_best_and_the_rank():
-    made = table([run(loss, seed=s) for loss in ("ls", "uw", "rlw") for s in (0, 1)] + [run("dwa", error=2.0, seed=0)])
-    assert {row.label: row.mean_rank for row in made.rows} == {"ls": 1, "uw": 1, "rlw": 1, "dwa": (4 + 1) / 2}
-    assert [row.metrics["a/error"].verdict for row in made.rows[:3]] == ["best"] * 3
-    assert made.rows[0].delta_m is None
+@pytest.fixture(scope="module")
+def folder(empty_database, tmp_path_factory):
+    """A store with several experiments."""
+    folder = tmp_path_factory.mktemp("own")
+    shutil.copy(empty_database, folder / "mlflow.db")
+    for seed in (0, 1):
+        record("plain", folder, seed=seed)
+        record("plain", folder, "uw", "pcgrad", seed, accuracy=0.8, rmse=2.0)
+        record("with-stl", folder, seed=seed)
+        record("with-stl", folder, "stl", seed=seed, rmse=1.5)
+    with Tracker("with-stl", folder, loss_method="stl", seed=0, higher_is_better=HIGHER) as alone:
+        alone.log_final({"digit/accuracy": 0.5})
+    record("declared", folder, baselines=KNOWN)
+    return folder
 
 
-def test_missing_seeds_are_told_and_pairs_use_the_common_ones():
-    made = table([*(run(seed=s, error=1.0 + s) for s in range(8)), *(run("uw", seed=s, error=2.0 + s) for s in range(1, 8))])
-    other = row(made, "uw")
-    assert other.seeds == tuple(range(1, 8))
-    assert other.metrics["a/error"].verdict == "worse"
-    assert "uw lacks seed 0." in made.notes
+def cell(comparison, label, name):
+    (row,) = [row for row in comparison.table.rows if row.label == label]
+    return row.metrics[name]
 
 
-def test_a_failed_run_counts_but_not_in_the_means():
-    made = table([run(seed=0), run(seed=1), run("uw", seed=0), run("uw", seed=1, finished=False), run("rlw", finished=False)])
-    assert row(made, "uw").failed == 1
-    assert row(made, "uw").seeds == (0,)
-    assert "uw lacks seed 1 (1 failed)." in made.notes
-    assert "No run of rlw finished." in made.notes
-    assert {row.label for row in made.rows} == {"ls", "uw"}
+def test_own_runs_become_a_table(folder):
+    made = balance.compare("plain", folder)
+    assert [row.label for row in made.table.rows] == ["uw + pcgrad", "ls"]
+    assert made.table.higher_is_better == {"digit/accuracy"}
+    assert [row.mean_rank for row in made.table.rows] == [1, 2]
+    assert cell(made, "ls", "depth/rmse").values == {0: 3.0, 1: 3.0}
+    assert cell(made, "uw + pcgrad", "digit/accuracy").verdict == "best"
+    assert made.table.rows[0].delta_m is None
+    assert "no baselines are declared, and no single-task runs are recorded" in made.table.notes[-1]
 
 
-def test_a_run_that_was_repeated_after_a_failure_is_no_failure():
-    assert row(table([run(seed=0), run(seed=0, finished=False)]), "ls").failed == 0
+def test_forms_of_a_comparison(folder):
+    made = balance.compare("plain", folder, title="Two methods")
+    shown = str(made)
+    assert "uw + pcgrad" in shown
+    assert "0.800 ± 0.000 *" in shown
+    assert "*: best mean" in shown
+    assert "bold" not in shown
+    assert "- No delta_m" in shown
+    assert shown.startswith("Two methods")
+    assert repr(made) == "Comparison('plain', rows: uw + pcgrad, ls)"
+    assert "**0.800 ± 0.000**" in made.to_markdown()
+    assert "- No delta_m" in made._repr_markdown_()
+    assert r"\toprule" in made.to_latex()
+    assert {row["method"] for row in json.loads(made.to_json())["rows"]} == {"ls", "uw + pcgrad"}
+    assert {line["method"] for line in csv.DictReader(io.StringIO(made.to_csv()))} == {"ls", "uw + pcgrad"}
+    assert "<h1>Comparison of methods on plain, Two methods</h1>" in made.to_html()
+    with pytest.raises(ValueError, match="Did you mean 'depth/rmse'"):
+        made.to_html(("depth/rms", "digit/accuracy"))
 
 
-def test_the_newest_of_equal_runs_counts():
-    made = table([run(error=1.0, run_id="new"), run(error=9.0, run_id="old")])
-    assert row(made, "ls").metrics["a/error"].values == {0: 1.0}
+def test_the_report_is_written(folder, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("balance.comparison.figures.gallery.every_figure", lambda *a: drawn.append(a) or {})
+    balance.compare("plain", folder, output=tmp_path / "here")
+    assert "uw + pcgrad" in (tmp_path / "here" / "report.html").read_text(encoding="utf-8")
+    ((_, curves, axes),) = drawn
+    assert curves["ls"]["loss/digit"][1].tolist() == [2.0]  # the mean over both seeds
+    assert axes is None
 
 
-def test_nan_metrics_rank_last_and_are_told():
-    made = table([run(error=math.nan), run("uw", error=5.0)], {"a/error": 1.0, "b/accuracy": 0.5})
-    assert [row.label for row in made.rows] == ["uw", "ls"]
-    assert math.isnan(row(made, "ls").delta_m.mean)
-    assert row(made, "uw").metrics["a/error"].verdict == "best"
-    assert (row(made, "ls").mean_rank, row(made, "uw").mean_rank) == (1.5, 1)
-    assert any("ls has NaN for a/error" in note for note in made.notes)
+def test_the_report_has_a_place_next_to_the_runs(folder):
+    assert balance.compare("declared", folder).folder == folder.resolve() / "declared" / "comparison"
 
 
-def test_a_metric_that_only_some_runs_have_is_nan_for_the_others():
-    odd = run("uw")
-    made = table([run(), RecordedRun("x", "uw", None, 0, odd.settings, {"a/error": 1.0})])
-    assert math.isnan(row(made, "uw").metrics["b/accuracy"].mean)
+def test_recorded_single_task_runs_are_baselines_and_no_rows(folder):
+    """Accuracy 0.4 against 0.5 and error 3 against 1.5: delta_m is (20 + 100) / 2."""
+    made = balance.compare("with-stl", folder)
+    assert [row.label for row in made.table.rows] == ["ls"]
+    assert made.table.baselines == {"digit/accuracy": 0.5, "depth/rmse": 1.5}
+    assert made.table.rows[0].delta_m.mean == pytest.approx(60)
+    assert balance.compare("with-stl", folder, baselines="none").table.baselines is None
 
 
-def test_one_seed_is_told():
-    made = table([run(), run("uw")])
-    assert any("One seed is too few" in note for note in made.notes)
+def test_declared_and_given_baselines(folder):
+    """Accuracy 0.4 against 0.8 and error 3 against 2: delta_m is (50 + 50) / 2."""
+    assert balance.compare("declared", folder).table.rows[0].delta_m.mean == pytest.approx(50)
+    assert balance.compare("declared", folder).table.baselines_from == "as the runs declare them"
+    given = balance.compare("declared", folder, baselines={"digit/accuracy": 0.4, "depth/rmse": 1.5})
+    assert given.table.rows[0].delta_m.mean == pytest.approx(50)
+    with pytest.raises(ValueError, match="baseline of 'depth/rmse'"):
+        balance.compare("declared", folder, baselines={"digit/accuracy": 0.4})
 
 
-@pytest.mark.parametrize(
-    ("baselines", "message"),
-    [({"a/error": 0.0, "b/accuracy": 1.0}, "'a/error' that is not zero"), ({"a/error": 1.0}, "baseline of 'b/accuracy'")],
-)
-def test_a_baseline_that_is_zero_or_missing_is_named(baselines, message):
-    with pytest.raises(ValueError, match=message):
-        table([run()], baselines)
+def test_chosen_runs_and_settings(folder):
+    made = balance.compare("plain", folder, settings={"seed": 1})
+    assert {row.seeds for row in made.table.rows} == {(1,)}
+    one = made.table.rows[0].runs[0].run_id
+    assert [run.run_id for run in balance.compare("plain", folder, runs=[one]).table.rows[0].runs] == [one]
+    with pytest.raises(ValueError, match="Did you mean 'loss_method'"):
+        balance.compare("plain", folder, settings={"lossmethod": "ls"})
 
 
-def test_no_finished_run_is_an_error():
-    with pytest.raises(ValueError, match="No finished runs"):
-        table([run(finished=False)])
+def test_parameters_make_rows_and_tags_do_not(folder):
+    for rate in (0.1, 0.2):
+        record("rates", folder, params={"lr": rate}, tags={"host": f"h{rate}"})
+    assert {row.label for row in balance.compare("rates", folder).table.rows} == {"ls lr=0.1", "ls lr=0.2"}
 
 
-def test_settings_make_rows_where_they_differ():
-    slow, fast = run(settings={"train.lr": "0.01"}), run()
-    assert {row.label for row in table([slow, fast]).rows} == {"ls train.lr=0.01", "ls train.lr=0.1"}
-    grouped = [run("go4align", settings={"loss.num_groups": k}) for k in ("2", "3")]
-    assert {row.label for row in table([run(), *grouped]).rows} == {
-        "ls",
-        "go4align loss.num_groups=2",
-        "go4align loss.num_groups=3",
+def test_options_of_a_balancer_make_rows(folder):
+    for c in (0.4, 0.9):
+        balancer = balance.Balancer(TASKS, gradient="cagrad", gradient_options={"c": c} if c != 0.4 else None)
+        with Tracker("options", folder, balancer=balancer, seed=0, higher_is_better=()) as tracker:
+            tracker.log_final({"depth/rmse": c})
+    assert {row.label for row in balance.compare("options", folder).table.rows} == {
+        "ls + cagrad gradient.c=0.4",
+        "ls + cagrad gradient.c=0.9",
     }
 
 
-def named(name, *arguments, **settings):
-    return replace(run(*arguments, settings=settings), configuration=name)
+def test_runs_without_final_metrics_are_named_until_they_are_repeated(folder):
+    balancer = balance.Balancer(TASKS)
+    with Tracker("forgotten", folder, balancer=balancer, seed=0, higher_is_better=HIGHER) as tracker:
+        pass
+    with pytest.raises(ValueError, match=rf"run {tracker.run_id} \(ls, seed 0\) has none.*log_final"):
+        balance.compare("forgotten", folder)
+    record("forgotten", folder)
+    assert len(balance.compare("forgotten", folder).table.rows) == 1
 
 
-def test_named_configurations_are_labelled_by_their_names():
-    runs = [named("small", **{"model.width": "1"}), named("large", **{"model.width": "9"}), run("uw")]
-    assert {row.label for row in table(runs).rows} == {"small", "large", "uw model.width=None"}
+def test_unequal_metrics_are_named(folder):
+    record("unequal", folder)
+    odd = record("unequal", folder, "uw", final={"digit/accuracy": 0.5})
+    with pytest.raises(ValueError, match=rf"run {odd} \(uw, seed 0\) lacks depth/rmse"):
+        balance.compare("unequal", folder)
 
 
-def test_runs_of_a_name_with_different_settings_are_different_rows():
-    runs = [named("a", **{"train.lr": rate}) for rate in ("1", "2")] + [named("b", "uw")]
-    assert {row.label for row in table(runs).rows} == {"a train.lr=1", "a train.lr=2", "b"}
+def test_directions_that_disagree_or_are_missing(folder):
+    record("disagree", folder)
+    record("disagree", folder, "uw", higher_is_better=())
+    with pytest.raises(ValueError, match="must declare equal higher_is_better, but run"):
+        balance.compare("disagree", folder)
+    made = balance.compare("disagree", folder, higher_is_better=HIGHER)
+    assert made.table.higher_is_better == {"digit/accuracy"}
+    with pytest.raises(ValueError, match="Did you mean 'digit/accuracy'"):
+        balance.compare("disagree", folder, higher_is_better=("digit/acuracy",))
+    with Tracker("undeclared", folder, params={"loss_method": "ls", "seed": 0}) as tracker:
+        tracker.log_metrics({"final/depth/rmse": 1.0}, 0)
+    with pytest.raises(ValueError, match=r"does not. Use Tracker\(..., higher_is_better"):
+        balance.compare("undeclared", folder)
 
 
-def test_a_name_of_several_methods_is_followed_by_the_methods():
-    assert {row.label for row in table([named("a"), named("a", "uw")]).rows} == {"a (ls)", "a (uw)"}
+def test_infinite_final_metrics_rank_last(folder):
+    record("infinite", folder, rmse=math.inf)
+    record("infinite", folder, "uw")
+    made = balance.compare("infinite", folder)
+    assert [row.label for row in made.table.rows] == ["uw", "ls"]
+    assert any("ls has NaN for depth/rmse" in note for note in made.table.notes)
 
 
-def test_all_seeds_of_a_configuration_get_its_newest_name():
-    runs = [run(seed=2), replace(run(seed=1), configuration="new"), replace(run(seed=0), configuration="old"), run("uw")]
-    assert {row.label: row.seeds for row in table(runs).rows} == {"new": (0, 1, 2), "uw": (0,)}
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"runs": "abc"}, TypeError, "must be sequences"),
+        ({"higher_is_better": "digit/accuracy"}, TypeError, "must be sequences"),
+        ({"baselines": "no"}, TypeError, "dict of numbers by metric, or 'none', but got 'no'"),
+        ({"baselines": {"digit/accuracy": 0}}, ValueError, "other than zero"),
+        ({"runs": ["abc"]}, ValueError, "No run 'abc' of 'plain' has ended"),
+    ],
+)
+def test_mistakes(folder, options, error, message):
+    with pytest.raises(error, match=message):
+        balance.compare("plain", folder, **options)
 
 
-def test_runs_on_different_data_are_not_compared():
-    with pytest.raises(ValueError, match=r"data\.seed=1 and data\.seed=0.*--per=data\.seed"):
-        table([run(), run("uw", settings={"data.seed": "1"})])
+def test_unknown_experiments(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No recorded runs of 'balance/plane'.*Did you mean 'balance/plain'"):
+        balance.compare("plane", folder)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        balance.compare("plain", tmp_path)
+    assert {"plain", "with-stl"} <= set(recorded_experiments(folder))
+    assert recorded_experiments(tmp_path) == []
+
+
+def test_missing_packages_are_named(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("balance.comparison")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "jinja2" else object())
+    with pytest.raises(ModuleNotFoundError, match=r"jinja2 is required.*pip install 'mtl-balance\[compare\]'"):
+        balance.compare  # noqa: B018

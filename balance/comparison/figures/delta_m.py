@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from balance.comparison.comparison import Comparison
+    from balance.comparison.run_table import RunTable
     from balance.comparison.statistics import Estimate, Verdict
 
 VERDICTS: dict[Verdict, tuple[str, str, str, str]] = {  # marker, its face, color, words
@@ -29,9 +29,9 @@ VERDICTS: dict[Verdict, tuple[str, str, str, str]] = {  # marker, its face, colo
 
 
 @rc_context(STYLE)
-def delta_m(comparison: Comparison) -> Figure | None:
+def delta_m(table: RunTable) -> Figure | None:
     """Draw means and 95 % intervals, a line for each row in the order of the table; None without finite means."""
-    rows = [(f"{wrapped(row.label, 40)}   {k}", row.delta_m) for k, row in enumerate(comparison.rows, start=1) if row.delta_m]
+    rows = [(f"{wrapped(row.label, 40)}   {k}", row.delta_m) for k, row in enumerate(table.rows, start=1) if row.delta_m]
     finite = [estimate for _, estimate in rows if math.isfinite(estimate.mean)]
     if not finite:
         return None

@@ -15,8 +15,8 @@ from balance.comparison.figures.training import conflicts, curves
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from balance.comparison.comparison import Comparison
     from balance.comparison.figures.drawing import Curves
+    from balance.comparison.run_table import RunTable
 
 CAPTIONS = {
     "delta_m": "Mean relative drop against networks that learn one task only. Further left is better; left of the line the "
@@ -33,13 +33,11 @@ CAPTIONS = {
 }
 
 
-def every_figure(
-    comparison: Comparison, logged: Curves | None = None, axes: tuple[str, str] | None = None
-) -> dict[str, Figure]:
+def every_figure(table: RunTable, logged: Curves | None = None, axes: tuple[str, str] | None = None) -> dict[str, Figure]:
     """Draw all figures that have content, by name.
 
     Args:
-        comparison: The comparison to draw.
+        table: The comparison to draw.
         logged: Curves that the runs logged during training; None for no figures of training.
         axes: The two metrics of the Pareto plot; None for the metrics on which the methods disagree most.
 
@@ -49,13 +47,13 @@ def every_figure(
     Raises:
         ValueError: If one of ``axes`` is not a metric of the comparison.
     """
-    axes = axes or most_opposed(comparison)
+    axes = axes or most_opposed(table)
     figures = {
-        "delta_m": delta_m(comparison),
-        "pareto": pareto(comparison, *axes) if axes else None,
-        "cost": cost(comparison),
-        "curves": curves(comparison, logged or {}),
-        "conflicts": conflicts(comparison, logged or {}),
+        "delta_m": delta_m(table),
+        "pareto": pareto(table, *axes) if axes else None,
+        "cost": cost(table),
+        "curves": curves(table, logged or {}),
+        "conflicts": conflicts(table, logged or {}),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 

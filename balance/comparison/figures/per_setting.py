@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-    from balance.comparison.comparison import Comparison, Row
+    from balance.comparison.run_table import Row, RunTable
 
 Validation = Mapping[str, Mapping[str, Series]]  # by id of the run, then by name, "val/<task>/<metric>"
 
@@ -39,7 +39,7 @@ BASELINE: Any = {"color": "black", "linestyle": (0, (1, 2)), "linewidth": 0.9}
 class Panel(NamedTuple):
     """A column of the figure: a metric of the comparison for one value of the setting."""
 
-    comparison: Comparison
+    table: RunTable
     metric: str
     setting: str
 
@@ -61,7 +61,7 @@ class Panel(NamedTuple):
     @property
     def baseline(self) -> float | None:
         """Position of the single-task networks; None without baselines."""
-        baselines = self.comparison.baselines or {}
+        baselines = self.table.baselines or {}
         return float(self.drawn(baselines[self.metric])) if self.metric in baselines else None
 
     def drawn(self, values: Array | Sequence[float] | float) -> Array:
@@ -71,7 +71,7 @@ class Panel(NamedTuple):
 
 
 @rc_context(STYLE)
-def metrics_per_setting(key: str, comparisons: Mapping[str, Comparison], validation: Validation) -> Figure:
+def metrics_per_setting(key: str, comparisons: Mapping[str, RunTable], validation: Validation) -> Figure:
     """Draw metrics on validation data over training, above, and on test data, below; a column per comparison and metric.
 
     Above, lines are means over seeds and bands their range. Below, dots are seeds and bars their means. Dotted lines are the
@@ -79,7 +79,7 @@ def metrics_per_setting(key: str, comparisons: Mapping[str, Comparison], validat
 
     Args:
         key: The setting, such as ``data.imbalance``.
-        comparisons: Comparison for each value of the setting.
+        comparisons: RunTable for each value of the setting.
         validation: Validation metrics by run.
 
     Returns:
@@ -104,7 +104,7 @@ def metrics_per_setting(key: str, comparisons: Mapping[str, Comparison], validat
     return figure
 
 
-def _panels(name: str, comparisons: Mapping[str, Comparison]) -> list[Panel]:
+def _panels(name: str, comparisons: Mapping[str, RunTable]) -> list[Panel]:
     metrics = next(iter(comparisons.values())).metrics[: max(1, MOST_PANELS // len(comparisons))]
     return [
         Panel(compared, metric, f"{name}={value.removesuffix('.0')}")
@@ -116,7 +116,7 @@ def _panels(name: str, comparisons: Mapping[str, Comparison]) -> list[Panel]:
 def _draw_training(axes: Axes, panel: Panel, styles: Mapping[str, RowStyle], validation: Validation) -> None:
     axes.set(title=panel.title, yscale="log" if panel.is_error else "linear")
     axes.set_xlabel("step", labelpad=1)
-    for row in panel.comparison.rows:
+    for row in panel.table.rows:
         steps, values = _validation_values(row, panel.metric, validation)
         if len(steps):
             _draw_band(axes, steps, panel.drawn(values), styles[row.label])
@@ -150,7 +150,7 @@ def _draw_test(axes: Axes, panel: Panel, styles: Mapping[str, RowStyle], *, with
     axes.set_xlabel(f"test {panel.quantity}", labelpad=1)
     axes.set_yticks(range(len(labels)), [wrapped(label, LABEL_WIDTH) for label in labels])
     axes.tick_params(axis="y", labelleft=with_labels)
-    for row in panel.comparison.rows:
+    for row in panel.table.rows:
         values = panel.drawn(list(row.metrics[panel.metric].values.values()))
         y, color, several = labels.index(row.label), styles[row.label].color, len(values) > 1
         axes.plot(values, np.full(len(values), y), "o", color=color, markersize=4, alpha=0.7 if several else 1, mec="none")

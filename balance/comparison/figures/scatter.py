@@ -30,8 +30,8 @@ from balance.messages import unknown
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from balance.comparison.comparison import Comparison, Row
     from balance.comparison.figures.drawing import RowStyle
+    from balance.comparison.run_table import Row, RunTable
     from balance.comparison.statistics import Estimate
 
 Point = tuple[float, float]
@@ -59,7 +59,7 @@ class Quantity(NamedTuple):
 
 
 @rc_context(STYLE)
-def pareto(comparison: Comparison, x: str, y: str) -> Figure | None:
+def pareto(table: RunTable, x: str, y: str) -> Figure | None:
     """Draw two metrics against each other, with the Pareto front of the means; None if no row has both.
 
     Returns:
@@ -69,24 +69,24 @@ def pareto(comparison: Comparison, x: str, y: str) -> Figure | None:
         ValueError: If one of the names is not a metric of the comparison.
     """
     for name in (x, y):
-        if name not in comparison.metrics:
-            raise ValueError(unknown("metric", name, comparison.metrics))
+        if name not in table.metrics:
+            raise ValueError(unknown("metric", name, table.metrics))
     across, up = (
         Quantity(
             name,
-            {row.label: _mean_and_error(row.metrics.get(name)) for row in comparison.rows},
-            sign=-1 if name in comparison.higher_is_better else 1,
-            baseline=(comparison.baselines or {}).get(name, math.nan),
+            {row.label: _mean_and_error(row.metrics.get(name)) for row in table.rows},
+            sign=-1 if name in table.higher_is_better else 1,
+            baseline=(table.baselines or {}).get(name, math.nan),
         )
         for name in (x, y)
     )
-    return _scatter(comparison.rows, across, up)
+    return _scatter(table.rows, across, up)
 
 
 @rc_context(STYLE)
-def cost(comparison: Comparison) -> Figure | None:
+def cost(table: RunTable) -> Figure | None:
     """Draw the time of a step against delta_m, or against the mean rank without baselines; None if no row has both."""
-    rows = comparison.rows
+    rows = table.rows
     time = Quantity("time of a step relative to ls", {row.label: (row.time, math.nan) for row in rows}, may_be_log=True)
     if any(row.delta_m for row in rows):
         result = Quantity("delta_m in %", {row.label: _mean_and_error(row.delta_m) for row in rows}, baseline=0.0)
@@ -95,15 +95,15 @@ def cost(comparison: Comparison) -> Figure | None:
     return _scatter(rows, time, result)
 
 
-def most_opposed(comparison: Comparison) -> tuple[str, str] | None:
+def most_opposed(table: RunTable) -> tuple[str, str] | None:
     """Return the two metrics that rank the rows in the least similar orders; None if there are fewer than two."""
-    signs = np.array([-1 if name in comparison.higher_is_better else 1 for name in comparison.metrics])
-    means = [[_mean_and_error(row.metrics.get(name))[0] for row in comparison.rows] for name in comparison.metrics]
+    signs = np.array([-1 if name in table.higher_is_better else 1 for name in table.metrics])
+    means = [[_mean_and_error(row.metrics.get(name))[0] for row in table.rows] for name in table.metrics]
     costs = signs[:, None] * np.array(means)  # (metrics, rows)
     orders = np.nan_to_num(np.sign(costs[:, :, None] - costs[:, None, :]))  # (metrics, rows, rows)
     agreement = np.einsum("iab,jab->ij", orders, orders)
     i, j = min(combinations(range(len(costs)), 2), key=lambda pair: agreement[pair], default=(0, 0))
-    return (comparison.metrics[i], comparison.metrics[j]) if i != j else None
+    return (table.metrics[i], table.metrics[j]) if i != j else None
 
 
 def pareto_front(points: Mapping[str, Point], signs: tuple[int, int]) -> list[str]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-    from balance.comparison.comparison import Comparison, Row
+    from balance.comparison.run_table import Row, RunTable
 
 Panel = tuple[str, str]  # a key of GROUPS, and a task
 
@@ -46,7 +46,7 @@ TITLE_WIDTH = 30  # characters of the title of a heat map
 
 
 @rc_context(STYLE)
-def curves(comparison: Comparison, logged: Curves) -> Figure | None:
+def curves(table: RunTable, logged: Curves) -> Figure | None:
     """Draw losses and weights over training, a panel for each task and quantity; None if nothing was logged.
 
     Weights of gradients are left out for rows without gradient balancer, where they are one. Of many tasks the first six are
@@ -55,13 +55,13 @@ def curves(comparison: Comparison, logged: Curves) -> Figure | None:
     Returns:
         The figure; None if nothing was logged.
     """
-    tasks = _tasks(comparison, logged)
+    tasks = _tasks(table, logged)
     shown = tasks[:MOST_TASKS]
-    lines = {(group, task): _lines(comparison.rows, logged, group, task) for group in GROUPS for task in shown}
+    lines = {(group, task): _lines(table.rows, logged, group, task) for group in GROUPS for task in shown}
     layout = _layout(lines, shown)
     if not layout:
         return None
-    styles = row_styles(comparison.rows)
+    styles = row_styles(table.rows)
     drawn = {label for of_panel in lines.values() for label in of_panel}
     handles = [style.line for label, style in styles.items() if label in drawn]
     columns, height = legend_size(handles)
@@ -110,7 +110,7 @@ class _Maps(NamedTuple):
 
 
 @rc_context(STYLE)
-def conflicts(comparison: Comparison, logged: Curves) -> Figure | None:
+def conflicts(table: RunTable, logged: Curves) -> Figure | None:
     """Draw the share of task pairs in conflict, and cosines of every pair, over training; None if nothing was logged.
 
     Of many pairs the thirty with the lowest mean cosine are drawn; of many rows the first twelve, or six with many pairs.
@@ -118,8 +118,8 @@ def conflicts(comparison: Comparison, logged: Curves) -> Figure | None:
     Returns:
         The figure; None if nothing was logged.
     """
-    tasks = _tasks(comparison, logged)
-    of_rows = {row.label: _not_empty(logged.get(row.label, {})) for row in comparison.rows}
+    tasks = _tasks(table, logged)
+    of_rows = {row.label: _not_empty(logged.get(row.label, {})) for row in table.rows}
     rates = _conflict_rates(of_rows, len(tasks))
     cosines = {label: {key: series[key] for key in series if key.startswith("cosine/")} for label, series in of_rows.items()}
     cosines = {label: pairs for label, pairs in cosines.items() if pairs}
@@ -127,8 +127,8 @@ def conflicts(comparison: Comparison, logged: Curves) -> Figure | None:
         return None
     pairs = _lowest_pairs(cosines)
     maps = _Maps({label: cosines[label] for label in list(cosines)[: 12 if len(pairs) <= 10 else 6]}, pairs, tasks)
-    remarks = _remarks(comparison.rows, cosines, len(pairs), len(maps.cosines))
-    styles = row_styles(comparison.rows)
+    remarks = _remarks(table.rows, cosines, len(pairs), len(maps.cosines))
+    styles = row_styles(table.rows)
     columns, height = legend_size([style.line for label, style in styles.items() if label in rates])
     heights = [height + 1.6, maps.height + 0.14 * len(remarks)]
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
@@ -146,10 +146,10 @@ def _conflict_rates(of_rows: Mapping[str, Mapping[str, Series]], num_tasks: int)
     return {label: (steps, count / math.comb(num_tasks, 2)) for label, (steps, count) in counts.items()}
 
 
-def _tasks(comparison: Comparison, logged: Curves) -> list[str]:
+def _tasks(table: RunTable, logged: Curves) -> list[str]:
     """Return the names of the tasks in the logged losses, or else in the names of the metrics."""
-    keys = [key for row in comparison.rows for key in logged.get(row.label, {}) if key.startswith("loss/")]
-    names = [key.removeprefix("loss/") for key in keys] or [name.partition("/")[0] for name in comparison.metrics]
+    keys = [key for row in table.rows for key in logged.get(row.label, {}) if key.startswith("loss/")]
+    names = [key.removeprefix("loss/") for key in keys] or [name.partition("/")[0] for name in table.metrics]
     return list(dict.fromkeys(names))
 
 

@@ -1,7 +1,7 @@
 """Published tables, and recorded runs whose metrics are known multiples of the published ones."""
 
-from balance.comparison.comparison import compare
 from balance.comparison.recorded_run import RecordedRun
+from balance.comparison.run_table import tabulate
 from experiments.analysis import published_tables
 
 SCENES = {"data.source": "scenes", "train.epochs": "12"}
@@ -18,7 +18,7 @@ def compared_runs(table=NYUV2, settings=REAL, factors=(1.0, 1.1)):
         for seed, factor in enumerate(factors):
             metrics = {name: v / factor if name in table.higher_is_better else v * factor for name, v in single_task.items()}
             runs.append(RecordedRun(f"{loss}{gradient}{seed}", loss, gradient, seed, settings, metrics))
-    return compare(
+    return tabulate(
         runs,
         experiment=table.experiment,
         higher_is_better=table.higher_is_better,

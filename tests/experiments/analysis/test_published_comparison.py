@@ -6,9 +6,9 @@ import json
 import pytest
 from rich.console import Console
 
-from balance.comparison.comparison import compare
 from balance.comparison.formats import MISSING, latex, markdown, terminal
 from balance.comparison.recorded_run import RecordedRun
+from balance.comparison.run_table import tabulate
 from balance.comparison.tables import SINGLE_TASK
 from experiments.analysis import published_tables
 from experiments.analysis.published_comparison import (
@@ -129,7 +129,7 @@ def test_relation_lists_all_different_settings_of_the_runs():
         RecordedRun(f"{epochs}", "ls", None, 0, {"data.source": "files", "train.epochs": epochs}, dict(STL))
         for epochs in ("5", "200", "10")
     ]
-    compared = compare(runs, experiment="nyuv2", higher_is_better=NYUV2.higher_is_better, baselines=None)
+    compared = tabulate(runs, experiment="nyuv2", higher_is_better=NYUV2.higher_is_better, baselines=None)
     published = compare_with_published(NYUV2, compared)
     assert published.relation == "The runs here are on NYUv2 too, but with train.epochs=10 or 5 (papers: 200)."
     labels = list(lines_by_label(text_table(published)))
@@ -139,7 +139,7 @@ def test_relation_lists_all_different_settings_of_the_runs():
 
 def test_metrics_that_the_runs_lack_are_missing():
     runs = [RecordedRun("a", "famo", None, 0, REAL, {"depth/abs_error": 0.5})]
-    compared = compare(runs, experiment="nyuv2", higher_is_better=NYUV2.higher_is_better, baselines=None)
+    compared = tabulate(runs, experiment="nyuv2", higher_is_better=NYUV2.higher_is_better, baselines=None)
     line = lines_by_label(text_table(compare_with_published(NYUV2, compared)))["here: famo"]
     assert (line["depth/abs_error ↓"], line["depth/rel_error ↓"], line["delta_m % ↓"]) == ("0.5000", MISSING, "nan")
     assert line["source"] == "1 seed"

@@ -1,5 +1,5 @@
-from balance.comparison.comparison import compare
 from balance.comparison.recorded_run import RecordedRun
+from balance.comparison.run_table import tabulate
 from experiments.analysis import published_comparison, published_tables
 from tests.comparison.pages import plain, report
 
@@ -9,7 +9,7 @@ def of_nyuv2(**settings):
     table = published_tables.load("nyuv2")
     values = {name: printed.value for name, printed in table.in_experiment_units(table.single_task).items()}
     runs = [RecordedRun("id", "famo", None, 0, settings, values)]
-    compared = compare(runs, experiment="nyuv2", higher_is_better=table.higher_is_better, baselines=values)
+    compared = tabulate(runs, experiment="nyuv2", higher_is_better=table.higher_is_better, baselines=values)
     return compared, [published_comparison.compare_with_published(table, compared)]
 
 

@@ -6,19 +6,33 @@ import importlib.util
 import json
 import math
 import os
-import re
-import subprocess
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from balance.messages import require_package
+from balance.tracking.checkout import git_tags
+from balance.tracking.description import (
+    SINGLE_TASK,
+    as_number,
+    check_final,
+    declared_tags,
+    describe_run,
+    task_of,
+)
+from balance.tracking.logger import Loggers, Status, status_of
+from balance.tracking.server import connect, tracking_uri, without_password
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Mapping
     from types import TracebackType
+
+    from balance.stage.balancer import Balancer
+    from balance.tracking.logger import Logger
 
 BATCH = 500  # metrics in one database write; MLflow accepts at most 1000
 PARAMS = 100  # parameters that MLflow accepts in one call
+FIXED = ("loss_method", "gradient_method", "seed")  # parameters that a resumed run must have as recorded
 
 
 class Tracker:
@@ -26,62 +40,97 @@ class Tracker:
 
     The run is recorded on the server in ``MLFLOW_TRACKING_URI``, else in the SQLite file ``mlflow.db`` in ``folder``, next to
     a folder of artifacts. Metrics are buffered, written in batches, and written at the end, whatever ends the run. Of several
-    ranks, only the first records.
+    ranks, only the first records. `balance.compare` makes a table of the runs with final metrics, see `log_final`.
 
     Args:
         experiment: Name of the problem; the MLflow experiment is ``balance/<experiment>``.
         folder: Output folder of the SQLite file and its artifacts, created if it does not exist.
-        name: Name of the run.
-        tags: Tags such as ``loss_method``, ``gradient_method`` and ``seed``; the git commit is added.
-        params: The flattened configuration.
+        balancer: The `Balancer` of the run: its methods and their options become tags and parameters.
+        loss_method: Name of the loss method of a run without a balancer. ``"stl"`` is a network that was trained on one task
+            only, a baseline of the other runs.
+        gradient_method: Name of the gradient method of a run without a balancer.
+        seed: Seed of the run. Runs that differ only in their seed are one row of the table.
+        params: Further parameters. Runs that differ in one of them are different rows of the table.
+        higher_is_better: Names of the final metrics that should be large; ``()`` if all should be small. None: not declared.
+        baselines: Value of each final metric for a network that was trained on its task only, if it is known.
+        name: Name of the run; None for methods and seed.
+        tags: Further tags, which do not distinguish rows; the git commit of this library is added if it is a checkout.
         parent: Id of the run that lists this run as a child.
         run_id: Id of a run to be continued, which keeps its parameters and tags; None for a new run.
+        loggers: Further loggers, such as `TensorBoard`, which record too and are closed with the run.
         system_metrics: Also record the use of processor, memory, disk and network, every ten seconds.
-        enabled: Record the run. False: nothing is recorded or imported.
+        enabled: Record the run in MLflow. False: mlflow is not imported, and only ``loggers`` record.
 
     Raises:
         OSError: On entry, if the folder cannot be written or the server does not answer.
-        ValueError: If ``system_metrics`` is set and psutil is not installed.
+        ModuleNotFoundError: On entry, if mlflow is not installed.
+        ValueError: If an argument contradicts another, a declared name or value is wrong, or psutil is not installed but
+            ``system_metrics`` is set. On entry, if the run to be continued does not exist or has other methods.
+        TypeError: If an argument has the wrong type.
     """
 
     def __init__(
         self,
         experiment: str,
-        folder: str | os.PathLike[str],
+        folder: str | os.PathLike[str] = "runs",
         *,
-        name: str,
-        tags: Mapping[str, str],
-        params: Mapping[str, Any],
+        balancer: Balancer | None = None,
+        loss_method: str | None = None,
+        gradient_method: str | None = None,
+        seed: int | None = None,
+        params: Mapping[str, Any] | None = None,
+        higher_is_better: Iterable[str] | None = None,
+        baselines: Mapping[str, float] | None = None,
+        name: str | None = None,
+        tags: Mapping[str, str] | None = None,
         parent: str | None = None,
         run_id: str | None = None,
+        loggers: Iterable[Logger] = (),
         system_metrics: bool = False,
         enabled: bool = True,
     ) -> None:
         self.experiment = f"balance/{experiment}"
         self.folder = Path(folder).expanduser()
-        self.name = name
-        self.tags = dict(tags)
-        self.params = dict(params)
+        described = describe_run(balancer, loss_method, gradient_method, seed)
+        if repeated := described.params.keys() & (params or {}):
+            raise ValueError(f"params must not repeat {', '.join(sorted(repeated))}, which the other arguments give.")
+        self.tags = described.tags | declared_tags(higher_is_better, baselines) | dict(tags or {})
+        self.params = described.params | dict(params or {})
+        self.name = name or _name(self.params) or experiment
         self.parent = parent
         self.run_id = run_id
         self.enabled = enabled and _rank() == 0
-        self.status = "FINISHED"  # of the run, unless an exception ends it
+        self.status: Status = "FINISHED"  # of the run, unless an exception ends it
         self.seconds = 0.0  # spent in this class during the run
         if system_metrics and importlib.util.find_spec("psutil") is None:
             raise ValueError("system_metrics requires psutil, which is not installed. Use pip install psutil.")
         self._system_metrics = system_metrics
+        self._loggers = Loggers(loggers if _rank() == 0 else ())
         self._monitor: Any = None
         self._client: Any = None
         self._experiment_id = ""
         self._buffer: list[Any] = []
         self._written: set[tuple[str, int]] = set()  # metrics and steps that are left out
+        self._last_step = 0
 
     def __enter__(self) -> Tracker:
         if self.enabled:
+            require_package("mlflow", "track")
             self._start()
+        self._loggers.set_tags(self.tags | {key: str(value) for key, value in self.params.items()})
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close(self.status if kind is None else status_of(kind))
+
+    def close(self, status: Status = "FINISHED") -> None:
+        """Write the metrics that are buffered and end the run; leaving the context does so."""
+        try:
+            self._loggers.close(status)
+        finally:
+            self._end(status)
+
+    def _end(self, status: Status) -> None:
         if self._client is None:
             return
         try:
@@ -89,23 +138,44 @@ class Tracker:
                 self._monitor.finish()
             self.flush()
         finally:
-            status = self.status if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
             self._client.set_terminated(self.run_id, status)
             self._client = None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers at a step, without infinite numbers, which MLflow would store as large finite numbers."""
-        if self._client is None:
-            return
+        start = time.perf_counter()
+        self._last_step = max(self._last_step, step)
+        new = {key: value for key, value in metrics.items() if (key, step) not in self._written}
+        self._loggers.log_metrics(new, step)
+        if self._client is not None:
+            self._buffer_metrics({key: value for key, value in new.items() if not math.isinf(value)}, step)
+        self.seconds += time.perf_counter() - start
+
+    def log_final(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Record the test metrics with which `balance.compare` compares this run, under ``final/<task>/<metric>``.
+
+        Args:
+            metrics: Test metrics by ``<task>/<metric>``. An infinite value becomes NaN, which ranks last in a table.
+            step: Step of the record; None for the last step that was recorded.
+
+        Raises:
+            ValueError: If a name has another form, or the run lacks methods, a seed or directions of the metrics.
+            TypeError: If a value is no number.
+        """
+        check_final(metrics, self.tags, self.params)
+        numbers = {f"final/{name}": as_number(name, value) for name, value in metrics.items()}
+        if self.params["loss_method"] == "stl" and SINGLE_TASK not in self.tags:
+            self.set_tags({SINGLE_TASK: task_of(metrics)})
+        finite = {name: math.nan if math.isinf(number) else number for name, number in numbers.items()}
+        self.log_metrics(finite, self._last_step if step is None else step)
+
+    def _buffer_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric  # noqa: PLC0415
 
-        start = time.perf_counter()
         now = int(time.time() * 1000)
-        new = {key: value for key, value in metrics.items() if (key, step) not in self._written and not math.isinf(value)}
-        self._buffer += [Metric(key, value, now, step) for key, value in new.items()]
+        self._buffer += [Metric(key, value, now, step) for key, value in metrics.items()]
         if len(self._buffer) >= BATCH:
             self.flush()
-        self.seconds += time.perf_counter() - start
 
     def flush(self) -> None:
         """Write the metrics that are buffered."""
@@ -123,11 +193,13 @@ class Tracker:
 
     def log_text(self, text: str, file: str) -> None:
         """Record a text as an artifact called ``file``."""
+        self._loggers.log_text(text, file)
         if self._client is not None:
             self._client.log_text(self.run_id, text, file)
 
     def log_file(self, file: Path, folder: str | None = None) -> None:
         """Record a file as an artifact, in ``folder`` among the run's artifacts, or at the top for None."""
+        self._loggers.log_file(file, folder)
         if self._client is not None:
             self._client.log_artifact(self.run_id, str(file), folder)
 
@@ -162,6 +234,8 @@ class Tracker:
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run."""
+        self.tags |= tags
+        self._loggers.set_tags(tags)
         for key, value in tags.items() if self._client is not None else ():
             self._client.set_tag(self.run_id, key, value)
 
@@ -170,8 +244,9 @@ class Tracker:
         is_resumed = self.run_id is not None
         parent = {} if self.parent is None else {"mlflow.parentRunId": self.parent}
         if is_resumed:
+            new_tags = self._missing_tags(client) | parent
             client.update_run(self.run_id, status="RUNNING")
-            for key, value in parent.items():
+            for key, value in new_tags.items():
                 client.set_tag(self.run_id, key, value)
         else:
             tags = self.tags | git_tags() | {"mlflow.source.type": "LOCAL"} | parent
@@ -180,6 +255,30 @@ class Tracker:
         self._client = client
         if self._system_metrics:
             self._start_monitor(is_resumed=is_resumed)
+
+    def _missing_tags(self, client: Any) -> dict[str, str]:
+        """Return the tags that the run to be continued does not have yet, and read its other tags and its parameters.
+
+        Raises:
+            ValueError: If the run does not exist in this experiment, or has other methods or another seed.
+        """
+        from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
+        try:
+            recorded = client.get_run(self.run_id)
+        except MlflowException:
+            recorded = None
+        if recorded is None or recorded.info.experiment_id != self._experiment_id:
+            place = without_password(tracking_uri(self.folder))
+            raise ValueError(f"No run '{self.run_id}' of '{self.experiment}' in {place}. Leave run_id out for a new run.")
+        for key in FIXED:
+            before, now = recorded.data.params.get(key), str(self.params.get(key))
+            if key in self.params and before not in (None, now):
+                raise ValueError(f"Run '{self.run_id}' has {key}={before}, but got {now}. Leave run_id out for a new run.")
+        missing = {key: value for key, value in self.tags.items() if key not in recorded.data.tags}
+        self.tags = self.tags | recorded.data.tags
+        self.params = recorded.data.params | self.params
+        return missing
 
     def _log_missing_params(self, client: Any) -> None:
         """Record the parameters that the run does not have yet: MLflow refuses to change a parameter."""
@@ -198,88 +297,14 @@ class Tracker:
         self._monitor.start()
 
 
-def tracking_uri(folder: str | os.PathLike[str]) -> str:
-    """Return the address of the tracking store: ``MLFLOW_TRACKING_URI``, else the SQLite file in ``folder``."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(folder).expanduser().resolve() / 'mlflow.db'}"
-
-
-def without_password(text: str) -> str:
-    """Redact the passwords in URLs."""
-    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
-
-
-def connect(experiment: str, folder: str | os.PathLike[str], *, create: bool = True) -> tuple[Any, str]:
-    """Return an MLflow client, and the id of an experiment.
-
-    Call this function once before several processes start, so that they do not create the database at the same time.
-
-    Args:
-        experiment: Full name of the MLflow experiment.
-        folder: Output folder of the SQLite file and its artifacts, used if ``MLFLOW_TRACKING_URI`` is not set.
-        create: Create the folder, the database and the experiment if they do not exist.
-
-    Returns:
-        The client, of type ``mlflow.MlflowClient``, and the id.
-
-    Raises:
-        FileNotFoundError: If the database or the experiment does not exist and ``create`` is False.
-        OSError: If the folder cannot be written or the server does not answer.
-    """
-    from mlflow import MlflowClient  # noqa: PLC0415
-    from mlflow.exceptions import MlflowException  # noqa: PLC0415
-    from sqlalchemy.exc import DBAPIError  # noqa: PLC0415
-
-    uri, artifacts = tracking_uri(folder), None
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        path = Path(folder).expanduser().resolve()
-        if not create and not (path / "mlflow.db").exists():
-            raise FileNotFoundError(f"No recorded runs: {path / 'mlflow.db'} does not exist. Set output_dir=...")
-        path.mkdir(parents=True, exist_ok=True)
-        artifacts = (path / "artifacts").as_uri()
-    try:
-        with _one_retry():
-            client = MlflowClient(tracking_uri=uri)
-            existing = client.get_experiment_by_name(experiment)
-            if existing is None and not create:
-                raise FileNotFoundError(f"No recorded runs of '{experiment}' in {without_password(uri)}.")
-            if existing is None:
-                return client, client.create_experiment(experiment, artifact_location=artifacts)
-    except (MlflowException, ImportError, DBAPIError) as error:
-        raise OSError(without_password(f"MLflow at {uri} cannot be used: {str(error).splitlines()[0]}")) from None
-    return client, str(existing.experiment_id)
-
-
-@contextmanager
-def _one_retry() -> Iterator[None]:
-    """Reduce MLflow's retries, so that a server that does not answer is an error after seconds, not minutes."""
-    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[name]
+def _name(params: Mapping[str, Any]) -> str:
+    """Return methods and seed of a run; empty without them."""
+    if "loss_method" not in params:
+        return ""
+    methods = " + ".join(str(params[key]) for key in ("loss_method", "gradient_method") if params.get(key) is not None)
+    return f"{methods}, seed {params['seed']}" if "seed" in params else methods
 
 
 def _rank() -> int:
     """Return the rank of this process, which torchrun sets for torch.distributed."""
     return int(os.environ.get("RANK", "0"))
-
-
-def git_tags() -> dict[str, str]:
-    """Return the commit of the checkout with this file, and whether files are changed; empty outside a checkout."""
-    folder = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(folder), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != folder.parent.resolve():
-            return {}  # inside the checkout of another project
-        dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
-        return {"mlflow.source.git.commit": git("rev-parse", "HEAD"), "git_dirty": str(dirty).lower()}
-    except (OSError, subprocess.CalledProcessError):
-        return {}

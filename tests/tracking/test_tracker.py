@@ -3,7 +3,9 @@ import time
 
 import pytest
 
-from balance.tracking import BATCH, Tracker, git_tags, without_password
+from balance.tracking import Tracker, git_tags, without_password
+from balance.tracking.tracker import BATCH
+from tests.tracking.reading import client, the_run
 
 
 def start(folder, **changes):
@@ -11,47 +13,16 @@ def start(folder, **changes):
     return Tracker("problem", folder, **(arguments | changes))
 
 
-def client(folder):
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
-
-
-def the_run(folder):
-    reader = client(folder)
-    runs = reader.search_runs([reader.get_experiment_by_name("balance/problem").experiment_id])
-    assert len(runs) == 1
-    return runs[0]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A database that exists; the first use of one takes seconds."""
-    folder = tmp_path_factory.mktemp("store")
+def test_a_run(folder):
     with start(folder):
         pass
-    return folder
-
-
-@pytest.fixture
-def folder(store, tmp_path):
-    import shutil
-
-    shutil.copy(store / "mlflow.db", tmp_path / "mlflow.db")
-    reader = client(tmp_path)
-    for run in reader.search_runs([reader.get_experiment_by_name("balance/problem").experiment_id]):
-        reader.delete_run(run.info.run_id)
-    return tmp_path
-
-
-def test_a_run(store):
-    run = the_run(store)
+    run = the_run(folder)
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "run"
     assert run.data.params == {"train.lr": "0.1", "loss": "[1, 2]"}
     assert run.data.tags.items() >= {"loss_method": "uw", "seed": "3"}.items()
     assert run.data.tags.items() >= git_tags().items()
-    assert str(store) in client(store).get_experiment(run.info.experiment_id).artifact_location
+    assert str(folder) in client(folder).get_experiment(run.info.experiment_id).artifact_location
 
 
 def test_metrics_are_written_in_batches_and_all_arrive(folder):
