@@ -36,5 +36,5 @@ def empty_database(tmp_path_factory):
     from balance.tracking import connect
 
     folder = tmp_path_factory.mktemp("empty")
-    connect("balance/empty", folder)
+    connect("empty", folder)
     return folder / "mlflow.db"
