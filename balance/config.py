@@ -200,7 +200,7 @@ def compose(schema: object, settings: Mapping[str, Any], overrides: Iterable[str
             raise ValueError(f"'{override}' cannot be read: {_first_line(error)}") from None
     for origin, layer in layers:
         try:
-            config = OmegaConf.merge(config, layer)
+            config.merge_with(layer)
         except ConfigKeyError as error:
             raise ValueError(unknown("key", error.full_key, keys(config))) from None
         except OmegaConfBaseException as error:

@@ -10,12 +10,19 @@ from balance.comparison.store import Store
 from experiments import baselines, sweep
 from experiments.sweeps import runtime
 from experiments.training import loop
+from experiments.training.costs import Costs
 from tests.experiments.sweeps.small_sweeps import GRID, TINY, markdown, recorded, without_costs
 
 
+def without_measurements(patch):
+    """Leave out times and memory, whose measurement takes longer than a small run."""
+    patch.setattr(runtime, "BUDGET", 0.01)
+    patch.setattr(Costs, "measure_memory", lambda costs, step, device: step())
+
+
 @pytest.fixture(autouse=True)
-def quick_estimates(monkeypatch):
-    monkeypatch.setattr(runtime, "BUDGET", 0.01)
+def quick_runs(monkeypatch):
+    without_measurements(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +30,7 @@ def swept(tmp_path_factory):
     """A small sweep in this process."""
     folder = tmp_path_factory.mktemp("swept")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "BUDGET", 0.01)
+        without_measurements(patch)
         assert sweep.main([*GRID, f"--output_dir={folder}"]) == 0
     return folder
 

@@ -18,8 +18,9 @@ from experiments.problems import base as experiment
 from experiments.training import loop
 from tests.experiments.short_runs import BOTH, DIGITS, NAMES, ROOT, finite_metrics, prepare, runs_in, train
 
+FAST = {("uw", "pcgrad"), *((loss, None) for loss in ("ls", "stl", "rlw", "dwa", "famo", "igbv2", "coba", "go4align"))}
 PAIRS = [
-    pytest.param(loss, gradient, marks=[] if gradient is None or (loss, gradient) == ("uw", "pcgrad") else pytest.mark.slow)
+    pytest.param(loss, gradient, marks=[] if (loss, gradient) in FAST else pytest.mark.slow)
     for loss in loss_balancers.names()
     for gradient in (None, *gradient_balancers.names())
 ]

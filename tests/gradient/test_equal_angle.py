@@ -23,7 +23,7 @@ def dependent(num_tasks, num_parameters, dtype, seed):
 )
 def test_imtl_of_dependent_gradients_does_not_depend_on_the_order_of_the_tasks(dtype, num_tasks, num_parameters, every):
     """A pivoted factorisation gives, in some orders, a direction of length 1e-7, which trains nothing."""
-    for seed in range(30):
+    for seed in range(8):
         J = dependent(num_tasks, num_parameters, dtype, seed)
         directions = []
         for order in islice(permutations(range(num_tasks)), 0, None, every):

@@ -91,7 +91,9 @@ def test_the_main_task_must_be_present():
         build("lr_annealing", 3)(torch.ones(3))
 
 
-@pytest.mark.parametrize("name", ["inverse_norm", "lr_annealing", "ntk"])
+@pytest.mark.parametrize(
+    "name", ["lr_annealing", *(pytest.param(name, marks=pytest.mark.slow) for name in ("inverse_norm", "ntk"))]
+)
 def test_a_poisson_like_problem_is_solved(name):
     """A residual that is a thousand times larger than a boundary condition, in two parameters."""
     theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)

@@ -27,13 +27,13 @@ def test_igbv2_resumes_bit_for_bit_while_it_trains_itself(tmp_path):
         return balancer, network, torch.optim.Adam([*network.parameters(), *balancer.parameters()], lr=0.01)
 
     straight, first, resumed = build(), build(), build()
-    train(*straight, (0, 220))
+    train(*straight, (0, 160))
     train(*first, (0, 130))
     assert first[0].loss_balancer.rule.agent.stored > 80
     torch.save([part.state_dict() for part in first], tmp_path / "checkpoint.pt")
     for part, state in zip(resumed, torch.load(tmp_path / "checkpoint.pt"), strict=True):
         part.load_state_dict(state)
-    train(*resumed, (130, 220))
+    train(*resumed, (130, 160))
     for p, q in zip(straight[1].parameters(), resumed[1].parameters(), strict=True):
         assert torch.equal(p, q)
     assert_same_state(resumed[0].state_dict(), straight[0].state_dict())
