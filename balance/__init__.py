@@ -33,7 +33,7 @@ __all__ = [
     "loss_balancers",
 ]
 
-_ON_FIRST_USE = ("config", "metrics", "testing", "tracking")  # some need packages of an extra
+_ON_FIRST_USE = ("config", "integrations", "metrics", "testing", "tracking")  # some need packages of an extra
 
 
 def __getattr__(name: str) -> ModuleType:
