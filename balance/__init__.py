@@ -38,7 +38,7 @@ __all__ = [
 
 # Modules, and names in modules; some need packages of an extra
 _ON_FIRST_USE = {
-    **{name: f"balance.{name}" for name in ("comparison", "config", "metrics", "testing", "tracking")},
+    **{name: f"balance.{name}" for name in ("comparison", "config", "integrations", "metrics", "testing", "tracking")},
     **dict.fromkeys(("Comparison", "compare"), "balance.comparison.comparison"),
 }
 

@@ -17,7 +17,7 @@ def test_median_function_is_short():
 
 
 def test_dir_of_balance_is_its_public_names():
-    on_first_use = {"Comparison", "compare", "comparison", "config", "metrics", "testing", "tracking"}
+    on_first_use = {"Comparison", "compare", "comparison", "config", "integrations", "metrics", "testing", "tracking"}
     assert set(dir(balance)) == {*balance.__all__, *on_first_use}
 
 

@@ -87,7 +87,7 @@ def read_model(leaves: Sequence[Tensor]) -> Model:
     owners = [None if (owner := _OWNERS[leaf]) is None else owner() for leaf in leaves]
     wrappers = list({id(wrapper): wrapper for wrapper in owners if wrapper is not None}.values())
     free = [leaf for leaf, wrapper in zip(leaves, owners, strict=True) if wrapper is None]
-    wrapped = [parameter for wrapper in wrappers for parameter in wrapper.parameters() if parameter.requires_grad]
+    wrapped = [parameter for wrapper in wrappers for parameter in _reduced_parameters(wrapper) if parameter.requires_grad]
     parameters = list({id(parameter): parameter for parameter in (*wrapped, *free)}.values())
     return Model(wrappers, parameters, len(free))
 
@@ -104,9 +104,25 @@ def _find_owners(leaves: Sequence[Tensor]) -> None:
                 f"Balancer does not support {refused[type(instance)]}, whose gradients only its own backward pass reduces. Use "
                 "DistributedDataParallel or FSDP2 (fully_shard)."
             )
-    owners = {id(parameter): ref(module) for module in modules for parameter in module.parameters()}
+    owners = {id(parameter): ref(module) for module in modules for parameter in _reduced_parameters(module)}
     for leaf in leaves:
         _OWNERS[leaf] = owners.get(id(leaf))
+
+
+def _reduced_parameters(wrapper: DistributedDataParallel) -> Iterable[Tensor]:
+    """Return the parameters that a wrapper reduces: all except for the parameters that it ignores."""
+    ignored = wrapper.parameters_to_ignore
+    if not ignored:
+        return wrapper.parameters()
+    return [parameter for name, parameter in wrapper.module.named_parameters() if name not in ignored]
+
+
+def is_inside_forward() -> bool:
+    """Return whether the forward pass of a DistributedDataParallel module is running, as in Lightning's ``training_step``.
+
+    The wrapper then has not seen the losses yet, so that it does not prepare for their backward pass.
+    """
+    return DistributedDataParallel._active_ddp_module is not None
 
 
 def _refused_classes() -> dict[type, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from balance.distributed.wrappers import is_inside_forward
 from balance.engine.graph import unstacked_roots
 from balance.engine.passes import LossOutputs, SampleOutputs
 from balance.messages import unknown
@@ -101,7 +102,11 @@ def task_names(tasks: Sequence[str] | int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class StepArguments:
-    """Arguments of `Balancer.backward` as given."""
+    """Arguments of `Balancer.backward` as given.
+
+    Attributes:
+        in_forward: Whether they were given inside of the forward pass of DistributedDataParallel.
+    """
 
     losses: Mapping[str, Tensor] | Tensor
     shared: Iterable[Tensor] | None = None
@@ -112,6 +117,7 @@ class StepArguments:
     counts: Counts | None = None
     extra: Tensor | None = None
     further: Sequence[Mapping[str, Tensor] | Tensor] | None = None
+    in_forward: bool = field(default_factory=is_inside_forward)
 
     def check(self) -> None:
         """Check the arguments that need no context.

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from balance.engine.graph import edge, trace
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -36,6 +38,7 @@ class _DeferredStep(torch.autograd.Function):
         return None, None, None
 
 
+@torch._disable_dynamo  # type: ignore[attr-defined]  # the step cannot be traced
 def deferred_loss(given: StepArguments, run: Callable[[StepArguments], object]) -> Tensor:
     """Return a scalar whose backward pass runs a step.
 
@@ -60,3 +63,19 @@ def deferred_loss(given: StepArguments, run: Callable[[StepArguments], object]) 
 
     with torch.enable_grad():
         return cast("Tensor", _DeferredStep.apply(handle, value, step))  # type: ignore[no-untyped-call]
+
+
+def leaves_besides_steps(loss: Tensor) -> list[Tensor] | None:
+    """Return leaf tensors that get a gradient from a scalar other than through the step of a balancer.
+
+    Args:
+        loss: The scalar that a training loop will call ``backward`` of.
+
+    Returns:
+        The leaf tensors, each once; None if no step belongs to the backward pass of the scalar.
+    """
+    graph = trace([loss])
+    steps: list[Any] = [node for node in graph.functions if isinstance(node, _DeferredStep._backward_cls)]
+    handles = {id(step.next_functions[0][0]) for step in steps}
+    others = [leaf for leaf in graph.leaves if id(edge(leaf).node) not in handles]
+    return others if handles else None

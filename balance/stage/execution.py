@@ -246,7 +246,7 @@ def _outcome(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial
         if collected is not None:
             return _take_collected(owner, given, prepared)
         if agreed is not None:
-            return take_plain_step_over_ranks(owner.loss_balancer, agreed, scaler, factor, extra, owner.ranks)
+            return take_plain_step_over_ranks(owner.loss_balancer, agreed, given, owner.ranks)
         return take_plain_step(owner.loss_balancer, step, scaler, factor, extra)
     seed = seed_of(step, scaler)
     if collected is None:

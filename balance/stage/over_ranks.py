@@ -165,5 +165,6 @@ def _refuse_wrapped_balancer(model: Model, parameters: Iterable[Tensor]) -> None
     if any(id(parameter) in wrapped for parameter in parameters):
         raise RuntimeError(
             "A balancer must not be part of the model that DistributedDataParallel wraps: its parameters get gradients of the "
-            "whole batch, without a reduction. Keep it next to the model."
+            "whole batch, without a reduction. Keep it next to the model. Lightning wraps the whole module: there, use "
+            "balance.integrations.lightning.BalanceCallback."
         )

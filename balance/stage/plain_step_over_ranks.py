@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from balance.distributed.sharding import is_distributed_tensor, local_shard
+from balance.distributed.wrappers import is_inside_forward
 from balance.engine.accumulate import (
     LeafGradient,
     accumulate,
@@ -27,32 +28,29 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
-    from torch.amp.grad_scaler import GradScaler
 
     from balance.distributed.ranks import Ranks
     from balance.distributed.wrappers import Model
     from balance.engine.graph import Root
     from balance.rules.protocol import LossBalancer
+    from balance.stage.arguments import StepArguments
     from balance.stage.over_ranks import Agreed
     from balance.stage.plain_step import Seed
 
 _HASHES = 1 << 20  # squares of so small hashes, and their sums over ranks, are exact in float64
 
 
-def take_plain_step_over_ranks(
-    rule: LossBalancer, agreed: Agreed, scaler: GradScaler | None, factor: float, extra: Tensor | None, ranks: Ranks
-) -> Outcome:
+def take_plain_step_over_ranks(rule: LossBalancer, agreed: Agreed, given: StepArguments, ranks: Ranks) -> Outcome:
     """Take a step whose weights come from the mean losses over all ranks.
 
     The wrapper of the model reduces the gradients in one backward pass, as in a step without a balancer. Without a wrapper,
-    or with losses of half precision, the gradients are summed over ranks here.
+    with losses of half precision, or if the wrapper does not expect this backward pass, the gradients are summed over ranks
+    here.
 
     Args:
         rule: The loss balancer.
         agreed: The step of all ranks.
-        scaler: The gradient scaler, if any.
-        factor: Factor on all gradients that are added to ``.grad``.
-        extra: A loss that is added to the weighted losses, and averaged over ranks.
+        given: The arguments of the step. Its extra loss is averaged over ranks.
         ranks: The ranks.
 
     Returns:
@@ -61,12 +59,12 @@ def take_plain_step_over_ranks(
     Raises:
         RuntimeError: If the wrapper would wait for parameters that a rank does not reach, or does not reduce.
     """
-    step = agreed.step
+    step, scaler, factor, extra = agreed.step, given.enabled_scaler, given.factor, given.extra
     weighted = weighted_step(rule, step)
     weights = (factor * weighted.loss_weights).tolist()
     seed = seed_of(step, scaler)
     own = weighted.parameter_pairs(factor * seed.scale)
-    if agreed.model.is_sharded or (agreed.model.is_wrapped and not agreed.is_half):
+    if agreed.model.is_sharded or (agreed.model.is_wrapped and not agreed.is_half and _is_expected(agreed.model, given)):
         _run_wrapped_pass(agreed, weights, seed, factor, extra, ranks)
         accumulate(own)
     else:
@@ -82,6 +80,18 @@ def take_plain_step_over_ranks(
         bad = torch.tensor(float(not are_finite(gradients)), dtype=torch.float64, device="cpu")
         skipped = bool(ranks.sum(bad))
     return Outcome(plain_report(weighted, step), skipped)
+
+
+def _is_expected(model: Model, given: StepArguments) -> bool:
+    """Return whether the wrappers reduce the gradients of this backward pass.
+
+    While the forward pass of a wrapper runs, its hooks may be off. After it, a wrapper that looks for unused parameters, or
+    counts the uses of each, has only seen the output of the forward pass. A loss whose backward pass is a step has no graph
+    in which to find the parameters.
+    """
+    if is_inside_forward():
+        return False
+    return not (given.in_forward and any(wrapper.find_unused_parameters or wrapper.static_graph for wrapper in model.wrappers))
 
 
 def _summed_gradients(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from balance import Balancer
+from balance.stage.deferred import leaves_besides_steps
 from tests.stage.three_tasks import TASKS, Network, assert_same, assert_same_state
 
 PAIRS = ({}, {"loss": "uw"}, {"gradient": "nashmtl"}, {"gradient": "pcgrad", "loss": "go4align"}, {"gradient": "graddrop"})
@@ -145,3 +146,12 @@ def test_a_training_loop_can_refuse_direct_calls_of_backward():
         balancer.backward(network.losses(), shared=network.shared())
     balancer.loss(network.losses(), shared=network.shared()).backward()
     assert network.grads()
+
+
+def test_leaves_that_get_a_gradient_besides_the_step():
+    network, balancer = Network(), Balancer(TASKS)
+    loss, weight = balancer.loss(network.losses(), shared=network.shared()), next(network.parameters())
+    assert leaves_besides_steps(loss / 4) == []
+    assert [id(leaf) for leaf in leaves_besides_steps(loss + weight.square().sum())] == [id(weight)]
+    assert leaves_besides_steps(sum(network.losses().values())) is None
+    assert leaves_besides_steps(torch.zeros(())) is None
