@@ -85,7 +85,7 @@ def plain_text(run_table: RunTable) -> str:
     page = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
     with page.capture() as written:
         page.print(table)
-    lines = [line.rstrip() for line in written.get().strip("\n").splitlines()]
+    lines = "\n".join(line.rstrip() for line in written.get().splitlines()).strip("\n").splitlines()
     notes = [textwrap.fill(f"- {note}", width, subsequent_indent="  ") for note in run_table.notes]
     return "\n".join([*lines, *notes])
 

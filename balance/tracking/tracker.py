@@ -142,7 +142,19 @@ class Tracker:
             self._client = None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record numbers at a step, without infinite numbers, which MLflow would store as large finite numbers."""
+        """Record numbers at a step, without infinite numbers, which MLflow would store as large finite numbers.
+
+        Args:
+            metrics: Numbers by name.
+            step: The step, or another counter.
+
+        Raises:
+            RuntimeError: If the run has not started or has ended.
+        """
+        if self.enabled and self._client is None:
+            raise RuntimeError(
+                "The run has not started or has ended. Record metrics inside of `with Tracker(...) as tracker:`."
+            )
         start = time.perf_counter()
         self._last_step = max(self._last_step, step)
         new = {key: value for key, value in metrics.items() if (key, step) not in self._written}
@@ -161,6 +173,7 @@ class Tracker:
         Raises:
             ValueError: If a name has another form, or the run lacks methods, a seed or directions of the metrics.
             TypeError: If a value is no number.
+            RuntimeError: If the run has not started or has ended.
         """
         check_final(metrics, self.tags, self.params)
         numbers = {f"final/{name}": as_number(name, value) for name, value in metrics.items()}

@@ -37,6 +37,14 @@ def test_methods_and_options_are_recorded(folder):
     assert (point.value, point.step) == (0.25, 7)
 
 
+def test_records_outside_of_the_run_are_refused(tmp_path):
+    tracker = start(tmp_path)
+    with pytest.raises(RuntimeError, match="inside of `with Tracker"):
+        tracker.log_metrics({"loss/a": 1.0}, 0)
+    with pytest.raises(RuntimeError, match="has not started or has ended"):
+        tracker.log_final(METRICS)
+
+
 def test_infinite_final_metrics_become_nan(folder):
     with start(folder) as tracker:
         tracker.log_final(METRICS | {"depth/rmse": math.inf})
