@@ -50,7 +50,7 @@ class EvaluationLosses:
     def __init__(self, trainer: Any, balancer: Balancer) -> None:
         self._trainer, self._balancer = trainer, balancer
         self._open: list[MeanLosses] = []  # that the current batch belongs to
-        self._losses: TaskLosses | None = None  # of the current batch
+        self._losses: list[TaskLosses] = []  # of the current batch, if they have been computed
 
     @contextmanager
     def validation(self, *, is_observed: bool) -> Iterator[None]:
@@ -88,18 +88,17 @@ class EvaluationLosses:
         Yields:
             Nothing.
         """
-        self._losses = None
+        self._losses.clear()
         yield
-        losses, self._losses = self._losses, None
-        if losses is None or not self._open:
+        if not self._losses or not self._open:
             return
-        sums = self._sums(losses)
+        sums = self._sums(self._losses.pop())
         for means in self._open:
             means.add(sums)
 
     def note(self, losses: TaskLosses) -> None:
         """Keep the losses of the current batch."""
-        self._losses = losses
+        self._losses[:] = [losses]
 
     def _sums(self, losses: TaskLosses) -> Tensor:
         """Return sums of losses over samples, and numbers of samples, of all processes. Shape (2, K)."""

@@ -187,8 +187,8 @@ class TrainerEvents(TrainerCallback):  # type: ignore[misc]
             self._balancer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         elif not self.is_inside():  # else the state has come with the model
             raise FileNotFoundError(
-                f"A checkpoint must contain the state of the balancer, but {path} does not exist. Resume from a checkpoint of a "
-                "BalancedTrainer, or load the model only and begin a new training."
+                f"A checkpoint must contain the state of the balancer, but {path} does not exist. Resume from a checkpoint of "
+                "a BalancedTrainer, or load the model only and begin a new training."
             )
 
     def _clear_gradients(self) -> None:

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from balance.stage.balancer import Balancer
 
     Shared = Iterable[Tensor] | Callable[[Any], Iterable[Tensor]]
-    _Base = Trainer
-else:
-    _Base = object
+
+_Base: Any = object  # the trainer comes after the mixin in the order of the base classes
 
 __all__ = ["BalancedTrainer", "BalancedTrainerMixin", "TaskLosses"]
 
@@ -56,6 +55,8 @@ class BalancedTrainerMixin(_Base):  # type: ignore[misc]
         ImportError: If the version of transformers is too old.
     """
 
+    compute_loss: Any
+
     def __init__(
         self,
         *args: Any,
@@ -67,7 +68,7 @@ class BalancedTrainerMixin(_Base):  # type: ignore[misc]
     ) -> None:
         super().__init__(*args, **keywords)
         self.balancer, self._balancer_lr = balancer, balancer_lr
-        self._task_losses = self.compute_loss  # of the class of the user
+        self._task_losses: Any = self.compute_loss  # of the class of the user
         self.compute_loss = self._compute_loss
         self._events = TrainerEvents(self, balancer, shared, self._losses_of, collect=collect)
         self._evaluation = EvaluationLosses(self, balancer)
@@ -131,7 +132,7 @@ class BalancedTrainerMixin(_Base):  # type: ignore[misc]
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return the names of the parameters with weight decay, without those of the balancer."""
+        """Return the names of the parameters with weight decay; the parameters of the balancer have none."""
         own = {id(parameter) for parameter in self.balancer.parameters()}
         inside = {name for name, parameter in model.named_parameters() if id(parameter) in own}
         return [name for name in super().get_decay_parameter_names(model) if name not in inside]
@@ -168,7 +169,7 @@ class BalancedTrainerMixin(_Base):  # type: ignore[misc]
         return output
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **keywords: Any) -> dict[str, float]:
-        """Evaluate as ``Trainer.evaluate`` does. During training the rules see the losses of the Trainer's own ``eval_dataset``.
+        """Evaluate as ``Trainer.evaluate`` does. During training the rules see the losses of the own ``eval_dataset``.
 
         Args:
             eval_dataset: As for ``Trainer.evaluate``.
@@ -234,5 +235,5 @@ class BalancedTrainerMixin(_Base):  # type: ignore[misc]
         return (value, outputs) if return_outputs else value
 
 
-class BalancedTrainer(BalancedTrainerMixin, Trainer):
+class BalancedTrainer(BalancedTrainerMixin, Trainer):  # type: ignore[misc]
     """Trainer of Hugging Face whose task losses a balancer combines; see `BalancedTrainerMixin`."""
