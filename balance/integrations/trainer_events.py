@@ -199,9 +199,9 @@ class TrainerEvents(TrainerCallback):  # type: ignore[misc]
     def _observe(self) -> None:
         balancer = self._balancer
         sums = torch.zeros(2, len(balancer.tasks), dtype=torch.float64, device="cpu")  # of losses, and of samples
-        for model, inputs in self._window:
-            with extra_forward(model), torch.no_grad(), self._trainer.compute_loss_context_manager():
-                losses = self._task_losses(model, inputs)
+        with extra_forward(self._window[0].model), torch.no_grad(), self._trainer.compute_loss_context_manager():
+            by_batch = [self._task_losses(model, inputs) for model, inputs in self._window]
+        for losses in by_batch:
             step = read_losses(dict(losses), balancer.tasks, balancer.nan, balancer.zero, losses.counts)
             counts = torch.tensor(step.counts, dtype=torch.float64, device="cpu")
             sums[0, step.indices] += counts * step.host
