@@ -109,6 +109,9 @@ class TrainerEvents(TrainerCallback):  # type: ignore[misc]
         self.is_stepping = True
         try:
             yield
+        except BaseException:
+            self._discard()
+            raise
         finally:
             self.is_stepping = False
         if self._collect and self._trainer.accelerator.sync_gradients:
@@ -139,6 +142,7 @@ class TrainerEvents(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Check the optimizer, load the state of a checkpoint, and use the gradient scaler."""
+        self._discard()  # auto_find_batch_size may have begun anew
         trainer, balancer = self._trainer, self._balancer
         optimized = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
         missing = [name for name, p in balancer.named_parameters() if p.requires_grad and id(p) not in optimized]

@@ -221,7 +221,11 @@ class BalancedTrainerMixin(_Base):  # type: ignore[misc]
         return_outputs: bool = False,  # noqa: FBT001, FBT002
         **_: Any,  # num_items_in_batch, which the task losses do not need
     ) -> Any:
-        """Return the scalar that the Trainer expects, given the task losses of the user."""
+        """Return the scalar that the Trainer expects, given the task losses of the user.
+
+        Raises:
+            RuntimeError: If a training step of the user goes past the balancer.
+        """
         batch = Batch(model, copy(inputs))
         returned, outputs = self._task_losses(model, inputs, return_outputs=return_outputs), None
         if return_outputs:
@@ -229,6 +233,11 @@ class BalancedTrainerMixin(_Base):  # type: ignore[misc]
         losses = read_task_losses(returned, self.balancer.tasks, "compute_loss")
         if self._events.is_stepping:
             value = self._events.balanced(batch, losses)
+        elif self._events.is_training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "During training the losses must be computed inside of BalancedTrainer.training_step, which balances them, but "
+                "compute_loss was called elsewhere. Call super().training_step(...), or use torch.no_grad()."
+            )
         else:
             self._evaluation.note(losses)
             value = losses.total(self.args.device)

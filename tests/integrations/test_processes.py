@@ -63,12 +63,18 @@ def options_of(n, collect):
 
 def without_dropout(trainer):
     trainer.model.trunk[2].p = 0.0
-    trainer.train_dataset = rows(16)
+    trainer.train_dataset, trainer.eval_dataset = rows(16), rows(8, seed=2)
     return trainer
 
 
+def name_rank(rank):
+    """Set the environment that torchrun sets."""
+    number = str(rank)
+    os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+
+
 def train_on_rank(rank, folder, name, n, collect):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    name_rank(rank)
     trainer = without_dropout(make(folder, name, per_device_train_batch_size=2, ddp_backend="gloo", **options_of(n, collect)))
     assert trainer.args.world_size == 2
     trainer.train()
@@ -76,8 +82,10 @@ def train_on_rank(rank, folder, name, n, collect):
     return states(trainer), metrics
 
 
-@pytest.mark.parametrize(("n", "collect"), [(1, False), (2, False), (2, True)])
-@pytest.mark.parametrize("name", ["uw+cagrad", "famo", "dwa"])
+@pytest.mark.parametrize(
+    ("name", "n", "collect"),
+    [("uw+cagrad", 1, False), ("uw+cagrad", 2, True), ("famo", 2, False), ("famo", 2, True), ("dwa", 2, False)],
+)
 def test_two_processes_train_as_one_with_their_batches(tmp_path, name, n, collect):
     alone = without_dropout(make(tmp_path, name, per_device_train_batch_size=4, **options_of(n, collect)))
     alone.train()
@@ -89,7 +97,7 @@ def test_two_processes_train_as_one_with_their_batches(tmp_path, name, n, collec
 
 
 def inside_on_rank(rank, folder):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    name_rank(rank)
     try:
         make(folder, ddp_backend="gloo", is_inside=True)
     except ValueError as error:
@@ -107,7 +115,7 @@ def accelerated_on_rank(rank):
     from balance.integrations.accelerate import observe, prepare
     from tests.integrations.trainers import TASKS, task_losses
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    name_rank(rank)
     torch.manual_seed(0)
     accelerator, net = Accelerator(cpu=True, gradient_accumulation_steps=2), Net(dropout=0)
     balancer = Balancer(TASKS, loss="famo", gradient="cagrad")

@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from balance import Balancer, extra_forward
 from balance.integrations.transformers import BalancedTrainer
@@ -41,6 +41,21 @@ class Trainer(BalancedTrainer):
         outputs = model(**inputs)
         losses = task_losses(outputs, labels)
         return (losses, outputs) if return_outputs else losses
+
+
+class StopError(Exception):
+    pass
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_substep_end(self, args, state, *_, **__):
+        if state.global_step == self.step:
+            raise StopError
+
+    on_step_begin = on_substep_end
 
 
 def rows(count=20, seed=1):
@@ -139,7 +154,5 @@ def train_by_hand(trainer, *, collect=False):
 def difference(one, other):
     """The largest difference of any parameter or state of the rules."""
     pairs = [(one.model.state_dict(), other.model.state_dict()), (one.balancer.state_dict(), other.balancer.state_dict())]
-    values = [
-        (left[name].double() - right[name].double()).nan_to_num().abs().max() for left, right in pairs for name in left
-    ]
+    values = [(left[name].double() - right[name].double()).nan_to_num().abs().max() for left, right in pairs for name in left]
     return max(values).item()
