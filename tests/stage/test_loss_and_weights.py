@@ -145,3 +145,11 @@ def test_a_training_loop_can_refuse_direct_calls_of_backward():
         balancer.backward(network.losses(), shared=network.shared())
     balancer.loss(network.losses(), shared=network.shared()).backward()
     assert network.grads()
+
+
+def test_a_refusal_of_backward_leaves_collections_alone():
+    network, balancer = Network(), Balancer(TASKS)
+    balancer.backward_refusal = "Return balancer.loss(...) instead."
+    with balancer.collect():
+        balancer.backward(network.losses(), shared=network.shared())
+    assert network.grads()
