@@ -144,15 +144,15 @@ class Accelerated:
 
 
 def assert_equal_by_hand(name, n, precision, *, is_inside=False):
-    scales = [torch.amp.GradScaler("cpu", init_scale=2.0**18) if precision == "fp16" else None for _ in range(2)]
+    scales = [torch.amp.GradScaler("cpu", init_scale=2.0**17) if precision == "fp16" else None for _ in range(2)]
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     expected = train_by_hand(Training(name, is_inside=is_inside), n, dtype, scales[0])
     found = Accelerated(name, n, precision, scales[1], is_inside=is_inside).train()
     moved = (expected.net.trunk[0].weight - Training(name).net.trunk[0].weight).abs().max()
-    assert moved > 0.1
+    assert moved > 0.04
     assert difference(expected, found) == 0
     if precision == "fp16":
-        assert scales[0].get_scale() == scales[1].get_scale() < 2.0**18  # some steps were skipped
+        assert scales[0].get_scale() == scales[1].get_scale() < 2.0**17  # some steps were skipped
 
 
 @pytest.mark.parametrize(
