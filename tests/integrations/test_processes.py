@@ -148,6 +148,6 @@ def test_two_processes_of_accelerate_train_as_one_with_their_batches(tmp_path):
                 balancer.observe(task_losses(net(batch["x"]), batch["labels"]))
             optimizer.zero_grad()
     results = run_on_ranks(accelerated_on_rank, 2, tmp_path)
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0, equal_nan=True)
     expected = {"net": net.state_dict(), "balancer": balancer.state_dict()}
     torch.testing.assert_close(results[0], expected, rtol=1e-4, atol=1e-5, equal_nan=True)

@@ -277,11 +277,11 @@ def test_losses_of_the_model_of_a_function_and_of_another_trainer(tmp_path):
 # Half precision, checkpointing of activations, language models
 
 
-def with_scaler(trainer, monkeypatch, init_scale=2.0**18):
+def with_scaler(trainer, monkeypatch):
     """Let a trainer use float16 on the CPU, for which Accelerate itself has no scaler."""
     accelerator = trainer.accelerator
     monkeypatch.setitem(accelerator.state.__dict__, "_mixed_precision", "fp16")
-    accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=init_scale), True
+    accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=2.0**12), True
     return trainer
 
 
@@ -294,13 +294,26 @@ class Skipped(TrainerCallback):
         self.states.append(self.trainer.balancer.loss_balancer.state_dict()["rule.logits"].clone())
 
 
+class Overflowing(Trainer):
+    """The first micro-batch overflows, the second one, of the same optimizer step, does not."""
+
+    calls = 0
+
+    def compute_loss(self, *args, **keywords):
+        self.calls += 1
+        losses = super().compute_loss(*args, **keywords)
+        return {task: loss * torch.inf for task, loss in losses.items()} if self.calls == 1 else losses
+
+
 @pytest.mark.parametrize("collect", [False, True])
 def test_rules_learn_nothing_from_steps_that_overflow(tmp_path, monkeypatch, collect):
-    trainer = with_scaler(make(tmp_path, "famo", trainer_options={"collect": collect}, num_train_epochs=2), monkeypatch)
+    keywords = {"trainer_options": {"collect": collect}, "num_train_epochs": 2, "gradient_accumulation_steps": 2}
+    trainer = with_scaler(make(tmp_path, "famo", Overflowing, **keywords), monkeypatch)
     events = Skipped(trainer)
     trainer.add_callback(events)
     trainer.train()
-    assert 0 < sum(events.skipped) < len(events.skipped) - 2
+    assert events.skipped[0]
+    assert sum(events.skipped) < len(events.skipped) - 2
     before = torch.zeros_like(events.states[0])
     for is_skipped, state in zip(events.skipped, events.states, strict=True):
         assert torch.equal(state, before) == is_skipped
