@@ -307,8 +307,10 @@ class Overflowing(Trainer):
 
 @pytest.mark.parametrize("collect", [False, True])
 def test_rules_learn_nothing_from_steps_that_overflow(tmp_path, monkeypatch, collect):
-    keywords = {"trainer_options": {"collect": collect}, "num_train_epochs": 2, "gradient_accumulation_steps": 2}
-    trainer = with_scaler(make(tmp_path, "famo", Overflowing, **keywords), monkeypatch)
+    balancer = balance.Balancer(TASKS, loss="famo", gradient="cagrad")
+    keywords = {"num_train_epochs": 2, "gradient_accumulation_steps": 2}
+    options = {"collect": collect, "balancer": balancer}
+    trainer = with_scaler(make(tmp_path, kind=Overflowing, trainer_options=options, **keywords), monkeypatch)
     events = Skipped(trainer)
     trainer.add_callback(events)
     trainer.train()
