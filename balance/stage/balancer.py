@@ -232,9 +232,10 @@ class Balancer(LearningStage):
                 reach the shared parameters or features. ``.grad`` is then as before.
             TypeError: If a loss is not a tensor, or ``shared`` is not an iterable of parameters.
             RuntimeError: If the graph cannot be walked once for each task, or several processes do not train one model. Also
-                inside a training loop that calls the backward pass itself, if the loop has set ``backward_refusal``.
+                inside a training loop that calls the backward pass itself, if the loop has set ``backward_refusal``, unless a
+                collection is open.
         """
-        if self.backward_refusal:
+        if self.backward_refusal and self.collection is None:
             raise RuntimeError(self.backward_refusal)
         scaler = self.scaler if scaler is None else scaler
         given = StepArguments(losses, listed(shared), features, listed(measure), scaler, factor, counts, extra, further)

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from balance.stage.learning import LearningStage
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -36,7 +38,8 @@ def extra_forward(model: nn.Module) -> Iterator[None]:
 
     On exit, also after an error, the buffers of the model are the tensors that they were, with the values that they had. The
     generators of the host, of the model's devices and of the current CUDA device continue as if nothing had been drawn. So
-    the next step draws the numbers that it would have drawn. Parameters and modes are not restored.
+    the next step draws the numbers that it would have drawn. Parameters and modes are not restored, and neither is a balancer
+    inside of the model, which learns from ``observe``.
 
     Args:
         model: The model; a wrapper such as DistributedDataParallel is allowed.
@@ -63,11 +66,13 @@ def extra_forward(model: nn.Module) -> Iterator[None]:
 
 
 def _buffers(model: nn.Module) -> list[_Buffer]:
+    stages = [module for module in model.modules() if isinstance(module, LearningStage)]
+    learning = {id(module) for stage in stages for module in stage.modules()}
     return [
         _Buffer(module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None and not is_lazy(buffer)
+        if buffer is not None and not is_lazy(buffer) and id(module) not in learning
     ]
 
 

@@ -33,8 +33,9 @@ class LearningStage(nn.Module):
 
     Attributes:
         scaler: The GradScaler of steps that are given none; None for no scaler. Not part of the state.
-        backward_refusal: Message of the error of a direct call of ``backward``; empty: such calls are allowed. For training
-            loops that run the backward pass of ``loss(...)`` themselves, and would clear the result of a direct call.
+        backward_refusal: Message of the error of a direct call of ``backward``; empty: such calls are allowed, as they are
+            inside of ``collect()``. For training loops that run the backward pass of ``loss(...)`` themselves, and would
+            clear or scale the result of a direct call in another way.
         loss_sums: Sums of the losses of the epoch. Shape (K,).
         loss_counts: Numbers of steps of the epoch at which each task was present. Shape (K,).
     """

@@ -131,3 +131,17 @@ def test_a_function_is_refused():
         balance.extra_forward(Network().losses),
     ):
         pass
+
+
+def test_a_balancer_inside_of_the_model_keeps_what_it_observes():
+    """Its state is in buffers of the model, but an observation is not a forward pass."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"net": nn.Linear(3, 2), "balancer": balance.Balancer(("a", "b"), loss="famo")})
+    losses = dict(zip("ab", model["net"](torch.randn(4, 3)).square().mean(0), strict=True))
+    model["balancer"].backward(losses)
+    before = model["balancer"].loss_balancer.state_dict()
+    before = {name: value.clone() for name, value in before.items()}
+    with balance.extra_forward(model), torch.no_grad():
+        model["balancer"].observe({task: (0.5 + k) * loss for k, (task, loss) in enumerate(losses.items())})
+    after = model["balancer"].loss_balancer.state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)

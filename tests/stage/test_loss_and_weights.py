@@ -155,3 +155,11 @@ def test_leaves_that_get_a_gradient_besides_the_step():
     assert [id(leaf) for leaf in leaves_besides_steps(loss + weight.square().sum())] == [id(weight)]
     assert leaves_besides_steps(sum(network.losses().values())) is None
     assert leaves_besides_steps(torch.zeros(())) is None
+
+
+def test_a_refusal_of_backward_leaves_collections_alone():
+    network, balancer = Network(), Balancer(TASKS)
+    balancer.backward_refusal = "Return balancer.loss(...) instead."
+    with balancer.collect():
+        balancer.backward(network.losses(), shared=network.shared())
+    assert network.grads()
