@@ -75,7 +75,7 @@ def command_parser(description: str | None) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--experiment", metavar="NAME", help=f"problem to train on: {', '.join(problems.names())} (default: digits)"
+        "--experiment", metavar="NAME", help=f"name of the problem: {', '.join(problems.names())} (default: digits)"
     )
     return parser
 
