@@ -7,12 +7,14 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from balance.config import flatten
 from balance.tracking import connect, tracking_uri, without_password
+from experiments.config.schema import LBFGSConfig
 from experiments.recording.recorded_run import METHOD_GROUPS, RecordedRun
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ EARLIER: Mapping[str, Any] = {
     "train.validation_interval": 1,
     "balancer.metric": "gradients",
     "balancer.warmup": 0,
+    "train.lbfgs_steps": 0,
+    **{f"lbfgs.{entry.name}": entry.default for entry in fields(LBFGSConfig)},
 }
 SEPARATE = ("experiment", "loss_method", "gradient_method", "seed")  # entries that are fields of a `RecordedRun`
 CURVES = ("loss/", "weight/", "gradient_weight/", "cosine/", "conflicts")
