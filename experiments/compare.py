@@ -156,13 +156,15 @@ def compare(
         name: Name of the experiment.
         runs: Runs to compare.
         recorded: All recorded runs.
-        baselines_file: File of single-task metrics, ``"none"`` for a table without delta_m, or None for recorded baselines.
+        baselines_file: File of single-task metrics, ``"none"`` for a table without delta_m, or None for recorded baselines, if
+            the experiment has any.
         title: Text above the table.
 
     Raises:
         ValueError: If no baselines exist, or the runs cannot be compared.
     """
-    if baselines_file == "none":
+    problem = problems.find(name)
+    if baselines_file == "none" or (baselines_file is None and not problem.SINGLE_TASK_BASELINES):
         known = None
     elif baselines_file is not None:
         known = baselines.read_file(Path(baselines_file)).baselines
@@ -171,7 +173,7 @@ def compare(
     return comparison.compare(
         runs,
         experiment=name,
-        higher_is_better=problems.find(name).HIGHER_IS_BETTER,
+        higher_is_better=problem.HIGHER_IS_BETTER,
         baselines=None if known is None else known.metrics,
         baselines_from="" if known is None else known.origin,
         title=title,
