@@ -179,7 +179,8 @@ def compare(
         name: Name of the experiment.
         runs: Runs to compare.
         recorded: All recorded runs.
-        baselines_file: File of single-task metrics, ``"none"`` for a table without delta_m, or None for recorded baselines.
+        baselines_file: File of single-task metrics, ``"none"`` for a table without delta_m, or None for recorded baselines, if
+            the experiment has any.
         title: Text above the table.
 
     Raises:
@@ -188,11 +189,14 @@ def compare(
     given = read_baselines(baselines_file)
     if name not in problems.names():
         return table_of_runs(name, runs, recorded, baselines=given, title=title)
-    known = None if given == "none" else given or declared_baselines(runs) or baselines.for_table(name, runs, recorded)
+    problem = problems.find(name)
+    known = None if given == "none" else given or declared_baselines(runs)
+    if given is None and known is None and problem.SINGLE_TASK_BASELINES:
+        known = baselines.for_table(name, runs, recorded)
     return tabulate(
         runs,
         experiment=name,
-        higher_is_better=directions(runs, problems.find(name).HIGHER_IS_BETTER),
+        higher_is_better=directions(runs, problem.HIGHER_IS_BETTER),
         baselines=None if known is None else known.metrics,
         baselines_from="" if known is None else known.origin,
         title=title,

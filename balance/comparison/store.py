@@ -35,6 +35,14 @@ EARLIER: Mapping[str, Any] = {
     "train.validation_interval": 1,
     "balancer.metric": "gradients",
     "balancer.warmup": 0,
+    "train.lbfgs_steps": 0,
+    "lbfgs.samples": None,
+    "lbfgs.max_iter": 20,
+    "lbfgs.history_size": 50,
+    "lbfgs.lr": 1.0,
+    "lbfgs.line_search": "strong_wolfe",
+    "lbfgs.tolerance_grad": 1e-9,
+    "lbfgs.tolerance_change": 1e-12,
 }
 SEPARATE = ("experiment", "loss_method", "gradient_method", "seed")  # entries that are fields of a `RecordedRun`
 CURVES = ("loss/", "weight/", "gradient_weight/", "cosine/", "conflicts")

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 from omegaconf import OmegaConf
 
+from balance import gradient_balancers
 from balance.config import compose, method_names
-from experiments.config.schema import RunConfig, TrainConfig, config_schema
+from experiments.config.schema import RunConfig, TrainConfig, config_schema, last_epoch
 from experiments.problems import base as problems
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def configure(overrides: Sequence[str]) -> DictConfig:
     config = compose(config_schema(problem, loss_method, gradient_method, optimizer), settings | options, overrides)
     check_report_last(config)
     check_optimizer(config)
+    check_lbfgs(config)
     return config
 
 
@@ -145,11 +147,12 @@ def check_report_last(config: DictConfig) -> None:
     """Check that as many epochs are trained as are reported.
 
     Raises:
-        ValueError: If ``train.report_last`` exceeds ``train.epochs``.
+        ValueError: If ``train.report_last`` exceeds the number of epochs and steps of LBFGS.
     """
-    epochs, reported = config.train.epochs, config.train.report_last
-    if reported is not None and reported > epochs:
-        raise ValueError(f"train.report_last must be at most train.epochs={epochs}, but got {reported}.")
+    train, reported = config.train, config.train.report_last
+    if reported is not None and reported > last_epoch(train):
+        steps = f" + train.lbfgs_steps={train.lbfgs_steps}" if train.lbfgs_steps else ""
+        raise ValueError(f"train.report_last must be at most train.epochs={train.epochs}{steps}, but got {reported}.")
 
 
 def check_optimizer(config: DictConfig) -> None:
@@ -165,4 +168,24 @@ def check_optimizer(config: DictConfig) -> None:
         raise ValueError(
             f"optimizer.nesterov needs momentum and no dampening, but got momentum={options.momentum} and "
             f"dampening={options.dampening}. Set optimizer.momentum=0.9 optimizer.dampening=0."
+        )
+
+
+def check_lbfgs(config: DictConfig) -> None:
+    """Check that methods and precision suit the steps of LBFGS, if there are any.
+
+    Raises:
+        ValueError: If the gradient method has no weights, or the precision is too low for a line search.
+    """
+    method, train = config.gradient_method, config.train
+    if not train.lbfgs_steps:
+        return
+    if method is not None and gradient_balancers.sees(method) == "jacobian":
+        raise ValueError(
+            f"gradient_method must give weights for the steps of LBFGS to hold, but '{method}' gives a direction. "
+            "Choose another method, or set train.lbfgs_steps=0."
+        )
+    if train.precision != "fp32":
+        raise ValueError(
+            f"train.precision must be fp32 for the steps of LBFGS, but got {train.precision}. Or set train.lbfgs_steps=0."
         )

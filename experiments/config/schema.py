@@ -9,6 +9,8 @@ from balance.config import StageConfig, methods_schema, setting
 from experiments.problems.base import ProtocolName
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from experiments.problems.base import Problem
 
 
@@ -37,6 +39,19 @@ OPTIMIZERS: dict[str, type] = dict(zip(get_args(OptimizerName), (AdamConfig, Ada
 
 
 @dataclass
+class LBFGSConfig:
+    """Steps of LBFGS that follow the epochs, all on one batch. Decay of the weights and clipping are the epochs' only."""
+
+    samples: int | None = setting(None, minimum=1, help="training samples in the batch of LBFGS; null: all of them")
+    max_iter: int = setting(20, minimum=1, help="iterations of a step, each with at least one evaluation of the losses")
+    history_size: int = setting(50, minimum=1, help="pairs of a step and a change of the gradient that LBFGS remembers")
+    lr: float = setting(1.0, above=0, help="first length that the line search tries, and the fixed length without it")
+    line_search: Literal["strong_wolfe", "none"] = setting("strong_wolfe", help="search of the length of an iteration")
+    tolerance_grad: float = setting(1e-9, minimum=0, help="largest entry of the gradient at which a step ends")
+    tolerance_change: float = setting(1e-12, minimum=0, help="change of parameters or loss at which a step ends")
+
+
+@dataclass
 class TrainConfig:
     """Optimization, with a separate learning rate for parameters that the balancer owns.
 
@@ -47,6 +62,9 @@ class TrainConfig:
     """
 
     epochs: int = setting(20, minimum=1, help="passes over the training data")
+    lbfgs_steps: int = setting(
+        0, minimum=0, help="steps of LBFGS after the epochs, each with fixed weights of the losses; a step counts as an epoch"
+    )
     batch_size: int = setting(64, minimum=1, help="training samples of a step")
     eval_batch_size: int = setting(1000, minimum=1, help="samples of a test batch; protocol=paper averages over batches")
     num_workers: int = setting(0, minimum=0, help="processes that read data; useful where `cost/waiting` is large")
@@ -97,6 +115,13 @@ class RunConfig:
     device: str = setting("cpu", help="device of torch, such as cuda")
     balancer: StageConfig = field(default_factory=StageConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lbfgs: LBFGSConfig = field(default_factory=LBFGSConfig)
+
+
+def last_epoch(train: DictConfig) -> int:
+    """Return the number of the last epoch; a step of LBFGS counts as an epoch."""
+    number: int = train.epochs + train.lbfgs_steps
+    return number
 
 
 def config_schema(problem: Problem, loss_method: str, gradient_method: str | None, optimizer: str) -> type[RunConfig]:

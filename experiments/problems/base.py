@@ -121,6 +121,8 @@ class Problem:
         counts: Return by task the number of values in a batch that its loss is the mean of, such as labelled pixels. Several
             processes weight their losses with it. None for the number of samples. It may have a parameter ``protocol`` as well.
         score: Return the number by which the best epoch is chosen, the lowest, from its validation metrics; None for delta_m.
+        SINGLE_TASK_BASELINES: Whether a network that is trained on one task only is worth comparing with. If not, sweeps
+            train no such networks, and tables have no delta_m.
     """
 
     TASKS: tuple[str, ...]
@@ -135,6 +137,7 @@ class Problem:
     ON_DISK: str | None = None
     counts: Callable[[Batch], dict[str, int]] | None = None
     score: Callable[[Mapping[str, float]], float] | None = None
+    SINGLE_TASK_BASELINES: bool = True
 
 
 def names() -> tuple[str, ...]:

@@ -115,8 +115,10 @@ def recorded_runs(config: DictConfig, *, create: bool) -> list[RecordedRun]:
 
 
 def missing_baselines(overrides: Sequence[str], seeds: Sequence[int], cell: tuple[str, ...] = ()) -> list[Job]:
-    """Return the single-task runs with these overrides; none if files or papers have baselines for them."""
+    """Return the single-task runs with these overrides; none if baselines exist for them, or the problem has none."""
     config = make_job(_single_task_overrides(overrides, 0, seeds[0])).config
+    if not problems.find(config.experiment).SINGLE_TASK_BASELINES:
+        return []
     known = baselines.with_settings(config.experiment, common_of(config), ())
     return baseline_jobs(overrides, seeds, cell) if known is None else []
 
@@ -128,9 +130,18 @@ def baseline_jobs(overrides: Sequence[str], seeds: Sequence[int], cell: tuple[st
         overrides: Overrides of the trainer.
         seeds: Seeds of each task.
         cell: Those of the overrides that labels show.
+
+    Raises:
+        ValueError: If the problem has no single-task baselines.
     """
     name = values_by_key(overrides).get("experiment", RunConfig.experiment)
-    tasks = range(len(problems.find(name).TASKS))
+    problem = problems.find(name)
+    if not problem.SINGLE_TASK_BASELINES:
+        raise ValueError(
+            f"The experiment must have tasks that can be learned on their own, but '{name}' has no single-task baselines. "
+            "compare.py makes its tables without delta_m."
+        )
+    tasks = range(len(problem.TASKS))
     return [make_job(_single_task_overrides(overrides, k, seed), cell=cell) for k, seed in itertools.product(tasks, seeds)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import warnings
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from experiments.problems import base as problems
 from experiments.recording.fingerprint import fingerprint
 from experiments.training.data import to_device
 from experiments.training.evaluation import evaluate
+from experiments.training.lbfgs import LBFGSPhase
 from experiments.training.run import build
 from experiments.training.step import build_optimizer, train_step
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from omegaconf import DictConfig
+
+    from experiments.training.run import Run
 
 BUDGET = 1.0  # seconds for the steps of one pair of methods, and for its evaluation
 
@@ -80,4 +84,14 @@ def estimate_run(config: DictConfig) -> float:
     with problems.by_design():
         of_step = timed(lambda: train_step(run, optimizer, batch)).seconds
     of_evaluation = timed(lambda: evaluate(run, run.data.validation)).seconds
-    return float(config.train.epochs * (steps * of_step + of_evaluation))
+    epochs = config.train.epochs * (steps * of_step + of_evaluation)
+    return float(epochs + config.train.lbfgs_steps * (lbfgs_seconds(run) + of_evaluation))
+
+
+def lbfgs_seconds(run: Run) -> float:
+    """Return the time of one step of LBFGS in seconds; 0 if the run has no such steps. The network changes."""
+    if not run.config.train.lbfgs_steps:
+        return 0.0
+    begin = time.perf_counter()
+    LBFGSPhase(run).step(0)
+    return time.perf_counter() - begin

@@ -10,6 +10,7 @@ import torch
 
 from balance import metrics as balance_metrics
 from experiments.analysis import baselines as reference
+from experiments.config.schema import last_epoch
 from experiments.recording.fingerprint import common_of
 from experiments.training import ranks
 from experiments.training.checkpoint_files import write_file
@@ -86,7 +87,7 @@ class Selection:
         """Return whether an epoch is kept: the last one with ``train.report_last``, else the best one so far."""
         train = self.run.config.train
         if train.report_last is not None:
-            return bool(epoch == train.epochs)
+            return epoch == last_epoch(train)
         return score < self.best or not self.state
 
     def score(self, metrics: Mapping[str, float]) -> float:

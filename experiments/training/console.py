@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from experiments.config.schema import last_epoch
 from experiments.recording.run_log import MANY
 
 if TYPE_CHECKING:
@@ -53,9 +54,9 @@ def progress_bar(run: Run) -> Iterator[ProgressBar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[losses]}"),
     )
-    epochs = run.config.train.epochs
+    train = run.config.train
     with Progress(*columns, console=run.console, transient=True) as progress:
-        yield ProgressBar(progress, epochs, epochs * len(run.batches))
+        yield ProgressBar(progress, last_epoch(train), train.epochs * len(run.batches) + train.lbfgs_steps)
 
 
 def losses_line(report: Report) -> str:

@@ -7,6 +7,7 @@ import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from experiments.config.schema import last_epoch
 from experiments.problems import base as problems
 from experiments.recording.run_log import log_inputs, log_model, new_tracker, step_metrics
 from experiments.training import interruption, ranks
@@ -17,6 +18,7 @@ from experiments.training.costs import Costs
 from experiments.training.data import TimedBatches, generator_state, sampler_of, set_epoch, set_generator_state, to_device
 from experiments.training.evaluation import evaluate, mean_metrics
 from experiments.training.interruption import Interrupted
+from experiments.training.lbfgs import LBFGSPhase
 from experiments.training.randomness import random_state, set_random_state
 from experiments.training.resumption import finish, released
 from experiments.training.schedule import Schedule
@@ -54,8 +56,8 @@ def train(run: Run, parent: str | None = None) -> dict[str, float]:
             log_inputs(tracker, run.config, run.data)
             training = Training(run, tracker, bar)
             training.resume()
-            while training.epoch < run.config.train.epochs:
-                training.run_epoch()
+            while training.epoch < last_epoch(run.config.train):
+                training.run_next()
                 metrics = training.finish_epoch()
                 bar.print_metrics(training.epoch, metrics)
             final = training.test()
@@ -77,11 +79,20 @@ class Training:
         self.schedule = Schedule(self.optimizer, run.config.train, len(run.batches))
         self.selection = Selection(run)
         self.costs = Costs()
+        self.lbfgs = LBFGSPhase(run)
         self.epoch = 0  # epochs finished
         self.position = 0  # steps made in the epoch after them
         self.step = 0  # steps made
         self.tests: list[dict[str, float]] = []  # of the epochs that train.report_last selects
         self.saved_at = time.monotonic()
+
+    def run_next(self) -> None:
+        """Run an epoch or, after the last one, a step of LBFGS, which is evaluated and counted like an epoch."""
+        steps = self.epoch - self.run.config.train.epochs  # of LBFGS, each with its evaluation
+        if steps < 0:
+            self.run_epoch()
+        elif self.step == self.run.config.train.epochs * len(self.run.batches) + steps:
+            self.run_lbfgs_step()  # otherwise it was made before the checkpoint from which the run continues
 
     def run_epoch(self) -> None:
         """Train on every batch once, or on the batches that are left of the epoch."""
@@ -99,6 +110,15 @@ class Training:
         if not is_complete:
             run.balancer.end_epoch()
             self.tracker.log_metrics({"cost/waiting": batches.waiting_share()}, self.step)
+
+    def run_lbfgs_step(self) -> None:
+        """Make one step of LBFGS, and log it."""
+        self.run.model.train()
+        report, metrics = self.lbfgs.step(self.step)
+        self.tracker.log_metrics(step_metrics(report) | metrics, self.step)
+        self.bar.show_losses(report)
+        self.step += 1
+        self.bar.advance(self.epoch + 1)
 
     def train_on(self, batch: Batch | None) -> None:
         """Make one step, and log it."""
@@ -155,7 +175,7 @@ class Training:
     def is_reported(self) -> bool:
         """True if the test metrics after the current epoch are among those that ``train.report_last`` asks for."""
         train = self.run.config.train
-        return bool(self.epoch + 1 > train.epochs - (train.report_last or 0))
+        return bool(self.epoch + 1 > last_epoch(train) - (train.report_last or 0))
 
     def test_metrics(self, validation_metrics: dict[str, float]) -> dict[str, float]:
         """Return test metrics of the network as it is; where both splits are one object, it is not evaluated again."""
@@ -208,6 +228,7 @@ class Training:
             "schedule": self.schedule.state_dict(),
             "selection": self.selection.state_dict(),
             "costs": self.costs.state_dict(),
+            "lbfgs": self.lbfgs.state_dict(),
             "tests": list(self.tests),
             "order": sampler_of(run.batches).state(self.position),
             "data": generator_state(run.data.train),
@@ -232,6 +253,7 @@ class Training:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         self.epoch, self.position, self.step = state["epoch"], state["position"], state["step"]
+        self.lbfgs.load_state_dict(state.get("lbfgs", {}))  # checkpoints of earlier versions have none
         self.tests = list(state["tests"])
         sampler_of(run.batches).resume(state["order"], self.position)
         set_generator_state(run.data.train, state["data"])

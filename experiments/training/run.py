@@ -22,6 +22,7 @@ from experiments.recording.loggers import further_loggers
 from experiments.training import ranks
 from experiments.training.checkpoint_files import write_file
 from experiments.training.data import training_batches
+from experiments.training.lbfgs_checks import check_lbfgs
 from experiments.training.resumption import CONFIG, find_unfinished, lock_of
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def build(config: DictConfig, console: Console | None = None) -> Run:
     batches = training_batches(data.train, config)
     model = problem.build_model(config.model).to(config.device)
     measured(dict(model.trunk.named_parameters()), config.balancer.measure)  # refuses patterns that fit no parameter
+    check_lbfgs(config, model, problem, data.train)
     scaler = GradScaler(torch.device(config.device).type, enabled=config.train.precision == "fp16")
     console = (console or Console()) if ranks.is_first() else Console(quiet=True)
     forward: nn.Module = Forward(model)

@@ -15,6 +15,10 @@ ROOT = Path(__file__).parents[2]
 BOTH = ["--loss_method=famo", "--gradient_method=cagrad"]
 DENSE = ["data.num_train=4", "data.num_validation=2", "data.num_test=2", "data.height=32", "data.width=48", "data.augment=true"]
 TINY = {  # two steps, or a little more, in an epoch
+    "burgers": [
+        *("data.interior_points=20", "data.boundary_points=6", "data.initial_points=6", "model.depth=1"),
+        *("train.batch_size=16", "train.lbfgs_steps=0"),
+    ],
     "digits": ["data.train_pairs=128", "data.validation_pairs=50", "data.test_pairs=50"],
     "toy": ["data.steps=2"],
     "multimnist": ["train.batch_size=5385", "model.width=2"],
