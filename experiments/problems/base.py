@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from balance.messages import unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import ModuleType
 
     from torch.utils.data import Dataset
@@ -121,6 +121,10 @@ class Problem:
         counts: Return by task the number of values in a batch that its loss is the mean of, such as labelled pixels. Several
             processes weight their losses with it. None for the number of samples. It may have a parameter ``protocol`` as well.
         score: Return the number by which the best epoch is chosen, the lowest, from its validation metrics; None for delta_m.
+        tasks: Return the names of the tasks from a ``DataConfig``, where its data decide them, instead of ``TASKS``. All
+            functions of the problem may then have a parameter ``tasks``.
+        micro_batches: Yield the micro-batches of a batch, in the form of batches, such as one data set each. A step computes
+            them one after the other, with ``train.micro_batches``; each one yields losses of some of the tasks. None for one.
     """
 
     TASKS: tuple[str, ...]
@@ -135,6 +139,8 @@ class Problem:
     ON_DISK: str | None = None
     counts: Callable[[Batch], dict[str, int]] | None = None
     score: Callable[[Mapping[str, float]], float] | None = None
+    tasks: Callable[[Any], tuple[str, ...]] | None = None
+    micro_batches: Callable[[Batch], Iterator[Batch]] | None = None
 
 
 def names() -> tuple[str, ...]:
@@ -186,12 +192,29 @@ def _problem(folder: ModuleType) -> Problem:
 
 def under(protocol: str, problem: Problem) -> Problem:
     """Return a problem with the losses, counts and metrics of a protocol, where these depend on the protocol."""
-    names = ("losses", "counts", "metrics")
+    return _bound(problem, ("losses", "counts", "metrics"), protocol=protocol)
+
+
+def with_tasks(problem: Problem, data: Any) -> Problem:
+    """Return a problem with the tasks that a ``DataConfig`` describes, where the data decide them."""
+    if problem.tasks is None:
+        return problem
+    tasks = problem.tasks(data)
+    return replace(_bound(problem, ("losses", "counts", "metrics", "targets", "build_model"), tasks=tasks), TASKS=tasks)
+
+
+def tasks_of(config: Any) -> tuple[str, ...]:
+    """Return the names of the tasks of a configuration."""
+    return with_tasks(find(config.experiment), config.data).TASKS
+
+
+def _bound(problem: Problem, names: Sequence[str], **values: object) -> Problem:
+    """Return a problem whose functions with these names have a value for a parameter, if they have the parameter."""
     functions: dict[str, Callable[..., Any]] = {name: function for name in names if (function := getattr(problem, name))}
     bound: dict[str, Any] = {
-        name: partial(function, protocol=protocol)
+        name: partial(function, **values)
         for name, function in functions.items()
-        if "protocol" in inspect.signature(function).parameters
+        if values.keys() <= inspect.signature(function).parameters.keys()
     }
     return replace(problem, **bound)
 

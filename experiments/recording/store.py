@@ -27,7 +27,7 @@ BOOKKEEPING = frozenset(
     {
         *("output_dir", "resume", "track", "log_every", "log_model", "system_metrics", "balancer.engine", "balancer.memory"),
         *("data.path", "data.cache", "data.workers", "train.num_workers", "train.eval_batch_size"),
-        "train.checkpoint_minutes",
+        *("train.checkpoint_minutes", "train.micro_batches", "model.cache"),
     }
 )
 # Values in runs that were recorded before these entries existed

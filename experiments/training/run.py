@@ -110,7 +110,7 @@ def build(config: DictConfig, console: Console | None = None) -> Run:
     Raises:
         ValueError: If an option is out of range, or the device is not available.
     """
-    problem = problems.under(config.protocol, problems.find(config.experiment))
+    problem = problems.with_tasks(problems.under(config.protocol, problems.find(config.experiment)), config.data)
     balancer = build_balancer(config, problem.TASKS)
     check_device(config.device)
     torch.manual_seed(config.seed)
@@ -180,5 +180,5 @@ def folder_prefix(config: DictConfig) -> str:
     """Return the name of a run's folder, from time, methods and seed, without the random end that makes it unique."""
     methods = [*filter(None, (config.loss_method.replace("+", "-"), config.gradient_method))]
     if config.loss_method == "stl":
-        methods.insert(1, problems.find(config.experiment).TASKS[config.loss.main_task])
+        methods.insert(1, problems.tasks_of(config)[config.loss.main_task])
     return "-".join((time.strftime("%Y%m%d-%H%M%S"), *methods, f"seed{config.seed}", ""))
