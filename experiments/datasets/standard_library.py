@@ -7,8 +7,11 @@ file. A function whose code occurs in an earlier file is left out, so that no co
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
+import itertools
 import json
+import os
 import platform
 import sysconfig
 import textwrap
@@ -48,15 +51,23 @@ class Function(NamedTuple):
     body: str
 
 
-def sources(split: str | None = None) -> Iterator[tuple[str, str]]:
-    """Yield relative path and text of the files of a split, or of all files, in the order of their paths."""
+def sources(split: str, files: int | None = None) -> Iterator[tuple[str, str]]:
+    """Yield relative path and text of the first files of a split, in the order of their paths; of all files with None."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    for file in sorted(root.rglob("*.py")):
-        path = file.relative_to(root)
-        if LEFT_OUT.isdisjoint(path.parts) and not path.name.startswith("_sysconfigdata"):
-            name = path.as_posix()
-            if split is None or split == split_of(name):
-                yield name, file.read_text(encoding="utf-8")
+    of_split = (path for path in _paths(root) if split_of(path) == split)
+    for path in itertools.islice(of_split, files):
+        yield path, (root / path).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _paths(root: Path) -> tuple[str, ...]:
+    """Return the sorted relative paths of the files that count."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in LEFT_OUT]
+        relative = Path(folder).relative_to(root)
+        found += [(relative / name).as_posix() for name in names if name.endswith(".py")]
+    return tuple(sorted(path for path in found if "_sysconfigdata" not in path))
 
 
 def split_of(path: str) -> str:
@@ -65,11 +76,12 @@ def split_of(path: str) -> str:
     return SPLITS[max(bucket - 7, 0)]
 
 
-def functions(cache: Path) -> list[Function]:
+def functions(cache: Path, files: int | None = None) -> list[Function]:
     """Return the functions of the library that are at most `LONGEST` characters long; read them once.
 
     Args:
         cache: Folder of the file that keeps them.
+        files: Number of files of each split, the first ones; None for all.
 
     Returns:
         Functions in the order of files and lines.
@@ -77,16 +89,20 @@ def functions(cache: Path) -> list[Function]:
     Raises:
         OSError: If ``cache`` cannot be written.
     """
-    key = hashlib.sha256(Path(__file__).read_bytes() + platform.python_version().encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"{files}".encode() + Path(__file__).read_bytes()).hexdigest()[:12]
     file = cache / f"functions-{platform.python_version()}-{key}.json"
-    build_once(file, file.exists, lambda partial: partial.write_text(json.dumps(list(_collect())), encoding="utf-8") and None)
+
+    def write(partial: Path) -> None:
+        partial.write_text(json.dumps(list(_collect(files))), encoding="utf-8")
+
+    build_once(file, file.exists, write)
     return [Function(*entry) for entry in json.loads(file.read_text(encoding="utf-8"))]
 
 
-def _collect() -> Iterator[Function]:
-    """Yield the functions of all files, each code once."""
+def _collect(files: int | None) -> Iterator[Function]:
+    """Yield the functions of the files, each code once."""
     seen = set()
-    for path, text in sources():
+    for path, text in (source for split in SPLITS for source in sources(split, files)):
         for name, header, docstring, body in parsed(text):
             code = "".join((header + body).split())
             if code not in seen and len(header + docstring + body) <= LONGEST:

@@ -21,7 +21,7 @@ def tiny(cache, tmp_path):
     """Words for a short run of an experiment on the data that ships with it; nothing recorded unless said otherwise."""
 
     def words(name, *more):
-        cached = [f"data.cache={cache}"] if name in ("nyuv2", "cityscapes", "celeba") else []
+        cached = [f"data.cache={cache}"] if name in ("nyuv2", "cityscapes", "celeba", "llm") else []
         return [
             f"--experiment={name}",
             f"output_dir={tmp_path}/runs",

@@ -24,6 +24,9 @@ TINY = {  # two steps, or a little more, in an epoch
     "quantum_chemistry": ["data.validation_molecules=20", "data.test_molecules=1290", "train.batch_size=8", "model.dim=4"],
     "celeba": ["data.train_images=16", "data.validation_images=8", "data.test_images=8", "train.batch_size=8"],
 }
+LLM = ["model.width=8", "model.layers=1", "model.attention_heads=1", "model.rank=2", "model.pretraining_steps=2"]
+LLM = [*LLM, "data.max_length=120", "train.batch_size=2"]
+TINY["llm"] = [*LLM, "data.files=40", "data.train_samples=4", "data.validation_samples=4", "data.test_samples=4"]
 NAMES = tuple(TINY)
 ON_DISK = {
     "nyuv2": ["train.batch_size=2", "model.name=small"],

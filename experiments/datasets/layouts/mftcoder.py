@@ -1,7 +1,7 @@
 """Conversations in the layout of MFTCoder: JSONL files, one folder or one file for each task.
 
-Every line is an object with ``chat_rounds``, a list of objects with ``role`` (system, human or bot) and ``content``. Or it has a
-prompt and an answer under one of the pairs of keys `PAIRS`, and perhaps ``system``. Other keys have no effect.
+Every line is an object with ``chat_rounds``, a list of objects with ``role`` (system, human or bot) and ``content``. Or it has
+a prompt and an answer under one of the pairs of keys `PAIRS`, and perhaps ``system``. Other keys have no effect.
 
 Source:
     The repository codefuse-ai/MFTCoder. Differs: also one file for each task, and no lines with only ``text``.
@@ -118,8 +118,6 @@ def _turns(entry: dict[str, Any]) -> list[Turn]:
             raise ValueError(f"an entry must have chat_rounds, or prompt and answer, but has {', '.join(entry) or 'no keys'}.")
         rounds = [{"role": role, "content": entry[key]} for role, key in zip(("human", "bot"), pair, strict=True)]
         rounds = [{"role": "system", "content": entry["system"]}, *rounds] if entry.get("system") else rounds
-    if not isinstance(rounds, list):
-        raise ValueError(f"chat_rounds must be a list, but is {type(rounds).__name__}.")
     return [_turn(turn) for turn in rounds]
 
 

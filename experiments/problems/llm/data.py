@@ -7,7 +7,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class DataConfig:
         choices=("task", "tokens"),
         help="task: a loss is the mean over the tokens of its task; tokens: the sum, over the mean number of tokens of a task",
     )
+    files: int | None = setting(None, minimum=1, help="source files of each split, at most; null: all")
     max_length: int = setting(160, minimum=2, help="tokens of a conversation; longer ones are left out")
     seed: int = setting(0, minimum=0, help="seed of the choice of samples, and of the split of JSONL files")
     train_samples: int | None = setting(None, minimum=1, help="training samples of a task, at most; null: all")
@@ -67,8 +68,8 @@ class Mixture(Dataset[tuple[Tensor, ...]]):
 
     Args:
         samples: Samples of every task.
-        aggregation: ``"task"``: a loss is divided by the number of tokens of its task. ``"tokens"``: all losses are divided by
-            the mean number of tokens of a task, so that their sum is K times the mean over all tokens.
+        aggregation: Divisor of a loss. ``"task"``: the number of tokens of its task. ``"tokens"``: the mean number of tokens of
+            a task. The sum of all losses is then K times the mean over all tokens.
     """
 
     def __init__(self, samples: Sequence[Sequence[Sample]], aggregation: str) -> None:
@@ -151,7 +152,7 @@ def _choice(samples: list[Sample], size: int | None, seed: int) -> list[Sample]:
 def _from_functions(config: DataConfig) -> Conversations:
     """Return the four tasks of the functions of the standard library, by split and task."""
     by_split: Conversations = {split: {task: [] for task in task_names.TASKS} for split in standard_library.SPLITS}
-    for function in standard_library.functions(cache_folder(config.cache)):
+    for function in standard_library.functions(cache_folder(config.cache), config.files):
         for task, conversation in conversations_of(function).items():
             by_split[function.split][task].append(conversation)
     return by_split

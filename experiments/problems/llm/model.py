@@ -55,7 +55,11 @@ class LanguageModel(nn.Module):
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         adapters = LoraConfig(
-            r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
         )
         with warnings.catch_warnings():  # transformers has renamed an attribute that peft reads
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -92,7 +96,7 @@ class Outputs(nn.Module):
 class AdaptedNetwork(Network):
     """A network whose state consists of its trained parameters, the adapters: checkpoints leave the frozen model out."""
 
-    def state_dict(self, *args: Any, **keywords: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **keywords: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the state of the adapters and of buffers."""
         frozen = self._frozen()
         state: dict[str, Any] = super().state_dict(*args, **keywords)

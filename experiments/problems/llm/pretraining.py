@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -20,6 +21,8 @@ from experiments.datasets.image_cache import build_once
 from experiments.problems.llm.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -94,7 +97,7 @@ def _train(shape: Shape) -> PreTrainedModel:
         for _ in track(range(shape.steps), "Pre-training the model, once", console=console, transient=True):
             batch = texts[torch.randint(len(texts), (BATCH,))].long()
             optimizer.zero_grad()
-            next_token_loss(model, batch).backward()
+            next_token_loss(model, batch).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             rates.step()
@@ -117,9 +120,12 @@ def training_texts() -> Tensor:
 
     A file is a human turn with its path and a bot turn with its text. Files follow one another, and pieces begin anywhere.
     """
-    tokenizer, tokens = ByteTokenizer(), []
+    tokenizer = ByteTokenizer()
+    pieces: list[Sequence[int]] = []
     for path, text in standard_library.sources("train"):
-        tokens += [*tokenizer.marker("human"), *tokenizer.encode(path), *tokenizer.marker("bot")]
-        tokens += [*tokenizer.encode(text), tokenizer.end]
-    whole = len(tokens) - len(tokens) % LENGTH
-    return torch.tensor(tokens[:whole], dtype=torch.int16).view(-1, LENGTH)
+        pieces += [tokenizer.marker("human"), tokenizer.encode(path), tokenizer.marker("bot"), tokenizer.encode(text)]
+        pieces.append((tokenizer.end,))
+    tokens = np.concatenate(
+        [np.array(memoryview(piece) if isinstance(piece, bytes) else piece, dtype=np.int16) for piece in pieces]
+    )
+    return torch.from_numpy(tokens[: len(tokens) - len(tokens) % LENGTH]).view(-1, LENGTH)

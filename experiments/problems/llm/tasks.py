@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import cross_entropy
-from torchmetrics import Metric
+from torch.nn.functional import cross_entropy, pad
+from torchmetrics import MeanMetric
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch import Tensor
+    from torchmetrics import Metric
 
     from experiments.problems.base import Batch
 
@@ -33,7 +34,7 @@ def targets(batch: Batch, tasks: tuple[str, ...] = TASKS) -> dict[str, Tensor]:
     """Return by task the token that follows each token, `NOTHING` where the loss does not count it. Shape (B, T)."""
     tokens, answers, _ = batch
     following = torch.where(answers, tokens, NOTHING)[..., 1:]
-    labels = torch.nn.functional.pad(following, (0, 1), value=NOTHING)
+    labels = pad(following, (0, 1), value=NOTHING)
     return dict(zip(tasks, labels.unbind(1), strict=True))
 
 
@@ -63,53 +64,35 @@ def _summed(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=NOTHING, reduction="sum")
 
 
-class TokenLoss(Metric):
+class TokenLoss(MeanMetric):
     """Mean cross-entropy of the counted tokens over all samples, in nats per token."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
+    def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
         """Count a batch. Shapes (B, T, V) and (B, T)."""
-        self.total += _summed(logits.float(), labels)
-        self.tokens += (labels != NOTHING).sum()
-
-    def compute(self) -> Tensor:
-        """Return the mean."""
-        return self.total / self.tokens
+        tokens = (labels != NOTHING).sum()
+        super().update(_summed(logits.float(), labels) / tokens, tokens)
 
 
 class Perplexity(TokenLoss):
     """The exponential of the mean cross-entropy."""
 
     def compute(self) -> Tensor:
-        """Return the perplexity."""
-        return super().compute().exp()
+        """Return the perplexity, at least 1."""
+        mean: Tensor = super().compute()
+        return mean.exp()
 
 
-class ExactMatch(Metric):
+class ExactMatch(MeanMetric):
     """Share of samples whose answers greedy decoding gives exactly, ends included.
 
     No decoding is needed. Greedy decoding reproduces an answer if and only if each of its tokens has the largest logit after
     the prompt and the tokens before it. In a conversation with several answers, each must be right after the true ones.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("right", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("samples", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
+    def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
         """Count a batch. Shapes (B, T, V) and (B, T)."""
         labels = labels[:, : logits.shape[1]]
-        self.right += ((logits.argmax(-1) == labels) | (labels == NOTHING)).all(1).sum()
-        self.samples += len(labels)
-
-    def compute(self) -> Tensor:
-        """Return the share, in 0..1."""
-        return self.right / self.samples
+        super().update(((logits.argmax(-1) == labels) | (labels == NOTHING)).all(1).float())
 
 
 def metrics(tasks: tuple[str, ...] = TASKS) -> dict[str, Metric]:

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from experiments.datasets.layouts.mftcoder import Conversation
 
 
+ROLES = ("system", "human", "bot")
+
+
 class Sample(NamedTuple):
     """A conversation in tokens. The loss counts tokens of the answers only, each with the end that follows it.
 
@@ -46,11 +49,10 @@ class ByteTokenizer:
 
     size = 260
     end = 259
-    roles = {"system": 256, "human": 257, "bot": 258}
 
     def marker(self, role: str) -> Sequence[int]:
         """Return the token that begins a turn of a role."""
-        return (self.roles[role],)
+        return (256 + ROLES.index(role),)
 
     def encode(self, text: str) -> Sequence[int]:
         """Return the bytes of a text."""
