@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from experiments.analysis import baselines
-from experiments.config.layers import values_by_key
-from experiments.config.schema import RunConfig
 from experiments.problems import base as problems
 from experiments.recording.recorded_run import METHOD_GROUPS
 from experiments.recording.store import Store, common_of
@@ -128,8 +126,8 @@ def baseline_jobs(overrides: Sequence[str], seeds: Sequence[int], cell: tuple[st
         seeds: Seeds of each task.
         cell: Those of the overrides that labels show.
     """
-    name = values_by_key(overrides).get("experiment", RunConfig.experiment)
-    tasks = range(len(problems.find(name).TASKS))
+    first = make_job(_single_task_overrides(overrides, 0, seeds[0]))
+    tasks = range(len(problems.tasks_of(first.config)))
     return [make_job(_single_task_overrides(overrides, k, seed), cell=cell) for k, seed in itertools.product(tasks, seeds)]
 
 

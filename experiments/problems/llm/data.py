@@ -112,11 +112,12 @@ def load(config: DataConfig) -> Splits:
     tokenizer: Tokenizer = ByteTokenizer() if config.tokenizer is None else ModelTokenizer(config.tokenizer)
     by_split = _from_functions(config) if config.path is None else _from_files(config)
     sizes = (config.train_samples, config.validation_samples, config.test_samples)
-    splits = []
-    for split, size in zip(standard_library.SPLITS, sizes, strict=True):
-        samples = [_samples(by_split[split][task], f"{split} samples of '{task}'", tokenizer, config) for task in tasks(config)]
-        splits.append(Mixture([_choice(of_task, size, config.seed) for of_task in samples], config.aggregation))
-    return Splits(*splits)
+    return Splits(
+        *(
+            Mixture([_samples(by_split, split, task, size, tokenizer, config) for task in tasks(config)], config.aggregation)
+            for split, size in zip(standard_library.SPLITS, sizes, strict=True)
+        )
+    )
 
 
 def cache_folder(cache: str | None) -> Path:
@@ -127,26 +128,39 @@ def cache_folder(cache: str | None) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "balance" / "llm"
 
 
-def _samples(conversations: Sequence[Conversation], what: str, tokenizer: Tokenizer, config: DataConfig) -> list[Sample]:
-    """Return the conversations in tokens, without those that are too long; of files, a warning gives their number.
+def _samples(
+    by_split: Conversations, split: str, task: str, size: int | None, tokenizer: Tokenizer, config: DataConfig
+) -> list[Sample]:
+    """Return conversations in tokens, in random order, without those that are too long; of files, a warning gives their number.
+
+    Args:
+        by_split: Conversations by split and task.
+        split: Name of the split.
+        task: Name of the task.
+        size: Greatest number of samples; None for all.
+        tokenizer: Map from texts to tokens.
+        config: Longest sample, and seed of the order.
+
+    Returns:
+        At least one sample.
 
     Raises:
         ValueError: If no conversation is left.
     """
-    samples = [sample_of(conversation, tokenizer) for conversation in conversations]
-    short = [sample for sample in samples if len(sample.tokens) <= config.max_length]
-    number = f"{len(samples) - len(short)} of {len(samples)} {what} have more than data.max_length={config.max_length} tokens"
-    if not short:
-        raise ValueError(f"There must be {what}, but there are none: {number}. Increase data.max_length, or give more data.")
-    if len(short) < len(samples) and config.path is not None:
-        warnings.warn(f"{number}, and are left out.", stacklevel=4)
-    return short
-
-
-def _choice(samples: list[Sample], size: int | None, seed: int) -> list[Sample]:
-    """Return samples in random order, at most ``size``."""
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [samples[i] for i in order[:size]]
+    conversations, samples, too_long = by_split[split][task], [], 0
+    for i in torch.randperm(len(conversations), generator=torch.Generator().manual_seed(config.seed)).tolist():
+        if len(samples) == size:
+            break
+        sample = sample_of(conversations[i], tokenizer)
+        is_short = len(sample.tokens) <= config.max_length
+        samples += [sample] if is_short else []
+        too_long += not is_short
+    number = f"{too_long} of {too_long + len(samples)} {split} samples of '{task}' have more than {config.max_length} tokens"
+    if not samples:
+        raise ValueError(f"'{task}' must have {split} samples, but {number}. Increase data.max_length, or give more data.")
+    if too_long and config.path is not None:
+        warnings.warn(f"{number}, and are left out. data.max_length sets the limit.", stacklevel=5)
+    return samples
 
 
 def _from_functions(config: DataConfig) -> Conversations:

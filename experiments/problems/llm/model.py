@@ -53,7 +53,7 @@ class LanguageModel(nn.Module):
         from peft import LoraConfig, get_peft_model  # noqa: PLC0415
 
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(model)
         adapters = LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,
@@ -83,6 +83,15 @@ class LanguageModel(nn.Module):
         logits = self.model(input_ids=rows.flatten(0, 1).clamp(min=0), use_cache=False).logits
         by_task = logits.view(*rows.shape, -1).unbind(1)
         return {self.tasks[k]: of_task for k, of_task in zip(present, by_task, strict=True)}
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Store only the inputs of the model's layers; each backward pass recomputes the layers, also if there are several."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the later of two names of transformers
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)
 
 
 class Outputs(nn.Module):
