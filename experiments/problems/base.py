@@ -121,8 +121,8 @@ class Problem:
         counts: Return by task the number of values in a batch that its loss is the mean of, such as labelled pixels. Several
             processes weight their losses with it. None for the number of samples. It may have a parameter ``protocol`` as well.
         score: Return the number by which the best epoch is chosen, the lowest, from its validation metrics; None for delta_m.
-        tasks: Return the names of the tasks from a ``DataConfig``, where its data decide them, instead of ``TASKS``. All
-            functions of the problem may then have a parameter ``tasks``.
+        task_names: Return the names of the tasks from a ``DataConfig``, where its data decide them, instead of ``TASKS``. All
+            functions of batches, outputs and networks may then have a parameter ``tasks``.
         micro_batches: Yield the micro-batches of a batch, in the form of batches, such as one data set each. A step computes
             them one after the other, with ``train.micro_batches``; each one yields losses of some of the tasks. None for one.
     """
@@ -139,7 +139,7 @@ class Problem:
     ON_DISK: str | None = None
     counts: Callable[[Batch], dict[str, int]] | None = None
     score: Callable[[Mapping[str, float]], float] | None = None
-    tasks: Callable[[Any], tuple[str, ...]] | None = None
+    task_names: Callable[[Any], tuple[str, ...]] | None = None
     micro_batches: Callable[[Batch], Iterator[Batch]] | None = None
 
 
@@ -197,9 +197,9 @@ def under(protocol: str, problem: Problem) -> Problem:
 
 def with_tasks(problem: Problem, data: Any) -> Problem:
     """Return a problem with the tasks that a ``DataConfig`` describes, where the data decide them."""
-    if problem.tasks is None:
+    if problem.task_names is None:
         return problem
-    tasks = problem.tasks(data)
+    tasks = problem.task_names(data)
     return replace(_bound(problem, ("losses", "counts", "metrics", "targets", "build_model"), tasks=tasks), TASKS=tasks)
 
 

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 if find_spec("transformers") is None or find_spec("peft") is None:
     raise ModuleNotFoundError("The experiment 'llm' needs transformers and peft: pip install 'mtl-balance[llm]'.")
 
-from experiments.problems.llm.data import ON_DISK, DataConfig, load, tasks
+from experiments.problems.llm.data import ON_DISK, DataConfig, load, task_names
 from experiments.problems.llm.model import ModelConfig, build_model
 from experiments.problems.llm.tasks import HIGHER_IS_BETTER, TASKS, counts, losses, metrics, micro_batches, score, targets
 
@@ -38,5 +38,5 @@ __all__ = [
     "micro_batches",
     "score",
     "targets",
-    "tasks",
+    "task_names",
 ]

@@ -18,8 +18,7 @@ from experiments.datasets import standard_library
 from experiments.datasets.layouts import mftcoder
 from experiments.datasets.layouts.mftcoder import Turn
 from experiments.problems.base import Splits, check_source
-from experiments.problems.llm import tasks as task_names
-from experiments.problems.llm.tasks import NOTHING
+from experiments.problems.llm.tasks import NOTHING, TASKS
 from experiments.problems.llm.tokenizer import ByteTokenizer, ModelTokenizer, sample_of
 
 if TYPE_CHECKING:
@@ -91,9 +90,9 @@ class Mixture(Dataset[tuple[Tensor, ...]]):
         return tokens, answers, numbers if self.aggregation == "task" else numbers.mean().expand_as(numbers).clone()
 
 
-def tasks(config: DataConfig) -> tuple[str, ...]:
+def task_names(config: DataConfig) -> tuple[str, ...]:
     """Return the names of the tasks: the four tasks of functions, or the names of the files and folders in ``data.path``."""
-    return task_names.TASKS if config.path is None else mftcoder.task_names(Path(config.path).expanduser())
+    return TASKS if config.path is None else mftcoder.task_names(Path(config.path).expanduser())
 
 
 def load(config: DataConfig) -> Splits:
@@ -112,12 +111,11 @@ def load(config: DataConfig) -> Splits:
     tokenizer: Tokenizer = ByteTokenizer() if config.tokenizer is None else ModelTokenizer(config.tokenizer)
     by_split = _from_functions(config) if config.path is None else _from_files(config)
     sizes = (config.train_samples, config.validation_samples, config.test_samples)
-    return Splits(
-        *(
-            Mixture([_samples(by_split, split, task, size, tokenizer, config) for task in tasks(config)], config.aggregation)
-            for split, size in zip(standard_library.SPLITS, sizes, strict=True)
-        )
-    )
+    splits = []
+    for split, size in zip(standard_library.SPLITS, sizes, strict=True):
+        samples = [_samples(by_split, split, task, size, tokenizer, config) for task in task_names(config)]
+        splits.append(Mixture(samples, config.aggregation))
+    return Splits(*splits)
 
 
 def cache_folder(cache: str | None) -> Path:
@@ -147,7 +145,8 @@ def _samples(
     Raises:
         ValueError: If no conversation is left.
     """
-    conversations, samples, too_long = by_split[split][task], [], 0
+    conversations, too_long = by_split[split][task], 0
+    samples: list[Sample] = []
     for i in torch.randperm(len(conversations), generator=torch.Generator().manual_seed(config.seed)).tolist():
         if len(samples) == size:
             break
@@ -165,7 +164,7 @@ def _samples(
 
 def _from_functions(config: DataConfig) -> Conversations:
     """Return the four tasks of the functions of the standard library, by split and task."""
-    by_split: Conversations = {split: {task: [] for task in task_names.TASKS} for split in standard_library.SPLITS}
+    by_split: Conversations = {split: {task: [] for task in TASKS} for split in standard_library.SPLITS}
     for function in standard_library.functions(cache_folder(config.cache), config.files):
         for task, conversation in conversations_of(function).items():
             by_split[function.split][task].append(conversation)
