@@ -89,13 +89,12 @@ def train_and_write(jobs: Sequence[Job], store: Store, options: argparse.Namespa
     runs = [run for run in store.runs() if run.finished and run.fingerprint in fingerprints]
     flags = [f"--experiment={store.experiment}", f"--seeds={options.seeds}", *options.overrides]
     command = " ".join(["python experiments/baselines.py", *flags])
-    options.output.write_text(file_content(runs, store.experiment, command), encoding="utf-8")
+    options.output.write_text(file_content(runs, problems.tasks_of(jobs[0].config), command), encoding="utf-8")
     return 0
 
 
-def file_content(runs: Sequence[RecordedRun], experiment: str, command: str) -> str:
+def file_content(runs: Sequence[RecordedRun], tasks: Sequence[str], command: str) -> str:
     """Return the command, the settings, and for each metric the mean and the value of every seed, as YAML."""
-    tasks = problems.find(experiment).TASKS
     values: dict[str, dict[int, float]] = {}
     for run in runs:
         task = tasks[int(run.settings["loss.main_task"])]

@@ -25,7 +25,7 @@ from balance.comparison.store import Store
 from experiments.analysis.front_figure import fronts_figure
 from experiments.analysis.fronts import Front, Indicators, Point, common_reference, indicators
 from experiments.cli import add_methods, add_output, add_overrides, all_overrides, command_parser, parse_seeds, run_command
-from experiments.config.layers import values_by_key
+from experiments.config.layers import configure, values_by_key
 from experiments.config.schema import RunConfig
 from experiments.problems import base as problems
 from experiments.sweeps.console import show_plan
@@ -91,12 +91,13 @@ def prepare_work(options: argparse.Namespace) -> Work:
     """
     values = values_by_key(all_overrides(argparse.Namespace(**vars(options) | {"loss_method": None, "gradient_method": None})))
     name = values.get("experiment", RunConfig.experiment)
-    problem = problems.find(name)
+    overrides = tuple(f"{key}={value}" for key, value in values.items())
+    of_data = [f"experiment={name}", *(override for override in overrides if override.startswith("data."))]
+    problem = problems.with_tasks(problems.find(name), configure(of_data).data)
     tasks = _pair(options.tasks or ",".join(problem.TASKS[:2]), "--tasks")
     losses, gradients = (words.split(",") for words in (options.loss_method or "ls", options.gradient_method or "none"))
     fan = dict(configurations(losses, gradients, options.points, tasks, problem.TASKS))
     metrics = _metrics(options.metrics, tasks, problem)
-    overrides = tuple(f"{key}={value}" for key, value in values.items())
     jobs = plan(Sweep(tuple(fan), tuple(parse_seeds(options.seeds)), overrides, with_baselines=False), create=True)
     of_run = {job.fingerprint: (_label(job), share) for job in jobs for made, share in fan.items() if made.name == job.name}
     reference = None

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
         ("bench_step.py", ["--repeats", "2", "--networks", "mlp", "--tasks", "3"]),
         ("bench_per_sample.py", ["--repeats", "2", "--samples", "2", "4"]),
         ("bench_distributed.py", ["--turns", "2", "--tasks", "2"]),
+        ("bench_llm.py", ["--repeats", "2", "--width", "8", "--layers", "1", "--length", "8", "--tasks", "2", "--batch", "1"]),
         ("bench_jacobian.py", ["--budget", "0", "--networks", "mlp", "transformer", "--tasks", "2", "3"]),
     ],
 )

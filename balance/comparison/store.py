@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 BOOKKEEPING = frozenset(
     {
         *("output_dir", "resume", "track", "loggers", "log_every", "log_model", "system_metrics"),
-        *("balancer.engine", "balancer.memory"),
-        *("data.path", "data.cache", "data.workers", "train.num_workers", "train.eval_batch_size"),
-        "train.checkpoint_minutes",
+        *("balancer.engine", "balancer.memory", "data.cache", "data.workers", "model.cache"),
+        *("train.num_workers", "train.eval_batch_size", "train.checkpoint_minutes", "train.micro_batches"),
     }
 )
+USERS_DATA = ("jsonl",)  # values of data.source for files of the user, where data.path decides the result
 # Values in runs that were recorded before these entries existed
 EARLIER: Mapping[str, Any] = {
     "train.precision": "fp32",
@@ -176,10 +176,13 @@ def complete(settings: Mapping[str, str]) -> dict[str, str]:
 def decides(key: str, settings: Mapping[str, Any]) -> bool:
     """Return whether an entry of a configuration decides the result of a run.
 
-    The size of evaluation batches does in the published protocol, which averages over batches.
+    The size of evaluation batches does in the published protocol, which averages over batches. The path does where the files
+    are the user's.
 
     Args:
         key: Dotted key.
         settings: All entries.
     """
+    if key == "data.path":
+        return settings.get("data.source") in USERS_DATA
     return key not in BOOKKEEPING or (key == "train.eval_batch_size" and settings.get("protocol") == "paper")

@@ -95,10 +95,19 @@ def with_settings(experiment: str, common: Settings, runs: Iterable[RecordedRun]
     file = shipped(experiment)
     if file is not None and dict(common) == file.settings:
         return file.baselines
-    means = single_task_means(runs, common, problems.find(experiment).TASKS)
+    runs = list(runs)
+    means = single_task_means(runs, common, _tasks(experiment, common, runs))
     if means:
         return Baselines(means, "the recorded runs of single-task networks")
     return published(experiment, common)
+
+
+def _tasks(experiment: str, common: Settings, runs: Iterable[RecordedRun]) -> tuple[str, ...]:
+    """Return the tasks of the runs with these settings: of the problem, or of the metrics where the data decide the tasks."""
+    problem = problems.find(experiment)
+    if problem.task_names is None:
+        return problem.TASKS
+    return tuple(dict.fromkeys(name.partition("/")[0] for run in runs if run.common == common for name in run.metrics))
 
 
 def for_table(experiment: str, compared: Sequence[RecordedRun], recorded: Sequence[RecordedRun]) -> Baselines:

@@ -67,6 +67,9 @@ class TrainConfig:
     )
     batch_size: int = setting(64, minimum=1, help="training samples of a step")
     eval_batch_size: int = setting(1000, minimum=1, help="samples of a test batch; protocol=paper averages over batches")
+    micro_batches: bool = setting(
+        default=True, help="compute the micro-batches of a batch one after the other, for problems that have them, not together"
+    )
     num_workers: int = setting(0, minimum=0, help="processes that read data; useful where `cost/waiting` is large")
     precision: Precision = setting("fp32", help="numbers of the training steps; fp16 scales the losses")
     optimizer: OptimizerName = setting("adam", help="optimizer; its options are the entries of the group optimizer")

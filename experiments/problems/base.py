@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from balance.messages import unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import ModuleType
 
     from torch.utils.data import Dataset
@@ -123,6 +123,10 @@ class Problem:
         score: Return the number by which the best epoch is chosen, the lowest, from its validation metrics; None for delta_m.
         SINGLE_TASK_BASELINES: Whether a network that is trained on one task only is worth comparing with. If not, sweeps
             train no such networks, and tables have no delta_m.
+        task_names: Return the names of the tasks from a ``DataConfig``, where its data decide them, instead of ``TASKS``. All
+            functions of batches, outputs and networks may then have a parameter ``tasks``.
+        micro_batches: Yield the micro-batches of a batch, in the form of batches, such as one data set each. A step computes
+            them one after the other, with ``train.micro_batches``; each one yields losses of some of the tasks. None for one.
     """
 
     TASKS: tuple[str, ...]
@@ -138,6 +142,8 @@ class Problem:
     counts: Callable[[Batch], dict[str, int]] | None = None
     score: Callable[[Mapping[str, float]], float] | None = None
     SINGLE_TASK_BASELINES: bool = True
+    task_names: Callable[[Any], tuple[str, ...]] | None = None
+    micro_batches: Callable[[Batch], Iterator[Batch]] | None = None
 
 
 def names() -> tuple[str, ...]:
@@ -189,12 +195,29 @@ def _problem(folder: ModuleType) -> Problem:
 
 def under(protocol: str, problem: Problem) -> Problem:
     """Return a problem with the losses, counts and metrics of a protocol, where these depend on the protocol."""
-    names = ("losses", "counts", "metrics")
+    return _bound(problem, ("losses", "counts", "metrics"), protocol=protocol)
+
+
+def with_tasks(problem: Problem, data: Any) -> Problem:
+    """Return a problem with the tasks that a ``DataConfig`` describes, where the data decide them."""
+    if problem.task_names is None:
+        return problem
+    tasks = problem.task_names(data)
+    return replace(_bound(problem, ("losses", "counts", "metrics", "targets", "build_model"), tasks=tasks), TASKS=tasks)
+
+
+def tasks_of(config: Any) -> tuple[str, ...]:
+    """Return the names of the tasks of a configuration."""
+    return with_tasks(find(config.experiment), config.data).TASKS
+
+
+def _bound(problem: Problem, names: Sequence[str], **values: object) -> Problem:
+    """Return a problem whose functions with these names have a value for a parameter, if they have the parameter."""
     functions: dict[str, Callable[..., Any]] = {name: function for name in names if (function := getattr(problem, name))}
     bound: dict[str, Any] = {
-        name: partial(function, protocol=protocol)
+        name: partial(function, **values)
         for name, function in functions.items()
-        if "protocol" in inspect.signature(function).parameters
+        if values.keys() <= inspect.signature(function).parameters.keys()
     }
     return replace(problem, **bound)
 

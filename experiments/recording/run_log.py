@@ -49,7 +49,7 @@ def new_tracker(config: DictConfig, folder: Path, parent: str | None = None, run
     tags |= {"kind": "baseline" if config.loss_method == "stl" else "run", "fingerprint": fingerprint(config)}
     problem = problems.find(config.experiment)
     if config.loss_method == "stl":
-        tags[SINGLE_TASK] = problem.TASKS[config.loss.main_task]
+        tags[SINGLE_TASK] = problems.tasks_of(config)[config.loss.main_task]
     return Tracker(
         config.experiment,
         config.output_dir,

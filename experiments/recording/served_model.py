@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+OPTIONAL = {"torch_geometric", "transformers", "peft"}  # packages that some networks need
+
+
 class ServedNetwork:
     """A network for MLflow's servers. Inputs are an array (B, ...), outputs are arrays (B, ...) by task."""
 
@@ -50,11 +53,11 @@ def save_network(network: nn.Module, inputs: Any, folder: Path) -> None:
     """
     network, inputs = copy.deepcopy(network).cpu().eval(), inputs.cpu()
     if isinstance(inputs, torch.Tensor):
-        model = _save(network, folder, ["torch", "mlflow", "cloudpickle"], _signature(network, inputs))
+        model = _save(network, folder, _signature(network, inputs))
         # MLflow's own loader serves only single tensors
         model.flavors["python_function"]["loader_module"] = Path(__file__).stem
     else:
-        model = _save(network, folder, ["torch", "mlflow", "cloudpickle", "torch_geometric"], None)
+        model = _save(network, folder, None)
         del model.flavors["python_function"]
     model.save(folder / "MLmodel")
 
@@ -69,18 +72,19 @@ def _signature(network: nn.Module, inputs: torch.Tensor) -> ModelSignature:
         return infer_signature(inputs.numpy(), outputs)
 
 
-def _save(network: nn.Module, folder: Path, packages: list[str], signature: ModelSignature | None) -> Model:
-    """Save a network with this file, and return MLflow's description of it.
+def _save(network: nn.Module, folder: Path, signature: ModelSignature | None) -> Model:
+    """Save a network with this file and the versions of its packages, and return MLflow's description of it.
 
     Args:
         network: Network to save.
         folder: Folder to create.
-        packages: Packages that the network needs; the installed versions are recorded.
         signature: Shapes and types of inputs and outputs.
 
     Returns:
         MLflow's description of the model.
     """
+    origins = {type(module).__module__.partition(".")[0] for module in network.modules()}
+    packages = ["torch", "mlflow", "cloudpickle", *sorted(origins & OPTIONAL)]
     with _without_warnings(), _project_by_value():
         import mlflow.pytorch  # noqa: PLC0415
         from mlflow.models import Model  # noqa: PLC0415

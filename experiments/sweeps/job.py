@@ -47,7 +47,7 @@ class Job:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the trained tasks."""
-        tasks = problems.find(self.config.experiment).TASKS
+        tasks = problems.tasks_of(self.config)
         return (tasks[self.config.loss.main_task],) if self.is_baseline else tasks
 
     @property
@@ -76,7 +76,7 @@ def make_job(overrides: Sequence[str], name: str = "", cell: tuple[str, ...] = (
     config = configure(overrides)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # balancer_warnings() returns them once for all jobs
-        build_balancer(config, problems.find(config.experiment).TASKS)
+        build_balancer(config, problems.tasks_of(config))
     folder = Path(config.output_dir).expanduser().resolve()  # workers may have other working directories
     return Job((*overrides, f"output_dir={folder}"), config, fingerprint(config), name, cell)
 
@@ -86,5 +86,5 @@ def balancer_warnings(jobs: Sequence[Job]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for job in {job.label: job for job in jobs}.values():
-            build_balancer(job.config, problems.find(job.config.experiment).TASKS)
+            build_balancer(job.config, problems.tasks_of(job.config))
     return list(dict.fromkeys(str(warning.message) for warning in caught))

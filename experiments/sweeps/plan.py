@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 from balance.comparison.recorded_run import METHOD_GROUPS
 from balance.comparison.store import Store
 from experiments.analysis import baselines
-from experiments.config.layers import values_by_key
-from experiments.config.schema import RunConfig
 from experiments.problems import base as problems
 from experiments.recording.fingerprint import common_of
 from experiments.sweeps.job import make_job
@@ -134,14 +132,14 @@ def baseline_jobs(overrides: Sequence[str], seeds: Sequence[int], cell: tuple[st
     Raises:
         ValueError: If the problem has no single-task baselines.
     """
-    name = values_by_key(overrides).get("experiment", RunConfig.experiment)
-    problem = problems.find(name)
-    if not problem.SINGLE_TASK_BASELINES:
+    first = make_job(_single_task_overrides(overrides, 0, seeds[0]))
+    name = first.config.experiment
+    if not problems.find(name).SINGLE_TASK_BASELINES:
         raise ValueError(
             f"The experiment must have tasks that can be learned on their own, but '{name}' has no single-task baselines. "
             "compare.py makes its tables without delta_m."
         )
-    tasks = range(len(problem.TASKS))
+    tasks = range(len(problems.tasks_of(first.config)))
     return [make_job(_single_task_overrides(overrides, k, seed), cell=cell) for k, seed in itertools.product(tasks, seeds)]
 
 

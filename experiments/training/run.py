@@ -112,7 +112,7 @@ def build(config: DictConfig, console: Console | None = None) -> Run:
     Raises:
         ValueError: If an option is out of range, or the device is not available.
     """
-    problem = problems.under(config.protocol, problems.find(config.experiment))
+    problem = problems.with_tasks(problems.under(config.protocol, problems.find(config.experiment)), config.data)
     balancer = build_balancer(config, problem.TASKS)
     check_device(config.device)
     further_loggers(config, Path(config.output_dir))  # refuses loggers that are not installed
@@ -122,6 +122,7 @@ def build(config: DictConfig, console: Console | None = None) -> Run:
     model = problem.build_model(config.model).to(config.device)
     measured(dict(model.trunk.named_parameters()), config.balancer.measure)  # refuses patterns that fit no parameter
     check_lbfgs(config, model, problem, data.train)
+    check_micro_batches(config, problem, balancer)
     scaler = GradScaler(torch.device(config.device).type, enabled=config.train.precision == "fp16")
     console = (console or Console()) if ranks.is_first() else Console(quiet=True)
     forward: nn.Module = Forward(model)
@@ -142,6 +143,28 @@ class Forward(nn.Module):
         """Return features, and outputs by task."""
         features = self.model.trunk(inputs)
         return features, self.model.heads(features)
+
+
+def check_micro_batches(config: DictConfig, problem: Problem, balancer: Balancer) -> None:
+    """Check that the choices of the stage fit micro-batches that are computed one after the other.
+
+    Raises:
+        ValueError: If one of them needs all of a batch in one graph.
+    """
+    if problem.micro_batches is None or not config.train.micro_batches:
+        return
+    rule = balancer.gradient_balancer
+    needs_one_graph = {
+        f"balancer.measure={config.balancer.measure}": config.balancer.measure is not None,
+        f"balancer.source=features with {config.gradient_method}": balancer.source == "features"
+        and rule is not None
+        and rule.sees == "jacobian",
+    }
+    if chosen := [choice for choice, is_chosen in needs_one_graph.items() if is_chosen]:
+        raise ValueError(
+            f"train.micro_batches must be false with {chosen[0]}, which needs the whole batch in one graph, but got true. Set "
+            "train.micro_batches=false."
+        )
 
 
 def check_device(device: str) -> None:
@@ -184,5 +207,5 @@ def folder_prefix(config: DictConfig) -> str:
     """Return the name of a run's folder, from time, methods and seed, without the random end that makes it unique."""
     methods = [*filter(None, (config.loss_method.replace("+", "-"), config.gradient_method))]
     if config.loss_method == "stl":
-        methods.insert(1, problems.find(config.experiment).TASKS[config.loss.main_task])
+        methods.insert(1, problems.tasks_of(config)[config.loss.main_task])
     return "-".join((time.strftime("%Y%m%d-%H%M%S"), *methods, f"seed{config.seed}", ""))

@@ -15,6 +15,8 @@ from experiments.training import ranks
 from experiments.training.data import num_samples, to_device
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from balance import Report
     from experiments.problems.base import Batch, ByTask
     from experiments.training.run import Run
@@ -63,18 +65,46 @@ def train_step(run: Run, optimizer: Optimizer, batch: Batch | None) -> Report:
         The balancer's report on the step.
     """
     optimizer.zero_grad()
-    features, losses = (None, {}) if batch is None else compute_losses(run, batch)
-    shared = dict(run.model.trunk.named_parameters())
-    measure = measured(shared, run.config.balancer.measure)
-    counts = counts_of(run, losses, batch)
-    report = run.balancer.backward(
-        losses, shared=shared.values(), features=features, measure=measure, scaler=run.scaler, counts=counts
-    )
+    report = separate_backward(run, batch) if in_micro_batches(run) else backward(run, batch)
     clip_gradient(run, optimizer)
     run.scaler.step(optimizer)
     run.scaler.update()
     if run.balancer.needs_observation:
         observe(run, batch)
+    return report
+
+
+def in_micro_batches(run: Run) -> bool:
+    """Return whether a step computes micro-batches one after the other. All ranks agree on it."""
+    return run.problem.micro_batches is not None and bool(run.config.train.micro_batches)
+
+
+def micro_batches(run: Run, batch: Batch | None) -> Iterable[Batch]:
+    """Return the micro-batches of a batch; the batch itself, if they are computed together, and nothing for no sample."""
+    if batch is None:
+        return ()
+    separate = run.problem.micro_batches
+    return separate(batch) if separate is not None and in_micro_batches(run) else (batch,)
+
+
+def backward(run: Run, batch: Batch | None) -> Report:
+    """Balance the losses of a batch, and add the result to ``.grad``."""
+    features, losses = (None, {}) if batch is None else compute_losses(run, batch)
+    shared = dict(run.model.trunk.named_parameters())
+    measure = measured(shared, run.config.balancer.measure)
+    counts = counts_of(run, losses, batch)
+    return run.balancer.backward(
+        losses, shared=shared.values(), features=features, measure=measure, scaler=run.scaler, counts=counts
+    )
+
+
+def separate_backward(run: Run, batch: Batch | None) -> Report:
+    """Balance the losses of a batch in one forward and backward pass for each micro-batch; the graph of each is freed."""
+    with run.balancer.collect():
+        for micro_batch in micro_batches(run, batch):
+            backward(run, micro_batch)
+    report = run.balancer.report
+    assert report is not None
     return report
 
 
@@ -86,8 +116,8 @@ def compute_losses(run: Run, batch: Batch) -> tuple[Any, ByTask]:
 
 
 def counts_of(run: Run, losses: ByTask, batch: Batch | None) -> dict[str, int] | None:
-    """Return the number of samples that each loss of this rank is a mean of; None for a single process."""
-    if ranks.size() == 1 or batch is None:
+    """Return the number of samples that each loss of this rank is a mean of; None if the losses are not weighted by it."""
+    if batch is None or (ranks.size() == 1 and not in_micro_batches(run)):
         return None
     if run.problem.counts is None:
         return dict.fromkeys(losses, num_samples(batch))
@@ -110,9 +140,23 @@ def observe(run: Run, batch: Batch | None) -> None:
     Statistics of batch normalisation and random numbers do not change, except in the published protocol: the published codes
     let this second forward pass change them.
     """
-    with extra_forward(run.model) if run.config.protocol == "sound" else nullcontext(), autocast(run):
-        losses = {} if batch is None else run.problem.losses(run.model(batch[0]), batch)
+    with extra_forward(run.model) if run.config.protocol == "sound" else nullcontext():
+        losses = mean_losses(run, batch)
     run.balancer.observe(losses, counts=counts_of(run, losses, batch))
+
+
+def mean_losses(run: Run, batch: Batch | None) -> ByTask:
+    """Return the losses of a batch without gradients: their means over the micro-batches, each weighted by its count."""
+    totals: dict[str, Any] = {}
+    numbers: dict[str, int] = {}
+    for micro_batch in micro_batches(run, batch):
+        with autocast(run):
+            losses = run.problem.losses(run.model(micro_batch[0]), micro_batch)
+        counts = counts_of(run, losses, micro_batch) or dict.fromkeys(losses, 1)
+        for task, loss in losses.items():
+            totals[task] = totals.get(task, 0) + counts[task] * loss
+            numbers[task] = numbers.get(task, 0) + counts[task]
+    return {task: total / numbers[task] for task, total in totals.items()}
 
 
 @torch.no_grad()
@@ -133,11 +177,8 @@ def observe_validation(run: Run, step: int) -> None:
     size = min(run.config.train.batch_size, len(data))
     indices = [(number * size + i) % len(data) for i in range(size)]
     own = indices[ranks.part(size)]
-    losses: ByTask = {}
     batch = to_device(data[own], run.config.device) if own else None
-    if batch is not None:
-        run.model.eval()
-        with autocast(run):
-            losses = run.problem.losses(run.model(batch[0]), batch)
-        run.model.train()
+    run.model.eval()
+    losses = mean_losses(run, batch)
+    run.model.train()
     run.balancer.observe_validation(losses, counts=counts_of(run, losses, batch))

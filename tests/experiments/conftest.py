@@ -7,6 +7,7 @@ import pytest
 from tests.experiments.short_runs import DIGITS, ON_DISK, ROOT, TINY
 from tests.writers.celeba import write_celeba
 from tests.writers.dense import write_cityscapes, write_nyuv2
+from tests.writers.mftcoder import write_mftcoder
 from tests.writers.mnist import write_mnist
 from tests.writers.qm9 import write_qm9
 
@@ -21,7 +22,7 @@ def tiny(cache, tmp_path):
     """Words for a short run of an experiment on the data that ships with it; nothing recorded unless said otherwise."""
 
     def words(name, *more):
-        cached = [f"data.cache={cache}"] if name in ("nyuv2", "cityscapes", "celeba") else []
+        cached = [f"data.cache={cache}"] if name in ("nyuv2", "cityscapes", "celeba", "llm") else []
         return [
             f"--experiment={name}",
             f"output_dir={tmp_path}/runs",
@@ -44,6 +45,7 @@ def folders(tmp_path_factory):
     write_celeba(root / "celeba")
     write_mnist(root / "multimnist")
     write_qm9(root / "quantum_chemistry", count=8)
+    write_mftcoder(root / "llm")
     return {path.name: path for path in root.iterdir()}
 
 
@@ -55,7 +57,7 @@ def on_disk(folders, cache, tmp_path):
         if name == "quantum_chemistry":
             pytest.importorskip("rdkit")
         path = shutil.copytree(folders[name], tmp_path / name) if folder is None else folder
-        cached = [f"data.cache={cache}"] if name == "celeba" else []
+        cached = [f"data.cache={cache}"] if name in ("celeba", "llm") else []
         start = [f"--experiment={name}", f"output_dir={tmp_path}/runs", "train.epochs=1", "track=false", f"data.path={path}"]
         return [*start, *cached, *ON_DISK[name], *more]
 

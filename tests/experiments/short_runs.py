@@ -14,6 +14,7 @@ from experiments.training import loop, run
 ROOT = Path(__file__).parents[2]
 BOTH = ["--loss_method=famo", "--gradient_method=cagrad"]
 DENSE = ["data.num_train=4", "data.num_validation=2", "data.num_test=2", "data.height=32", "data.width=48", "data.augment=true"]
+LLM = ["model.width=8", "model.layers=1", "model.attention_heads=1", "model.rank=2", "model.pretraining_steps=2"]
 TINY = {  # two steps, or a little more, in an epoch
     "burgers": [
         *("data.interior_points=20", "data.boundary_points=6", "data.initial_points=6", "model.depth=1"),
@@ -27,6 +28,14 @@ TINY = {  # two steps, or a little more, in an epoch
     "cityscapes": [*DENSE, "train.batch_size=2"],
     "quantum_chemistry": ["data.validation_molecules=20", "data.test_molecules=1290", "train.batch_size=8", "model.dim=4"],
     "celeba": ["data.train_images=16", "data.validation_images=8", "data.test_images=8", "train.batch_size=8"],
+    "llm": [
+        *LLM,
+        "data.files=40",
+        "data.train_samples=4",
+        "data.validation_samples=4",
+        "data.test_samples=4",
+        "train.batch_size=2",
+    ],
 }
 NAMES = tuple(TINY)
 ON_DISK = {
@@ -35,6 +44,7 @@ ON_DISK = {
     "celeba": ["train.batch_size=8", "model.name=small"],
     "multimnist": ["train.batch_size=25"],
     "quantum_chemistry": ["data.validation_molecules=1", "data.test_molecules=1", "train.batch_size=2", "model.dim=4"],
+    "llm": [*LLM, "train.batch_size=13"],
 }
 DIGITS = ["data.train_pairs=256", "data.validation_pairs=100", "data.test_pairs=100", "train.epochs=2"]
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from experiments.analysis.tables import render
+from balance.comparison.tables import render
 from scipy.integrate import quad
 
 from balance.comparison.recorded_run import RecordedRun

@@ -15,6 +15,7 @@ KINDS = {  # names of the metrics, without the task
     "quantum_chemistry": {"mae"},
     "celeba": {"f1"},
     "multimnist": {"accuracy"},
+    "llm": {"loss", "perplexity", "exact_match"},
 }
 
 
@@ -42,6 +43,7 @@ DAMAGE = [
     ("celeba", "Anno/list_attr_celeba.txt", lambda file: file.unlink(), "list_attr_celeba.txt"),
     ("celeba", "Img/img_align_celeba/000002.jpg", lambda file: file.write_bytes(b"no image"), "000002.jpg"),
     ("multimnist", "t10k-labels-idx1-ubyte", cut, "is truncated"),
+    ("llm", "upper.jsonl", cut, "line 30"),
     ("quantum_chemistry", "raw/gdb9.sdf", cut, "is truncated"),
     ("quantum_chemistry", "raw/uncharacterized.txt", lambda file: file.unlink(), "uncharacterized.txt"),
 ]

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -173,3 +175,23 @@ def test_a_whole_run_with_skipped_steps(tiny):
     """A scale of 2**16 overflows at the first steps of digits."""
     final = loop.train(prepare(*tiny("digits", "train.precision=fp16", "train.lr=0.01", "train.optimizer=sgd")))
     assert finite_metrics(final)
+
+
+def halves(batch):
+    """Micro-batches of unequal size, each with all tasks."""
+    yield tuple(part[:5] for part in batch)
+    yield tuple(part[5:] for part in batch)
+
+
+@pytest.mark.parametrize("methods", [["--gradient_method=nashmtl"], ["--loss_method=famo"]])
+def test_micro_batches_make_the_step_of_the_whole_batch(methods, tiny):
+    """Losses of the same task in several micro-batches are averaged by their numbers of samples, also after the step."""
+    runs = []
+    for micro_batches in (None, halves):
+        run = prepare(*tiny("digits", *methods, "train.optimizer=sgd", "data.noise=0"))
+        run = run._replace(problem=replace(run.problem, micro_batches=micro_batches), model=run.model.double())
+        optimizer, (canvas, *rest) = build_optimizer(run), next(iter(run.batches))
+        report = train_step(run, optimizer, (canvas.double(), *rest))
+        runs.append([report.losses.double(), *run.model.parameters(), *run.balancer.state_dict().values()])
+    for whole, separate in zip(*runs, strict=True):
+        torch.testing.assert_close(separate, whole, rtol=1e-6, atol=1e-8, equal_nan=True)
