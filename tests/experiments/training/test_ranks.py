@@ -41,7 +41,7 @@ def test_every_problem_trains_on_two_processes(tiny, tmp_path):
     for name, mine, theirs in zip(NAMES, first, one, strict=True):
         assert mine["final"].keys() == theirs["final"].keys()
         # neither statistics of batch normalisation nor augmentation
-        if name in ("burgers", "digits", "toy", "multimnist", "regression100"):
+        if name in ("burgers", "digits", "llm", "toy", "multimnist", "regression100"):
             assert_equal([mine], [theirs], rtol=1e-3, atol=1e-5)
 
 
