@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from balance.comparison.tables import render
 from scipy.integrate import quad
 
 from balance.comparison.recorded_run import RecordedRun
+from balance.comparison.tables import render
 from experiments import baselines, compare
 from experiments.problems.burgers import DataConfig, build_model, counts, load, losses, metrics, targets
 from experiments.problems.burgers import __main__ as figure_command

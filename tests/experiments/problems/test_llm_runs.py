@@ -10,11 +10,10 @@ from omegaconf import OmegaConf
 
 pytest.importorskip("peft")
 
-from experiments.recording.fingerprint import common_of, fingerprint
-
 from experiments.problems import base, llm
 from experiments.problems.llm.data import cache_folder
 from experiments.problems.llm.tokenizer import ModelTokenizer
+from experiments.recording.fingerprint import common_of, fingerprint
 from experiments.training import loop
 from experiments.training.step import build_optimizer, observe_validation, train_step
 from tests.experiments.short_runs import configure, prepare
