@@ -37,7 +37,7 @@ def draw(networks: Sequence[tuple[str, Network]], file: Path) -> None:
         rows = figure.subplots(len(networks), 3, squeeze=False)
         for axes, (title, network) in zip(rows, networks, strict=True):
             draw_row(figure, axes, title, network)
-        figure.savefig(file, dpi=130)
+        figure.savefig(file, dpi=110)
 
 
 def draw_row(figure: Figure, axes: Sequence[Axes], title: str, network: Network) -> None:
@@ -64,7 +64,7 @@ def draw_row(figure: Figure, axes: Sequence[Axes], title: str, network: Network)
         axes[2].plot(X, exact[:, column], color=color, linewidth=2.4, alpha=0.35)
         axes[2].plot(X, values[:, column], color=color, linewidth=0.9, label=f"t = {moment:g}")
     axes[2].set(title="thin: network, wide: exact", xlabel="x")
-    axes[2].legend(fontsize=7)
+    axes[2].legend(fontsize=7, loc="upper right")
 
 
 def values_of(network: Network, x: Array, t: Array) -> Array:
