@@ -40,7 +40,13 @@ def test_every_problem_trains_on_two_processes(tiny, tmp_path):
     assert_equal(first, second, rtol=0, atol=0)
     for name, mine, theirs in zip(NAMES, first, one, strict=True):
         assert mine["final"].keys() == theirs["final"].keys()
-        if name in ("digits", "toy", "multimnist", "regression100", "llm"):  # no statistics of batch normalisation, no augmentation
+        if name in (
+            "digits",
+            "toy",
+            "multimnist",
+            "regression100",
+            "llm",
+        ):  # no statistics of batch normalisation, no augmentation
             assert_equal([mine], [theirs], rtol=1e-3, atol=1e-5)
 
 
