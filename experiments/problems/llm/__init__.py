@@ -7,7 +7,7 @@ layout of MFTCoder, and ``model.path=FOLDER`` a model with its tokenizer.
     completion       second half of a function, from its first half
     docstring        first line of the docstring, from the code
     code             code, from signature and docstring
-    name             name of a function, from its code; also the share of names that greedy decoding gives exactly
+    name             name of a function, from its code; also the share of names that greedy decoding does not give exactly
 
 The loss of a task is the cross-entropy of the tokens of its answers, and prompts do not count. It is the mean over the tokens
 of the task, as in MFTCoder. With ``data.aggregation=tokens`` every token of a batch has the same weight.

@@ -32,7 +32,7 @@ class ModelConfig:
     width: int = setting(144, minimum=1, help="width of the tiny model")
     layers: int = setting(2, minimum=1, help="layers of the tiny model")
     attention_heads: int = setting(4, minimum=1, help="attention heads of the tiny model, an even part of its width")
-    pretraining_steps: int = setting(300, minimum=0, help="steps in which the tiny model is pre-trained; 0: random weights")
+    pretraining_steps: int = setting(600, minimum=0, help="steps in which the tiny model is pre-trained; 0: random weights")
     rank: int = setting(8, minimum=1, help="rank of the adapters")
     alpha: float = setting(16.0, above=0, help="scale of the adapters, times their rank")
     dropout: float = setting(0.0, minimum=0, below=1, help="dropout of the adapters' inputs")

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from experiments.problems.base import Batch
 
 TASKS = ("completion", "docstring", "code", "name")
-HIGHER_IS_BETTER = frozenset({"name/exact_match"})
+HIGHER_IS_BETTER: frozenset[str] = frozenset()
+NAMED = ("name",)  # tasks whose short answers are also compared exactly
 NOTHING = -1  # token of padding, and label of tokens that the loss does not count
 
 
@@ -82,25 +83,32 @@ class Perplexity(TokenLoss):
         return mean.exp()
 
 
-class ExactMatch(MeanMetric):
-    """Share of samples whose answers greedy decoding gives exactly, ends included.
+class Mismatch(MeanMetric):
+    """Share of samples whose answers greedy decoding does not give exactly, ends included: one minus the exact match.
 
-    No decoding is needed. Greedy decoding reproduces an answer if and only if each of its tokens has the largest logit after
-    the prompt and the tokens before it. In a conversation with several answers, each must be right after the true ones.
+    Changes of a small exact match relative to a baseline, which may be zero, would say little. No decoding is needed. Greedy
+    decoding gives an answer if and only if each of its tokens has the largest logit after the prompt and the tokens before it.
+    In a conversation with several answers, each must be given after the true ones.
     """
 
     def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
         """Count a batch. Shapes (B, T, V) and (B, T)."""
         labels = labels[:, : logits.shape[1]]
-        super().update(((logits.argmax(-1) == labels) | (labels == NOTHING)).all(1).float())
+        super().update(((logits.argmax(-1) != labels) & (labels != NOTHING)).any(1).float())
+
+    def remark(self) -> str:
+        """Return the exact match in words."""
+        samples = round(float(self.weight))
+        right = samples - round(float(self.mean_value))
+        return f"one minus the exact match, of {right} out of {samples} answers"
 
 
 def metrics(tasks: tuple[str, ...] = TASKS) -> dict[str, Metric]:
-    """Return fresh losses and perplexities of all tasks, and the exact match of the task ``name``, if it exists."""
+    """Return fresh losses and perplexities of all tasks, and the mismatch of the task ``name``, if it exists."""
     made: dict[str, Metric] = {}
     for task in tasks:
         made |= {f"{task}/loss": TokenLoss(), f"{task}/perplexity": Perplexity()}
-        made |= {f"{task}/exact_match": ExactMatch()} if f"{task}/exact_match" in HIGHER_IS_BETTER else {}
+        made |= {f"{task}/mismatch": Mismatch()} if task in NAMED else {}
     return made
 
 

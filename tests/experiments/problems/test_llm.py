@@ -11,7 +11,7 @@ from experiments.datasets.standard_library import Function
 from experiments.problems import llm
 from experiments.problems.llm import pretraining
 from experiments.problems.llm.data import Mixture, conversations_of
-from experiments.problems.llm.tasks import NOTHING, ExactMatch, Perplexity, TokenLoss
+from experiments.problems.llm.tasks import NOTHING, Mismatch, Perplexity, TokenLoss
 from experiments.problems.llm.tokenizer import ByteTokenizer, Sample, sample_of
 
 SMALL = llm.ModelConfig(width=8, layers=2, attention_heads=1, rank=2, pretraining_steps=0)
@@ -116,34 +116,33 @@ def test_metrics_over_batches_of_unequal_size():
     labels = torch.tensor([[-1, 1, 2, -1], [-1, 3, -1, -1], [0, 1, 2, 3], [-1, -1, -1, 6], [-1, 2, 2, -1]])
     logits[0, [1, 2], [1, 2]] = logits[3, 3, 6] = 9.0  # the first and the fourth answer are right
     logits[4, 1, 2] = 9.0  # half of the last one
-    loss, perplexity, match = TokenLoss(), Perplexity(), ExactMatch()
+    loss, perplexity, mismatch = TokenLoss(), Perplexity(), Mismatch()
     for rows in (slice(0, 1), slice(1, 5)):
-        for metric in (loss, perplexity, match):
+        for metric in (loss, perplexity, mismatch):
             metric.update(logits[rows], labels[rows])
     terms = [-logits.log_softmax(-1)[b, t, labels[b, t]] for b in range(5) for t in range(4) if labels[b, t] != NOTHING]
     assert loss.compute().item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
     assert perplexity.compute().item() == pytest.approx(loss.compute().exp().item(), rel=1e-6)
-    assert match.compute().item() == pytest.approx(2 / 5)
+    assert mismatch.compute().item() == pytest.approx(3 / 5)
+    assert mismatch.remark() == "one minus the exact match, of 2 out of 5 answers"
 
 
-def test_exact_match_is_greedy_decoding(network):
+def test_mismatch_is_of_greedy_decoding(network):
     """Against a loop that decodes token by token: an answer that the model itself gives, and one that it does not."""
     prompt, written = [257, 97, 98, 258], []
     for _ in range(3):
         tokens = torch.tensor([*prompt, *written]).view(1, 1, -1).expand(1, 4, -1)
         written.append(int(network(tokens)["name"][0, -1].argmax()))
-    for answer, expected in ((written, 1.0), ([*written[:2], (written[2] + 1) % 260], 0.0)):
+    for answer, expected in ((written, 0.0), ([*written[:2], (written[2] + 1) % 260], 1.0)):
         sample = Sample([*prompt, *answer], [False] * 4 + [True] * 3)
         batch = Mixture([[sample]] * 4, "task")[[0]]
-        metric = llm.metrics()["name/exact_match"]
+        metric = llm.metrics()["name/mismatch"]
         metric.update(network(batch[0])["name"], llm.targets(batch)["name"])
         assert metric.compute().item() == expected
 
 
 def test_metrics_and_score_follow_the_tasks():
-    assert (
-        set(llm.metrics()) == {f"{task}/{kind}" for task in llm.TASKS for kind in ("loss", "perplexity")} | llm.HIGHER_IS_BETTER
-    )
+    assert set(llm.metrics()) == {f"{task}/{kind}" for task in llm.TASKS for kind in ("loss", "perplexity")} | {"name/mismatch"}
     assert set(llm.metrics(("math",))) == {"math/loss", "math/perplexity"}
     assert llm.score({"a/loss": 1.0, "a/perplexity": 90.0, "b/loss": 2.0}) == 1.5
 

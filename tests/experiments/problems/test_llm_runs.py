@@ -129,7 +129,7 @@ def test_tasks_come_from_the_files(tmp_path, cache):
     assert [len(split) for split in run.data] == [26, 2, 2]
     outputs = run.model(run.data.test[[0, 1]][0])
     assert tuple(outputs) == ("name", "upper")
-    assert set(run.problem.metrics()) == {"name/loss", "name/perplexity", "name/exact_match", "upper/loss", "upper/perplexity"}
+    assert set(run.problem.metrics()) == {"name/loss", "name/perplexity", "name/mismatch", "upper/loss", "upper/perplexity"}
     assert set(run.problem.losses(outputs, run.data.test[[0, 1]])) == {"name", "upper"}
 
 

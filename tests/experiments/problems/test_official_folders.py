@@ -15,7 +15,7 @@ KINDS = {  # names of the metrics, without the task
     "quantum_chemistry": {"mae"},
     "celeba": {"f1"},
     "multimnist": {"accuracy"},
-    "llm": {"loss", "perplexity", "exact_match"},
+    "llm": {"loss", "perplexity", "mismatch"},
 }
 
 
