@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 from omegaconf import OmegaConf
 
-from balance import gradient_balancers
 from balance.config import compose, method_names
 from experiments.config.schema import RunConfig, TrainConfig, config_schema, last_epoch
 from experiments.problems import base as problems
@@ -172,20 +171,13 @@ def check_optimizer(config: DictConfig) -> None:
 
 
 def check_lbfgs(config: DictConfig) -> None:
-    """Check that methods and precision suit the steps of LBFGS, if there are any.
+    """Check that the precision suits the steps of LBFGS, if there are any.
 
     Raises:
-        ValueError: If the gradient method has no weights, or the precision is too low for a line search.
+        ValueError: If the precision is too low for a line search.
     """
-    method, train = config.gradient_method, config.train
-    if not train.lbfgs_steps:
-        return
-    if method is not None and gradient_balancers.sees(method) == "jacobian":
-        raise ValueError(
-            f"gradient_method must give weights for the steps of LBFGS to hold, but '{method}' gives a direction. "
-            "Choose another method, or set train.lbfgs_steps=0."
-        )
-    if train.precision != "fp32":
+    train = config.train
+    if train.lbfgs_steps and train.precision != "fp32":
         raise ValueError(
             f"train.precision must be fp32 for the steps of LBFGS, but got {train.precision}. Or set train.lbfgs_steps=0."
         )

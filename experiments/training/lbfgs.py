@@ -117,7 +117,8 @@ class LBFGSPhase:
 def held_weights(report: Report) -> dict[str, float]:
     """Return the total weights of a step by task, divided by their mean; a negative weight counts as zero.
 
-    A loss with a negative weight would be maximised, and the sum has no minimum then.
+    A loss with a negative weight would be maximised, and the sum has no minimum then. A gradient balancer that gives a
+    direction has no weights: then these are the weights of the loss balancer.
 
     Args:
         report: Record of a step.
@@ -125,8 +126,8 @@ def held_weights(report: Report) -> dict[str, float]:
     Returns:
         Weights whose mean is one, or equal weights where no weight is positive.
     """
-    assert report.total_weights is not None  # as `experiments.config.layers.check_lbfgs` demands
-    weights = report.total_weights.detach().double().clamp(min=0)
+    weights = report.loss_weights if report.total_weights is None else report.total_weights
+    weights = weights.detach().double().clamp(min=0)
     mean = weights.mean()
     weights = weights / mean if mean > 0 else torch.ones_like(weights)
     return dict(zip(report.tasks, weights.tolist(), strict=True))

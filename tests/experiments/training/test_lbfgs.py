@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from balance.stage.report import Report
+from experiments import trainer
 from experiments.problems import digits
 from experiments.problems.base import Network
 from experiments.sweeps import runtime
@@ -18,7 +19,7 @@ from experiments.training.lbfgs import LBFGSPhase, held_weights
 from experiments.training.lbfgs_checks import check_lbfgs
 from experiments.training.run import build
 from experiments.training.step import compute_losses
-from tests.experiments.short_runs import configure, prepare
+from tests.experiments.short_runs import TINY, configure, prepare
 from tests.experiments.training.interruptions import Runs, interrupt, raise_killed, send
 
 LINEAR = ["--experiment=regression100", "lbfgs.max_iter=100"]
@@ -146,7 +147,6 @@ def test_noise_is_drawn_once_and_drawn_again_after_resuming():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--gradient_method=graddrop"], "gradient_method must give weights .* 'graddrop' gives a direction"),
         (["train.precision=bf16"], "train.precision must be fp32 .* but got bf16"),
         (["lbfgs.line_search=armijo"], "lbfgs.line_search"),
         (["lbfgs.max_iter=0"], "lbfgs.max_iter must be at least 1, but got 0"),
@@ -158,8 +158,24 @@ def test_it_is_refused_before_training(words, message):
         configure("--experiment=burgers", "train.lbfgs_steps=2", *words)
 
 
-def test_jacobian_rules_are_accepted_without_it():
-    small("--gradient_method=graddrop", "train.lbfgs_steps=0")
+def test_rules_that_give_a_direction_leave_the_loss_weights_to_hold(tmp_path, capsys):
+    words = [
+        "--experiment=burgers",
+        *TINY["burgers"],
+        "track=false",
+        "train.epochs=1",
+        "lbfgs.max_iter=2",
+        f"output_dir={tmp_path}",
+    ]
+    methods = ["--gradient_method=lr_annealing", "--loss_method=constant", "loss.weights=[1,2,6]"]
+    assert trainer.main([*words, *methods, "train.lbfgs_steps=2"]) == 0
+    assert (
+        capsys.readouterr().out.count("lr_annealing gives a direction and no weights: LBFGS holds the loss weights only.") == 1
+    )
+    run = prepare(*words, *methods, "train.lbfgs_steps=2")
+    phase = LBFGSPhase(run)
+    weights = held_weights(phase.balance(phase.read_batch()))
+    assert weights == pytest.approx({"residual": 1 / 3, "boundary": 2 / 3, "initial": 2})
 
 
 def test_random_losses_are_refused(monkeypatch):
