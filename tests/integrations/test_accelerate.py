@@ -1,8 +1,12 @@
+import os
+import signal
+
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
+from torch.multiprocessing import ProcessExitedException
 from torch.utils.data import DataLoader, TensorDataset
 
 import balance
@@ -186,6 +190,29 @@ def test_a_training_resumes_in_the_middle_of_an_epoch(tmp_path, name, is_inside)
     interrupted.epoch(interrupted.loader, stop=4)
     interrupted.accelerator.save_state(str(tmp_path))
     del interrupted
+    assert_resumes(expected, name, tmp_path, is_inside=is_inside)
+
+
+def train_until_killed(_, name, folder):
+    """Save a state, train one more step, and be killed."""
+    torch.set_num_threads(1)
+    training = Accelerated(name, 2)
+    training.epoch(training.loader, stop=4)
+    training.accelerator.save_state(folder)
+    training.epoch(training.loader, stop=2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["famo", "uw+cagrad"])
+def test_a_killed_training_resumes(tmp_path, name):
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        torch.multiprocessing.spawn(train_until_killed, args=(name, str(tmp_path)), nprocs=1)
+    assert_resumes(Accelerated(name, 2).train(), name, tmp_path)
+
+
+def assert_resumes(expected, name, tmp_path, *, is_inside=False):
+    """Check that a new process that continues from the saved state, after four batches, ends like an undisturbed training."""
     resumed = Accelerated(name, 2, is_inside=is_inside)
     rest = resumed.accelerator.skip_first_batches(resumed.loader, 4)
     rest = Restored(rest, lambda: resumed.accelerator.load_state(str(tmp_path)))
