@@ -183,7 +183,7 @@ def conversations_of(function: Function) -> dict[str, Conversation]:
     code = function.header + function.body
     lines = code.splitlines(keepends=True)
     half = len(lines) // 2
-    masked = re.sub(rf"\b{re.escape(function.name)}\b", "?", code)
+    masked = "".join("?" if word == function.name else word for word in re.split(r"(\W+)", code))
     asked = {"completion": ("".join(lines[:half]), "".join(lines[half:])), "name": (masked, function.name)}
     if function.docstring:
         asked |= {
