@@ -84,6 +84,7 @@ def test_validation_losses_for_coba_are_equal(tiny):
         (["data.max_length=20"], r"'\w+' must have train samples, but \d+ of \d+ .* more than 20 tokens"),
         (["data.tokenizer=nowhere"], r"data\.tokenizer must be a folder with a tokenizer, but nowhere does not exist"),
         (["model.path=nowhere", "data.tokenizer=null"], r"model\.path must be the folder .* but nowhere does not exist"),
+        (["data.python=3.1.0"], r"data\.python must be .*, the version that runs, but got 3\.1\.0"),
         (["data.source=jsonl"], r"data\.path must be the folder"),
     ],
 )
