@@ -30,7 +30,7 @@ TINY = {  # two steps, or a little more, in an epoch
     "celeba": ["data.train_images=16", "data.validation_images=8", "data.test_images=8", "train.batch_size=8"],
     "llm": [
         *LLM,
-        "data.files=40",
+        "data.files=12",
         "data.train_samples=4",
         "data.validation_samples=4",
         "data.test_samples=4",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import warnings
 from dataclasses import dataclass
@@ -50,6 +51,9 @@ class DataConfig:
         "task",
         choices=("task", "tokens"),
         help="task: a loss is the mean over the tokens of its task; tokens: the sum, over the mean number of tokens of a task",
+    )
+    python: str | None = setting(
+        platform.python_version(), help="version of the running Python, whose functions are read; recorded with the run"
     )
     files: int | None = setting(None, minimum=1, help="source files of each split, at most; null: all")
     max_length: int = setting(160, minimum=2, help="tokens of a conversation; longer ones are left out")
@@ -163,7 +167,14 @@ def _samples(
 
 
 def _from_functions(config: DataConfig) -> Conversations:
-    """Return the four tasks of the functions of the standard library, by split and task."""
+    """Return the four tasks of the functions of the standard library, by split and task.
+
+    Raises:
+        ValueError: If the configuration is for another version of Python.
+    """
+    running = platform.python_version()
+    if config.python not in (None, running):
+        raise ValueError(f"data.python must be {running}, the version that runs, but got {config.python}. Leave it out.")
     by_split: Conversations = {split: {task: [] for task in TASKS} for split in standard_library.SPLITS}
     for function in standard_library.functions(cache_folder(config.cache), config.files):
         for task, conversation in conversations_of(function).items():
@@ -183,7 +194,7 @@ def conversations_of(function: Function) -> dict[str, Conversation]:
     code = function.header + function.body
     lines = code.splitlines(keepends=True)
     half = len(lines) // 2
-    masked = re.sub(rf"\b{re.escape(function.name)}\b", "?", code)
+    masked = "".join("?" if word == function.name else word for word in re.split(r"(\W+)", code))
     asked = {"completion": ("".join(lines[:half]), "".join(lines[half:])), "name": (masked, function.name)}
     if function.docstring:
         asked |= {

@@ -22,11 +22,14 @@ from tests.writers.mftcoder import chat, write_lines, write_mftcoder
 
 # Steps
 
-PAIRINGS = (["--gradient_method=nashmtl"], ["--loss_method=famo", "--gradient_method=pcgrad"], ["--loss_method=uw"])
+PAIRINGS = [
+    (["--gradient_method=nashmtl"], "task"),
+    (["--loss_method=famo", "--gradient_method=pcgrad"], "tokens"),
+    (["--loss_method=uw"], "task"),
+]
 
 
-@pytest.mark.parametrize("aggregation", ["task", "tokens"])
-@pytest.mark.parametrize("methods", PAIRINGS)
+@pytest.mark.parametrize(("methods", "aggregation"), PAIRINGS)
 def test_micro_batches_make_the_step_of_the_joint_forward_pass(methods, aggregation, tiny):
     results = []
     for separate in ("true", "false"):
@@ -81,6 +84,7 @@ def test_validation_losses_for_coba_are_equal(tiny):
         (["data.max_length=20"], r"'\w+' must have train samples, but \d+ of \d+ .* more than 20 tokens"),
         (["data.tokenizer=nowhere"], r"data\.tokenizer must be a folder with a tokenizer, but nowhere does not exist"),
         (["model.path=nowhere", "data.tokenizer=null"], r"model\.path must be the folder .* but nowhere does not exist"),
+        (["data.python=3.1.0"], r"data\.python must be .*, the version that runs, but got 3\.1\.0"),
         (["data.source=jsonl"], r"data\.path must be the folder"),
     ],
 )
