@@ -116,7 +116,7 @@ class Training:
         self.run.model.train()
         report, metrics = self.lbfgs.step(self.step)
         if report.total_weights is None and self.epoch == self.run.config.train.epochs:
-            notice = f"{self.run.config.gradient_method} gives a direction and no weights: LBFGS holds the loss weights only."
+            notice = f"{self.run.config.gradient_method} gives a direction and no weights: LBFGS keeps the loss weights only."
             self.run.console.print(notice, soft_wrap=True)
         self.tracker.log_metrics(step_metrics(report) | metrics, self.step)
         self.bar.show_losses(report)

@@ -170,7 +170,7 @@ def test_rules_that_give_a_direction_leave_the_loss_weights_to_hold(tmp_path, ca
     methods = ["--gradient_method=lr_annealing", "--loss_method=constant", "loss.weights=[1,2,6]"]
     assert trainer.main([*words, *methods, "train.lbfgs_steps=2"]) == 0
     assert (
-        capsys.readouterr().out.count("lr_annealing gives a direction and no weights: LBFGS holds the loss weights only.") == 1
+        capsys.readouterr().out.count("lr_annealing gives a direction and no weights: LBFGS keeps the loss weights only.") == 1
     )
     run = prepare(*words, *methods, "train.lbfgs_steps=2")
     phase = LBFGSPhase(run)
