@@ -13,6 +13,7 @@ from experiments.problems.llm import pretraining
 from experiments.problems.llm.data import Mixture, conversations_of
 from experiments.problems.llm.tasks import NOTHING, Mismatch, Perplexity, TokenLoss
 from experiments.problems.llm.tokenizer import ByteTokenizer, Sample, sample_of
+from experiments.recording.served_model import save_network
 
 SMALL = llm.ModelConfig(width=8, layers=2, attention_heads=1, rank=2, pretraining_steps=0)
 
@@ -193,6 +194,18 @@ def test_gradient_checkpointing_repeats_the_gradients(network, cache):
         balancer.backward(llm.losses(model.train()(batch[0]), batch), shared=model.trunk.parameters())
         gradients.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.slow
+def test_the_recorded_network_names_its_packages(network, tmp_path):
+    import mlflow
+
+    tokens = mixture()[[0]][0]
+    save_network(network, tokens, tmp_path / "model")
+    requirements = (tmp_path / "model" / "requirements.txt").read_text(encoding="utf-8")
+    assert all(f"{package}==" in requirements for package in ("torch", "transformers", "peft"))
+    loaded = mlflow.pytorch.load_model(str(tmp_path / "model"))
+    assert torch.equal(loaded(tokens)["name"], network.eval()(tokens)["name"])
 
 
 def test_the_model_is_trained_once_and_equally(monkeypatch, tmp_path):
