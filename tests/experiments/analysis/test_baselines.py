@@ -1,6 +1,7 @@
 import pytest
 import yaml
 
+from balance.comparison.recorded_run import RecordedRun
 from experiments.analysis import baselines as reference
 from experiments.analysis import published_tables as published
 from experiments.problems import base as experiment
@@ -55,3 +56,17 @@ def test_baselines_cover_every_metric():
     assert all(len(row["runs"]) == 3 for row in stored["metrics"].values())
     config = configure()
     assert settings == dict(common_of(config))  # they were measured with what is the default now
+
+
+def test_tasks_of_recorded_single_task_runs_are_of_their_data():
+    """JSONL files give llm other tasks, and more of them, than its default."""
+    pytest.importorskip("peft")
+    settings = {"data.source": "jsonl", "data.path": "mixture"}
+    tasks = [f"set{k}" for k in range(5)]
+    runs = [
+        RecordedRun(task, "stl", None, 0, settings | {"loss.main_task": str(k)}, {f"{task}/loss": float(k + 1)}, task=task)
+        for k, task in enumerate(tasks)
+    ]
+    common = runs[0].common
+    assert reference.with_settings("llm", common, runs).metrics == {f"set{k}/loss": k + 1.0 for k in range(5)}
+    assert reference.with_settings("llm", (), runs) is None
