@@ -10,6 +10,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.pop("MLFLOW_TRACKING_URI", None)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start, next to other tests on the same cores
 
 set_hypothesis_home_dir(tempfile.mkdtemp(prefix="hypothesis-"))  # nothing is written beside the sources
 settings.register_profile("dev", max_examples=30, deadline=None, database=None)
