@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.nn.parallel import DistributedDataParallel
 
+from balance.integrations._optimizers import untrained_parameters
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -58,10 +60,8 @@ def check_optimizers(trainer: Trainer, balancers: Mapping[str, Balancer]) -> Non
     Raises:
         ValueError: If a parameter is in no optimizer.
     """
-    trained = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     for prefix, balancer in balancers.items():
-        missing = [name for name, p in balancer.named_parameters(prefix) if p.requires_grad and id(p) not in trained]
-        if missing:
+        if missing := untrained_parameters(balancer, trainer.optimizers, prefix):
             raise ValueError(
                 f"All parameters of a balancer must be in an optimizer, but {', '.join(missing)} are in none. Use "
                 f"self.parameters() in configure_optimizers, or add self.{prefix}.parameters()."

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from balance.integrations.task_losses import TaskLosses, read_task_losses
+from balance.integrations._optimizers import untrained_parameters
+from balance.integrations._task_losses import TaskLosses, read_task_losses
 from balance.stage.balancer import Balancer
 from balance.stage.extra_forward import extra_forward
 
@@ -62,13 +63,9 @@ def _check_optimizers(accelerator: Accelerator, balancer: Balancer) -> None:
     """Check that the prepared optimizers train the parameters of the balancer, and clear their gradients."""
     if str(accelerator.distributed_type).endswith(("DEEPSPEED", "MEGATRON_LM")):
         raise ValueError(f"{accelerator.distributed_type} runs the backward pass itself, which a balancer does not support.")
-    optimizers = accelerator._optimizers
-    if not optimizers:
+    if not accelerator._optimizers:
         raise ValueError("No optimizer is prepared. Call accelerator.prepare(model, optimizer, ...) first.")
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    known = {id(parameter) for group in groups for parameter in group["params"]}
-    missing = [name for name, p in balancer.named_parameters() if p.requires_grad and id(p) not in known]
-    if missing:
+    if missing := untrained_parameters(balancer, accelerator._optimizers):
         raise ValueError(
             f"A prepared optimizer must train the parameters of the balancer, but {missing} are not among its parameters. "
             "Add balancer.parameters() to the optimizer before accelerator.prepare."

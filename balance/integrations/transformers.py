@@ -10,9 +10,10 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from balance.integrations.task_losses import TaskLosses, read_task_losses
-from balance.integrations.trainer_evaluation import EvaluationLosses
-from balance.integrations.trainer_events import STATE_FILE, Batch, TrainerEvents
+from balance.integrations._optimizers import untrained_parameters
+from balance.integrations._task_losses import TaskLosses, read_task_losses
+from balance.integrations._trainer_evaluation import EvaluationLosses
+from balance.integrations._trainer_events import STATE_FILE, Batch, TrainerEvents
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -124,8 +125,7 @@ class BalancedTrainerMixin(_Base):  # type: ignore[misc]
         """Create the optimizer of the Trainer, with the balancer's parameters in a further group without weight decay."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **keywords)
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [p for p in self.balancer.parameters() if p.requires_grad and id(p) not in known]
+        missing = [self.balancer.get_parameter(name) for name in untrained_parameters(self.balancer, [optimizer])]
         if is_new and missing:
             rate = {} if self._balancer_lr is None else {"lr": self._balancer_lr}
             optimizer.add_param_group({"params": missing, "weight_decay": 0.0, **rate})

@@ -56,7 +56,7 @@ class LBFGSPhase:
             number: Number of the step in the run, which determines the validation batch of rules that need one.
 
         Returns:
-            The balancer's report before the iterations, and metrics: weighted loss after them, and number of evaluations.
+            The balancer's report before the iterations, and the number of evaluations as a metric.
         """
         batch = self.read_batch()
         report = self.balance(batch)

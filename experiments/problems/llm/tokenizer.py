@@ -74,7 +74,10 @@ class ModelTokenizer:
         from transformers import AutoTokenizer  # noqa: PLC0415
 
         if not Path(folder).expanduser().is_dir():
-            raise FileNotFoundError(f"data.tokenizer must be a folder with a tokenizer, but {folder} does not exist.")
+            raise FileNotFoundError(
+                f"data.tokenizer must be a folder with a tokenizer, but {folder} does not exist. It is model.path unless it is "
+                "given."
+            )
         self._tokenizer = AutoTokenizer.from_pretrained(Path(folder).expanduser(), local_files_only=True)
         if self._tokenizer.eos_token_id is None:
             raise ValueError(f"The tokenizer in {folder} must have a token for the end of a text (eos_token), but has none.")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from balance.integrations.task_losses import TaskLosses
+    from balance.integrations._task_losses import TaskLosses
     from balance.stage.balancer import Balancer
 
 

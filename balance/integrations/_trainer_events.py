@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import TrainerCallback
 
-from balance.integrations.task_losses import TaskLosses
+from balance.integrations._optimizers import untrained_parameters
+from balance.integrations._task_losses import TaskLosses
 from balance.stage.arguments import read_losses
 from balance.stage.extra_forward import extra_forward
 
@@ -144,9 +145,7 @@ class TrainerEvents(TrainerCallback):  # type: ignore[misc]
         """Check the optimizer, load the state of a checkpoint, and use the gradient scaler."""
         self._discard()  # auto_find_batch_size may have begun anew
         trainer, balancer = self._trainer, self._balancer
-        optimized = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
-        missing = [name for name, p in balancer.named_parameters() if p.requires_grad and id(p) not in optimized]
-        if missing:
+        if missing := untrained_parameters(balancer, [trainer.optimizer]):
             raise ValueError(
                 f"The optimizer must train the parameters of the balancer, but {missing} are not among its parameters. "
                 "Add balancer.parameters() to the optimizer, or let the Trainer create the optimizer."
