@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo test test-all lint mutation benchmark clean
+.PHONY: demo test test-all lint format docs mutation benchmark clean
 
 demo: $(VENV)/experiments.installed  ## train digits with GO4Align + PCGrad
 	$(VENV)/bin/python experiments/trainer.py --loss_method=go4align --gradient_method=pcgrad
@@ -22,6 +22,13 @@ lint: $(VENV)/dev.installed  ## style, types, structure and language
 	$(VENV)/bin/python tests/structure.py
 	$(VENV)/bin/python tests/plain_english.py
 
+format: $(VENV)/dev.installed  ## mend what ruff can mend
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+docs: $(VENV)/dev.installed  ## the documentation site, in build/docs; a warning is an error
+	$(VENV)/bin/sphinx-build --fail-on-warning --keep-going --quiet --builder html docs build/docs
+
 mutation: $(VENV)/mutation.installed  ## small changes of the sources that the tests must notice; takes hours
 	$(VENV)/bin/python tests/mutation.py
 
@@ -37,5 +44,6 @@ clean:
 
 $(VENV)/%.installed: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt 'pip>=25.1'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . --group $*
 	touch $@

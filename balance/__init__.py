@@ -7,17 +7,17 @@ losses (K,) -> loss balancer -> weighted losses (K,) -> Jacobian (K, P) or Grami
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from balance import gradient, loss
-from balance.diagnosis.diagnose import Diagnosis, diagnose
-from balance.rules import compose
-from balance.rules.registry import gradient_balancers, loss_balancers
-from balance.splitter.splitter import Splitter
-from balance.stage.balancer import Balancer
-from balance.stage.extra_forward import extra_forward
-from balance.stage.report import Report
+from . import gradient, loss
+from .diagnosis.diagnose import Diagnosis, diagnose
+from .rules import compose
+from .rules.registry import gradient_balancers, loss_balancers
+from .splitter.splitter import Splitter
+from .stage.balancer import Balancer
+from .stage.extra_forward import extra_forward
+from .stage.report import Report
 
 if TYPE_CHECKING:
-    from balance.comparison.comparison import Comparison, compare  # noqa: F401
+    from .comparison.comparison import Comparison, compare  # noqa: F401
 
 __version__ = "0.1.0"
 
@@ -38,16 +38,16 @@ __all__ = [
 
 # Modules, and names in modules; some need packages of an extra
 _ON_FIRST_USE = {
-    **{name: f"balance.{name}" for name in ("comparison", "config", "integrations", "metrics", "testing", "tracking")},
-    **dict.fromkeys(("Comparison", "compare"), "balance.comparison.comparison"),
+    **{name: f".{name}" for name in ("comparison", "config", "integrations", "metrics", "testing", "tracking")},
+    **dict.fromkeys(("Comparison", "compare"), ".comparison.comparison"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _ON_FIRST_USE:
-        module = import_module(_ON_FIRST_USE[name])
-        return module if module.__name__ == f"balance.{name}" else getattr(module, name)
-    raise AttributeError(f"module 'balance' has no attribute '{name}'")
+        module = import_module(_ON_FIRST_USE[name], __name__)
+        return module if _ON_FIRST_USE[name] == f".{name}" else getattr(module, name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from balance.catalogue import page, table
+from .catalogue import page, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from balance.messages import unknown
-from balance.rules.generator import SeededGenerator
-from balance.rules.registry import Registry, gradient_balancers, loss_balancers
+from .messages import unknown
+from .rules.generator import SeededGenerator
+from .rules.registry import Registry, gradient_balancers, loss_balancers
 
 if TYPE_CHECKING:
     from collections.abc import Callable

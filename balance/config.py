@@ -15,13 +15,13 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from balance.messages import unknown
-from balance.rules import compose as compose_rules
-from balance.rules.registry import Registry, gradient_balancers, loss_balancers
-from balance.rules.switch import Switch
-from balance.stage.balancer import Balancer
-from balance.stage.choices import check_metric
-from balance.types import EngineChoice, GradientRule, Heads, Memory, Scale, Source
+from .messages import unknown
+from .rules import compose as compose_rules
+from .rules.registry import Registry, gradient_balancers, loss_balancers
+from .rules.switch import Switch
+from .stage.balancer import Balancer
+from .stage.choices import check_metric
+from .types import EngineChoice, GradientRule, Heads, Memory, Scale, Source
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping

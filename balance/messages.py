@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_INSIDE = ("balance", "torch", "contextlib")  # packages between the user's call and the cause of a warning
+_INSIDE = (__name__.partition(".")[0], "torch", "contextlib")  # packages between the user's call and the cause of a warning
 
 
 def warn_caller(message: str) -> None:

@@ -104,6 +104,16 @@ def modules() -> dict[str, Path]:
     return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files(MEASURED)}
 
 
+def absolute_imports() -> Iterator[Violation]:
+    """Yield imports of the library by its own name, which would tie its modules to the name of its folder."""
+    for path in files(["balance"]):
+        for node in ast.walk(tree(path)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            if any(name.partition(".")[0] == "balance" for name in names):
+                yield _at("direction", path, node, "imports the library by its name; use a relative import")
+
+
 def imports_of(module: str) -> Iterator[Import]:
     """Yield all imports of project modules, also those within functions and for type checkers."""
     path = modules()[module]
@@ -306,7 +316,7 @@ def _at(check: str, path: Path, node: ast.AST, text: str) -> Violation:
     return Violation(check, relative(path), node.lineno, text, relative(path))
 
 
-CHECKS = (direction, circles, sizes, medians, questions, untyped_rules, asked_rules)
+CHECKS = (direction, absolute_imports, circles, sizes, medians, questions, untyped_rules, asked_rules)
 NAMES = ("direction", "circles", "function", "nesting", "file", "median", "docstring", "any", "question")
 
 

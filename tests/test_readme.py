@@ -1,4 +1,4 @@
-"""Every command and snippet of the README is run."""
+"""Commands of the README are run; its snippets are run by conftest.py."""
 
 import importlib
 import json
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-import balance
 from balance import catalogue
 from balance.diagnosis import measurement
 from experiments import sweep
@@ -22,7 +21,6 @@ from experiments.sweeps import runtime as estimate
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = [
     line.split("  #")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
@@ -40,35 +38,6 @@ TINY_ROOMS = [f"data.num_{part}=4" for part in ("train", "validation", "test")] 
     "log_model=false",
 ]
 TINY = ["data.train_pairs=128", "data.validation_pairs=50", "data.test_pairs=50", "train.epochs=1", "log_model=false"]
-
-
-@pytest.fixture
-def registries(monkeypatch):
-    """Registrations of a snippet end with its test."""
-    for registry in (balance.loss_balancers, balance.gradient_balancers):
-        monkeypatch.setattr(registry, "_methods", dict(registry._methods))
-
-
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=[str(k) for k in range(len(SNIPPETS))])
-def test_snippet(snippet, registries, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(measurement, "ROUNDS", 1)
-    if "torchrun" in snippet:
-        first, second = printed_by_ranks(snippet, tmp_path / "train.py")
-        assert first == second
-        return
-    exec(compile(snippet, "README.md", "exec"), {})
-    assert capsys.readouterr().out
-
-
-def printed_by_ranks(snippet, program):
-    """Run a snippet on two processes; return the lines that they print."""
-    program.write_text(snippet, encoding="utf-8")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([*torchrun, program], capture_output=True, text=True, timeout=120, env=environment)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.splitlines()
 
 
 def test_make_targets():

@@ -48,7 +48,7 @@ def postgresql():
     """A database for this test only. PostgreSQL refuses to run as root, so it then runs as a separate user."""
     if not PROGRAMS:
         pytest.skip("PostgreSQL's server is not installed (Debian: apt-get install postgresql)")
-    pytest.importorskip("psycopg", reason="psycopg is not installed (pip install 'mtl-balance[server]')")
+    pytest.importorskip("psycopg", reason="psycopg is not installed (pip install -e . --group server)")
     as_user = {}
     folder = Path(tempfile.mkdtemp(prefix="postgresql-"))
     if os.geteuid() == 0:

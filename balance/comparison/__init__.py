@@ -1,6 +1,6 @@
 """Recorded runs to comparisons, tables, figures and reports; independent of the problem that was trained."""
 
-from balance.messages import require_package
+from ..messages import require_package
 
 for _package in ("mlflow", "rich", "matplotlib", "jinja2"):
     require_package(_package, "compare")

@@ -7,28 +7,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from balance.comparison import report, report_files
-from balance.comparison.declared import (
+from ..messages import unknown
+from ..tracking.description import baseline
+from . import report, report_files
+from .declared import (
     check_metrics,
     declared_baselines,
     directions,
     recorded_baselines,
     remark_on_missing_baselines,
 )
-from balance.comparison.run_table import tabulate
-from balance.comparison.selection import select_runs
-from balance.comparison.single_task import Baselines
-from balance.comparison.store import Store
-from balance.comparison.tables import plain_text, render
-from balance.messages import unknown
-from balance.tracking.description import baseline
+from .run_table import tabulate
+from .selection import select_runs
+from .single_task import Baselines
+from .store import Store
+from .tables import plain_text, render
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Collection, Sequence
 
-    from balance.comparison.recorded_run import RecordedRun
-    from balance.comparison.run_table import RunTable
+    from .recorded_run import RecordedRun
+    from .run_table import RunTable
 
 
 @dataclass(frozen=True, repr=False)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from balance.comparison.grouping import method_label, newest_runs
-from balance.comparison.single_task import Baselines, most_common_settings, single_task_means
+from .grouping import method_label, newest_runs
+from .single_task import Baselines, most_common_settings, single_task_means
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
-    from balance.comparison.recorded_run import RecordedRun
+    from .recorded_run import RecordedRun
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from balance.comparison.statistics import Verdict
+    from .statistics import Verdict
 
 MISSING = "\N{EN DASH}"
 MARKS = {"alike": "≈", "unclear": "?"}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from balance.comparison.recorded_run import METHOD_GROUPS
+from .recorded_run import METHOD_GROUPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from balance.comparison.recorded_run import RecordedRun
+    from .recorded_run import RecordedRun
 
 
 def newest_runs(runs: Sequence[RecordedRun]) -> list[RecordedRun]:

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import rc_context
 
-from balance.comparison.figures.gallery import CAPTIONS
-from balance.comparison.statistics import CONFIDENCE, ENOUGH_SEEDS
-from balance.comparison.tables import number_format, text_table
+from .figures.gallery import CAPTIONS
+from .statistics import CONFIDENCE, ENOUGH_SEEDS
+from .tables import number_format, text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from balance.comparison.formats import TextTable
-    from balance.comparison.run_table import Row, RunTable
-    from balance.comparison.statistics import Estimate, Verdict
+    from .formats import TextTable
+    from .run_table import Row, RunTable
+    from .statistics import Estimate, Verdict
 
 LARGEST_SVG = 400_000  # bytes; a larger figure becomes PNG if that is smaller
 

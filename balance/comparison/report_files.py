@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from balance.comparison import report
-from balance.comparison.figures import gallery
-from balance.comparison.figures.per_setting import metrics_per_setting
+from . import report
+from .figures import gallery
+from .figures.per_setting import metrics_per_setting
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from balance.comparison.report import Section
-    from balance.comparison.run_table import RunTable
-    from balance.comparison.store import Store
+    from .report import Section
+    from .run_table import RunTable
+    from .store import Store
 
 
 def write_report(

@@ -6,15 +6,15 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from balance.comparison.grouping import check_same_data, group_by_label, newest_runs
-from balance.comparison.statistics import ENOUGH_SEEDS, Estimate, compare_with_best, median
-from balance.metrics import delta_m, mean_rank
+from ..metrics import delta_m, mean_rank
+from .grouping import check_same_data, group_by_label, newest_runs
+from .statistics import ENOUGH_SEEDS, Estimate, compare_with_best, median
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from balance.comparison.recorded_run import RecordedRun
-    from balance.comparison.statistics import Verdict
+    from .recorded_run import RecordedRun
+    from .statistics import Verdict
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from balance.messages import unknown
+from ..messages import unknown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from balance.comparison.recorded_run import RecordedRun
-    from balance.comparison.store import Store
+    from .recorded_run import RecordedRun
+    from .store import Store
 
 
 def select_runs(

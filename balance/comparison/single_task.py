@@ -6,12 +6,12 @@ import statistics
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
-from balance.comparison.grouping import newest_runs
+from .grouping import newest_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from balance.comparison.recorded_run import RecordedRun, Settings
+    from .recorded_run import RecordedRun, Settings
 
 
 class Baselines(NamedTuple):

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from balance.comparison.recorded_run import RecordedRun
-from balance.tracking import connect, tracking_uri, without_password
-from balance.tracking.description import BASELINES, HIGHER_IS_BETTER, SINGLE_TASK
+from ..tracking import connect, tracking_uri, without_password
+from ..tracking.description import BASELINES, HIGHER_IS_BETTER, SINGLE_TASK
+from .recorded_run import RecordedRun
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

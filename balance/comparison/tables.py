@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from rich.console import Console
 from rich.measure import Measurement
 
-from balance.comparison.formats import BOLD, MISSING, Cell, TextTable, latex, markdown, terminal, without_bold
+from .formats import BOLD, MISSING, Cell, TextTable, latex, markdown, terminal, without_bold
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from balance.comparison.run_table import Row, RunTable
-    from balance.comparison.statistics import Estimate
+    from .run_table import Row, RunTable
+    from .statistics import Estimate
 
 Format = Literal["table", "markdown", "latex", "csv", "json"]
 

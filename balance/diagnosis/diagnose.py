@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from balance.diagnosis import text
-from balance.diagnosis.measurement import Measurement
-from balance.diagnosis.recommendation import recommend
-from balance.diagnosis.restore import Restoration
-from balance.diagnosis.statistics import Price, Statistics
-from balance.engine.partition import read_shared
-from balance.messages import unknown
-from balance.profiling import Cost
-from balance.rules.registry import Registry, gradient_balancers, loss_balancers
+from ..engine.partition import read_shared
+from ..messages import unknown
+from ..profiling import Cost
+from ..rules.registry import Registry, gradient_balancers, loss_balancers
+from . import text
+from .measurement import Measurement
+from .recommendation import recommend
+from .restore import Restoration
+from .statistics import Price, Statistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from balance.diagnosis.statistics import NEGLIGIBLE, Statistics, median, ratio
+from .statistics import NEGLIGIBLE, Statistics, median, ratio
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
-    from balance.types import Remedy
+    from ..types import Remedy
 
 IMBALANCE = 10.0  # ratio of gradient lengths: the longest has 100 times the squared length of the shortest, and drowns it
 UNLEVEL = 3.0  # the same after division by the losses: about 10 times the squared length

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from balance.diagnosis.findings import quoted
-from balance.diagnosis.statistics import Price, Statistics
-from balance.engine.graph import leaves
-from balance.profiling import Cost
-from balance.profiling import measure as measure_cost
-from balance.stage.balancer import Balancer
+from ..engine.graph import leaves
+from ..profiling import Cost
+from ..profiling import measure as measure_cost
+from ..stage.balancer import Balancer
+from .findings import quoted
+from .statistics import Price, Statistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor, nn
 
-    from balance.diagnosis.restore import Restoration
-    from balance.stage.report import Report
-    from balance.types import Gramian, Weights
+    from ..stage.report import Report
+    from ..types import Gramian, Weights
+    from .restore import Restoration
 
 Outcome = TypeVar("Outcome")
 

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from balance.diagnosis.findings import find_problems, quoted
-from balance.diagnosis.statistics import median
+from .findings import find_problems, quoted
+from .statistics import median
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from balance.diagnosis.findings import Finding
-    from balance.diagnosis.statistics import Price, Statistics
-    from balance.rules.registry import Registry, Traits
-    from balance.types import Need, Remedy
+    from ..rules.registry import Registry, Traits
+    from ..types import Need, Remedy
+    from .findings import Finding
+    from .statistics import Price, Statistics
 
 EXPENSIVE = 2.0  # times a plain step: reusing weights, or measuring at the features, then saves half of the cost or more
 REUSING_STEPS = 10  # steps that use the same weights: nine of ten then cost a plain step

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from balance.engine.accumulate import cleared_grads
-from balance.rules.snapshot import Snapshot
+from ..engine.accumulate import cleared_grads
+from ..rules.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

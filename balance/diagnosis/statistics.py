@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.profiling import Cost
+    from ..profiling import Cost
 
 STABLE = 1.64  # standard deviations between the mean cosine and 0: if normal, 95 of 100 batches then agree on the sign
 NEGLIGIBLE = 0.05  # cosine: of gradients of equal length, each then loses at most 5 % of its progress to the other

@@ -6,16 +6,16 @@ import math
 import textwrap
 from typing import TYPE_CHECKING
 
-from balance.diagnosis.findings import number
-from balance.diagnosis.statistics import median, ratio
+from .findings import number
+from .statistics import median, ratio
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
-    from balance.diagnosis.statistics import Price, Statistics
-    from balance.profiling import Cost
+    from ..profiling import Cost
+    from .statistics import Price, Statistics
 
 WIDTH, NAME, PAIRS = 100, 20, 15  # of a report: columns, letters of a task, pairs of tasks
 

@@ -11,7 +11,7 @@ from weakref import ref
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from balance.distributed.sharding import sharded_parameters
+from .sharding import sharded_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, MutableMapping, Sequence

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from balance.distributed.sharding import is_distributed_tensor
+from ..distributed.sharding import is_distributed_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -6,23 +6,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from balance.engine.accumulate import gradient_sum
-from balance.engine.gramian import HeadGradients, TaskRows, to_vector
-from balance.engine.graph import Trace
-from balance.engine.layers import MeasuredTensor
-from balance.engine.over_ranks import GlobalGradients, Layout, ShardedRows
-from balance.engine.partition import Partition
-from balance.engine.passes import LossOutputs
-from balance.engine.task_gradients import TaskGradients, common_indices
+from .accumulate import gradient_sum
+from .gramian import HeadGradients, TaskRows, to_vector
+from .graph import Trace
+from .layers import MeasuredTensor
+from .over_ranks import GlobalGradients, Layout, ShardedRows
+from .partition import Partition
+from .passes import LossOutputs
+from .task_gradients import TaskGradients, common_indices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from balance.distributed.ranks import Ranks
-    from balance.engine.accumulate import LeafGradient
-    from balance.types import Gramian
+    from ..distributed.ranks import Ranks
+    from ..types import Gramian
+    from .accumulate import LeafGradient
 
 _EMPTY = Trace([], {}, disjoint=True, functions=[], entrances=[])
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from balance.engine.accumulate import cleared_grads
+from .accumulate import cleared_grads
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from balance.engine.passes import LossOutputs
+    from .passes import LossOutputs
 
 _TOLERANCE = 1e-3  # largest difference of a repeated pass, relative to the length of a gradient
 _TOLERANCE_IN_HALF_PRECISION = 5e-2

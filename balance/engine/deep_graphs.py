@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from balance.engine.nodes import LeafNode, sequence_number
+from .nodes import LeafNode, sequence_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

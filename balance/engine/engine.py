@@ -7,28 +7,28 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
-from balance.engine.accumulate import without_hooks
-from balance.engine.custom_functions import FunctionChecks, with_explained_errors
-from balance.engine.gramian import InnerProducts, TaskRows
-from balance.engine.graph import Reachability, activation_count, last_uses, unpacks_saved_tensors
-from balance.engine.layers import MeasuredTensor, measured_tensors
-from balance.engine.over_ranks import GlobalGradients, sum_passes
-from balance.engine.passes import FeatureOutputs, LossOutputs, SampleOutputs, batched_passes, sequential_passes
-from balance.engine.per_sample import measure_samples
-from balance.engine.task_gradients import TaskGradients, common_indices
-from balance.messages import warn_caller
+from ..messages import warn_caller
+from .accumulate import without_hooks
+from .custom_functions import FunctionChecks, with_explained_errors
+from .gramian import InnerProducts, TaskRows
+from .graph import Reachability, activation_count, last_uses, unpacks_saved_tensors
+from .layers import MeasuredTensor, measured_tensors
+from .over_ranks import GlobalGradients, sum_passes
+from .passes import FeatureOutputs, LossOutputs, SampleOutputs, batched_passes, sequential_passes
+from .per_sample import measure_samples
+from .task_gradients import TaskGradients, common_indices
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
-    from balance.distributed.ranks import Ranks
-    from balance.engine.gramian import HeadGradients
-    from balance.engine.graph import Root
-    from balance.engine.partition import Partition
-    from balance.engine.passes import Outputs
-    from balance.types import EngineChoice, Memory
+    from ..distributed.ranks import Ranks
+    from ..types import EngineChoice, Memory
+    from .gramian import HeadGradients
+    from .graph import Root
+    from .partition import Partition
+    from .passes import Outputs
 
 # Gradients to keep: rows by tensor and task, one matrix, or only their inner products
 Storage = Literal["rows", "matrix", "products"]

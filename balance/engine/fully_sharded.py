@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed
 
-from balance.distributed.sharding import from_shard, local_shard, may_be_sharded, shard_group, sharded_parameters
-from balance.engine.accumulate import cleared_grads
-from balance.engine.gramian import TaskRows
-from balance.engine.graph import trace
-from balance.engine.partition import Partition
-from balance.engine.task_gradients import TaskGradients
+from ..distributed.sharding import from_shard, local_shard, may_be_sharded, shard_group, sharded_parameters
+from .accumulate import cleared_grads
+from .gramian import TaskRows
+from .graph import trace
+from .partition import Partition
+from .task_gradients import TaskGradients
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-    from balance.engine.accumulate import LeafGradient
-    from balance.engine.graph import Root
-    from balance.engine.passes import LossOutputs
+    from .accumulate import LeafGradient
+    from .graph import Root
+    from .passes import LossOutputs
 
 
 def sharded_partition(roots: Sequence[Root | None], shared: Iterable[Tensor], excluded: Iterable[Tensor]) -> Partition | None:

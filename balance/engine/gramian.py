@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from balance.engine.accumulate import gradient_sum
+from .accumulate import gradient_sum
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
-    from balance.engine.accumulate import LeafGradient
-    from balance.types import Direction, Gramian, Jacobian, Losses, WeightedLosses
+    from ..types import Direction, Gramian, Jacobian, Losses, WeightedLosses
+    from .accumulate import LeafGradient
 
 # Numbers that are in float64 at once, unless a share of all gradients is less
 _IN_DOUBLE = 1 << 19

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from balance.engine.deep_graphs import free_released_graphs, keep_if_deep
-from balance.engine.nodes import FunctionNode, LeafNode, has_hooks, is_packed, kind, saved_tensors, sequence_number
+from .deep_graphs import free_released_graphs, keep_if_deep
+from .nodes import FunctionNode, LeafNode, has_hooks, is_packed, kind, saved_tensors, sequence_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch.autograd.graph import GradientEdge
 
-from balance.engine.graph import edge
-from balance.engine.nodes import FunctionNode, LeafNode, has_hooks, is_packed, kind, saved_tensors
-from balance.engine.sample_axis import input_place
-from balance.engine.sample_gradients import use_of
+from .graph import edge
+from .nodes import FunctionNode, LeafNode, has_hooks, is_packed, kind, saved_tensors
+from .sample_axis import input_place
+from .sample_gradients import use_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from balance.engine.graph import Trace
-    from balance.engine.sample_gradients import Use
+    from .graph import Trace
+    from .sample_gradients import Use
 
 _ENGINE: Any = torch.autograd.Variable._execution_engine
 _WEIGHT_MOVES = ("TBackward0", "ToCopyBackward0")  # a linear layer transposes its weight, autocast casts it

@@ -15,16 +15,16 @@ from torch.autograd.graph import GradientEdge
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
-from balance.engine.gramian import from_vector
-from balance.engine.nodes import LeafNode, has_hooks, is_packed, kind
+from .gramian import from_vector
+from .nodes import LeafNode, has_hooks, is_packed, kind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from balance.engine.gramian import SparseRows
-    from balance.engine.graph import Root, Trace
+    from .gramian import SparseRows
+    from .graph import Root, Trace
 
 # Cost relative to one multiplication in a product of matrices, measured on a CPU and rounded
 _MOVED = 20  # to move a number

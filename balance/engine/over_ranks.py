@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from balance.distributed.ranks import Ranks
-from balance.engine.accumulate import leaf_gradients, without_hooks
-from balance.engine.gramian import InnerProducts, from_vector, to_vector
-from balance.engine.passes import weighted_pass
-from balance.engine.task_gradients import TaskGradients, length
+from ..distributed.ranks import Ranks
+from .accumulate import leaf_gradients, without_hooks
+from .gramian import InnerProducts, from_vector, to_vector
+from .passes import weighted_pass
+from .task_gradients import TaskGradients, length
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
-    from balance.engine.accumulate import LeafGradient
-    from balance.engine.layers import MeasuredTensor
-    from balance.types import Direction, Gramian, Jacobian
+    from ..types import Direction, Gramian, Jacobian
+    from .accumulate import LeafGradient
+    from .layers import MeasuredTensor
 
 
 class Layout(NamedTuple):

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from balance.distributed.sharding import is_distributed_tensor
-from balance.engine.graph import Root, Trace, edge, is_used, trace
-from balance.engine.trees import leaves_of
+from ..distributed.sharding import is_distributed_tensor
+from .graph import Root, Trace, edge, is_used, trace
+from .trees import leaves_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from balance.types import Source
+    from ..types import Source
 
 
 class Partition(NamedTuple):

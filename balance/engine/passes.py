@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch._vmap_internals import _vmap
 
-from balance.engine.accumulate import without_hooks
-from balance.engine.gramian import TaskRows, from_vector
-from balance.engine.graph import edge
+from .accumulate import without_hooks
+from .gramian import TaskRows, from_vector
+from .graph import edge
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from balance.engine.graph import Root
+    from .graph import Root
 
 
 class Cotangents(NamedTuple):

@@ -10,24 +10,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.graph import GradientEdge
 
-from balance.engine.accumulate import leaf_gradients, without_hooks
-from balance.engine.gramian import TaskRows
-from balance.engine.graph import edge, trace
-from balance.engine.independence import independent_samples
-from balance.engine.nodes import has_hooks
-from balance.engine.passes import FeatureOutputs, SampleOutputs, weighted_pass
-from balance.engine.sample_gradients import SampleGramian
-from balance.engine.task_gradients import TaskGradients
+from .accumulate import leaf_gradients, without_hooks
+from .gramian import TaskRows
+from .graph import edge, trace
+from .independence import independent_samples
+from .nodes import has_hooks
+from .passes import FeatureOutputs, SampleOutputs, weighted_pass
+from .sample_gradients import SampleGramian
+from .task_gradients import TaskGradients
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from balance.engine.accumulate import LeafGradient
-    from balance.engine.independence import SampleGraph
-    from balance.engine.partition import Partition
-    from balance.types import Gramian
+    from ..types import Gramian
+    from .accumulate import LeafGradient
+    from .independence import SampleGraph
+    from .partition import Partition
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from balance.engine.nodes import kind
+from .nodes import kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from balance.engine.nodes import kind
-from balance.engine.sample_axis import by_sample, locate
+from .nodes import kind
+from .sample_axis import by_sample, locate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from balance.engine.sample_axis import Place
-    from balance.types import Gramian
+    from ..types import Gramian
+    from .sample_axis import Place
 
 # Numbers that are in memory at once, unless one row of a parameter has more
 _AT_ONCE = 1 << 23

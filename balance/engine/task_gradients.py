@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from balance.engine.accumulate import leaf_gradients, without_hooks
-from balance.engine.gramian import HeadGradients, TaskRows, sparse_rows, split_direction, to_vector
-from balance.engine.passes import FeatureOutputs, weighted_pass
+from .accumulate import leaf_gradients, without_hooks
+from .gramian import HeadGradients, TaskRows, sparse_rows, split_direction, to_vector
+from .passes import FeatureOutputs, weighted_pass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
-    from balance.engine.accumulate import LeafGradient
-    from balance.engine.layers import MeasuredTensor
-    from balance.engine.partition import Partition
-    from balance.engine.passes import Outputs
-    from balance.types import Direction, Gramian, Jacobian
+    from ..types import Direction, Gramian, Jacobian
+    from .accumulate import LeafGradient
+    from .layers import MeasuredTensor
+    from .partition import Partition
+    from .passes import Outputs
 
 
 @dataclass

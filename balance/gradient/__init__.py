@@ -1,6 +1,6 @@
 """Gradient balancers: Gramian (K, K) -> weights (K,). Importing this package registers them."""
 
-from balance.gradient import (
+from . import (
     alignment,
     averaged,
     bargaining,

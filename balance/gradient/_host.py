@@ -10,8 +10,8 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from balance.solvers.linear_algebra import Array
-    from balance.types import Gramian, Weights
+    from ..solvers.linear_algebra import Array
+    from ..types import Gramian, Weights
 
 
 def solve(solver: Callable[[Array], Array], gramian: Gramian) -> Weights:

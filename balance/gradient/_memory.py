@@ -10,7 +10,7 @@ from torch import nn
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.types import Gramian, Jacobian
+    from ..types import Gramian, Jacobian
 
 _BLOCK = 2**20  # columns that are converted to float64 at a time
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from balance.solvers.linear_algebra import Array
+    from ..solvers.linear_algebra import Array
 
 
 def preferences(rule: str, preference: Sequence[float] | None, num_tasks: int, present: Tensor | None, default: float) -> Array:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from balance.rules.context import TaskError
+from ..rules.context import TaskError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from balance.solvers.linear_algebra import Array
+    from ..solvers.linear_algebra import Array
 
 
 def vector(num_tasks: int, value: float = 0.0) -> Tensor:

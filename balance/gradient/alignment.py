@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from balance.gradient._host import rounding, solve
-from balance.gradient._preference import preferences
-from balance.rules.registry import gradient_balancers
+from ..rules.registry import gradient_balancers
+from ._host import rounding, solve
+from ._preference import preferences
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.solvers.linear_algebra import Array
-    from balance.types import Gramian, Weights
+    from ..solvers.linear_algebra import Array
+    from ..types import Gramian, Weights
 
 ScaleMode = Literal["min", "median", "rmse"]
 

@@ -9,18 +9,18 @@ import torch
 from scipy.special import softmax
 from torch import nn
 
-from balance.gradient._host import without_zero_gradients
-from balance.gradient._memory import GradientMemory, inner_products
-from balance.gradient._state import indices, loss_values, read, share_of, vector, write
-from balance.rules.registry import gradient_balancers
-from balance.solvers.linear_algebra import equal_projection_weights
-from balance.solvers.simplex import project_on_simplex
+from ..rules.registry import gradient_balancers
+from ..solvers.linear_algebra import equal_projection_weights
+from ..solvers.simplex import project_on_simplex
+from ._host import without_zero_gradients
+from ._memory import GradientMemory, inner_products
+from ._state import indices, loss_values, read, share_of, vector, write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.solvers.linear_algebra import Array
-    from balance.types import Direction, Jacobian
+    from ..solvers.linear_algebra import Array
+    from ..types import Direction, Jacobian
 
 Normalization = Literal["loss", "none"]
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from balance.gradient._host import certificate, solve, without_zero_gradients
-from balance.rules.registry import gradient_balancers
-from balance.solvers.bargaining import bargaining_error, bargaining_weights
+from ..rules.registry import gradient_balancers
+from ..solvers.bargaining import bargaining_error, bargaining_weights
+from ._host import certificate, solve, without_zero_gradients
 
 if TYPE_CHECKING:
-    from balance.solvers.linear_algebra import Array
-    from balance.types import Gramian, Weights
+    from ..solvers.linear_algebra import Array
+    from ..types import Gramian, Weights
 
 Solver = Literal["newton", "cvxpy"]
 ALPHA = 2.0  # FairGrad's default α

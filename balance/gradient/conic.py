@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from balance.gradient._host import certificate, rounding, solve, without_zero_gradients
-from balance.rules.registry import gradient_balancers
-from balance.solvers.conic import conic_error, conic_weights
+from ..rules.registry import gradient_balancers
+from ..solvers.conic import conic_error, conic_weights
+from ._host import certificate, rounding, solve, without_zero_gradients
 
 if TYPE_CHECKING:
-    from balance.types import Gramian, Weights
+    from ..types import Gramian, Weights
 
 COSINE = 0.5  # ConicGrad's default c
 

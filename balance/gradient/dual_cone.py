@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from balance.gradient._host import certificate, solve
-from balance.gradient._preference import preferences
-from balance.rules.registry import gradient_balancers
-from balance.solvers.dual_cone import projection_error, projection_of_sum, sum_of_projections, sum_of_projections_error
-from balance.solvers.linear_algebra import gradient_norms, share_between_equals
+from ..rules.registry import gradient_balancers
+from ..solvers.dual_cone import projection_error, projection_of_sum, sum_of_projections, sum_of_projections_error
+from ..solvers.linear_algebra import gradient_norms, share_between_equals
+from ._host import certificate, solve
+from ._preference import preferences
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from balance.solvers.linear_algebra import Array
-    from balance.types import Gramian, Weights
+    from ..solvers.linear_algebra import Array
+    from ..types import Gramian, Weights
 
 PAPER = "Quinton & Rey 2024, https://arxiv.org/abs/2406.16232"
 

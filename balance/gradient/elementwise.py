@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from balance.rules.generator import SeededGenerator
-from balance.rules.registry import gradient_balancers
+from ..rules.generator import SeededGenerator
+from ..rules.registry import gradient_balancers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.types import Direction, Jacobian
+    from ..types import Direction, Jacobian
 
 
 @gradient_balancers.register(

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from balance.gradient._host import certificate, rounding, solve, without_zero_gradients
-from balance.gradient._preference import preferences
-from balance.rules.registry import gradient_balancers
-from balance.solvers.linear_algebra import DEPENDENT, equal_projection_error, equal_projection_weights
+from ..rules.registry import gradient_balancers
+from ..solvers.linear_algebra import DEPENDENT, equal_projection_error, equal_projection_weights
+from ._host import certificate, rounding, solve, without_zero_gradients
+from ._preference import preferences
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from balance.solvers.linear_algebra import Array, Indices
-    from balance.types import Gramian, Weights
+    from ..solvers.linear_algebra import Array, Indices
+    from ..types import Gramian, Weights
 
 Length = Literal["projection", "minimum", "maximum", "harmonic", "arithmetic", "geometric"]
 

@@ -9,15 +9,15 @@ import torch
 from scipy.special import logsumexp
 from torch import nn
 
-from balance.gradient._memory import GradientMemory
-from balance.gradient._state import indices, read, vector, write
-from balance.rules.registry import gradient_balancers
+from ..rules.registry import gradient_balancers
+from ._memory import GradientMemory
+from ._state import indices, read, vector, write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.solvers.linear_algebra import Array
-    from balance.types import Direction, Jacobian
+    from ..solvers.linear_algebra import Array
+    from ..types import Direction, Jacobian
 
 
 @gradient_balancers.register(

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
-from balance.gradient._host import solve
-from balance.rules.generator import SeededGenerator
-from balance.rules.registry import gradient_balancers
+from ..rules.generator import SeededGenerator
+from ..rules.registry import gradient_balancers
+from ._host import solve
 
 if TYPE_CHECKING:
-    from balance.types import Gramian, Weights
+    from ..types import Gramian, Weights
 
 INVARIANCES = ("permutation_equivariant", "rotation_equivariant", "scales_with_the_gradients", "linear_under_scaling")
 

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from scipy.optimize import nnls
 
-from balance.gradient._host import certificate, rounding, solve
-from balance.rules.registry import gradient_balancers
-from balance.solvers.conflict_averse import conflict_averse_error, conflict_averse_weights
-from balance.solvers.linear_algebra import square_root
-from balance.solvers.min_norm import min_norm_error, min_norm_weights
+from ..rules.registry import gradient_balancers
+from ..solvers.conflict_averse import conflict_averse_error, conflict_averse_weights
+from ..solvers.linear_algebra import square_root
+from ..solvers.min_norm import min_norm_error, min_norm_weights
+from ._host import certificate, rounding, solve
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.solvers.linear_algebra import Array
-    from balance.types import Gramian, Weights
+    from ..solvers.linear_algebra import Array
+    from ..types import Gramian, Weights
 
 Normalization = Literal["none", "l2", "loss", "loss+"]
 Rescale = Literal["none", "paper", "bound", 0, 1, 2]

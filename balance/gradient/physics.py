@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from balance.gradient._host import solve
-from balance.gradient._state import indices, loss_values, numbers_by_task, read, vector, write
-from balance.rules.context import TaskError
-from balance.rules.registry import gradient_balancers
-from balance.solvers.linear_algebra import gradient_norms
+from ..rules.context import TaskError
+from ..rules.registry import gradient_balancers
+from ..solvers.linear_algebra import gradient_norms
+from ._host import solve
+from ._state import indices, loss_values, numbers_by_task, read, vector, write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.solvers.linear_algebra import Array
-    from balance.types import Direction, Gramian, Jacobian, Weights
+    from ..solvers.linear_algebra import Array
+    from ..types import Direction, Gramian, Jacobian, Weights
 
 Estimate = Literal["quotient", "root"]
 

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from balance.gradient._host import solve, without_zero_gradients
-from balance.gradient._state import loss_values, numbers_by_task
-from balance.rules.registry import gradient_balancers
-from balance.solvers.linear_algebra import gradient_norms, share_between_equals
-from balance.solvers.min_norm import min_norm_weights
-from balance.solvers.preference import correction_weights, highest_product, tangent_weights
+from ..rules.registry import gradient_balancers
+from ..solvers.linear_algebra import gradient_norms, share_between_equals
+from ..solvers.min_norm import min_norm_weights
+from ..solvers.preference import correction_weights, highest_product, tangent_weights
+from ._host import solve, without_zero_gradients
+from ._state import loss_values, numbers_by_task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.solvers.linear_algebra import Array
-    from balance.types import Gramian, Weights
+    from ..solvers.linear_algebra import Array
+    from ..types import Gramian, Weights
 
 
 @gradient_balancers.register(

@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from balance.gradient._host import rounding, solve
-from balance.gradient._state import indices, read, vector, write
-from balance.rules.compose import Smoothed
-from balance.rules.registry import gradient_balancers
-from balance.solvers.conflict_averse import nearest_at_level
-from balance.solvers.linear_algebra import STATIONARY, gradient_norms
+from ..rules.compose import Smoothed
+from ..rules.registry import gradient_balancers
+from ..solvers.conflict_averse import nearest_at_level
+from ..solvers.linear_algebra import STATIONARY, gradient_norms
+from ._host import rounding, solve
+from ._state import indices, read, vector, write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.solvers.linear_algebra import Array
-    from balance.types import Gramian, Weights
+    from ..solvers.linear_algebra import Array
+    from ..types import Gramian, Weights
 
 
 @gradient_balancers.register(

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from balance.gradient._host import solve
-from balance.rules.generator import SeededGenerator
-from balance.rules.registry import gradient_balancers
-from balance.solvers.projection import align_in_turn, project_in_turn
+from ..rules.generator import SeededGenerator
+from ..rules.registry import gradient_balancers
+from ..solvers.projection import align_in_turn, project_in_turn
+from ._host import solve
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.solvers.linear_algebra import Array, Indices
-    from balance.types import Gramian, Weights
+    from ..solvers.linear_algebra import Array, Indices
+    from ..types import Gramian, Weights
 
 Order = Literal["random", "fixed"]
 

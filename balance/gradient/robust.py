@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from balance.gradient._host import solve
-from balance.rules.registry import gradient_balancers
+from ..rules.registry import gradient_balancers
+from ._host import solve
 
 if TYPE_CHECKING:
-    from balance.solvers.linear_algebra import Array
-    from balance.types import Direction, Gramian, Jacobian, Weights
+    from ..solvers.linear_algebra import Array
+    from ..types import Direction, Gramian, Jacobian, Weights
 
 Distance = Literal["euclidean", "squared"]
 TIE = 1e-9  # relative difference of scores that counts as none

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from balance.gradient._host import solve
-from balance.gradient._state import indices, read, share_of, vector, write
-from balance.rules.registry import gradient_balancers
-from balance.solvers.simplex import project_on_simplex
+from ..rules.registry import gradient_balancers
+from ..solvers.simplex import project_on_simplex
+from ._host import solve
+from ._state import indices, read, share_of, vector, write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.solvers.linear_algebra import Array
-    from balance.types import Gramian, Weights
+    from ..solvers.linear_algebra import Array
+    from ..types import Gramian, Weights
 
 
 @gradient_balancers.register(

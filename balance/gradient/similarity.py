@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from balance.rules.registry import gradient_balancers
+from ..rules.registry import gradient_balancers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.types import Direction, Jacobian
+    from ..types import Direction, Jacobian
 
 FLOOR = 1e-8  # added to the mean square of the dissimilarity at each step, as in the authors' code
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.nn.parallel import DistributedDataParallel
 
-from balance.integrations._optimizers import untrained_parameters
+from ._optimizers import untrained_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.amp.grad_scaler import GradScaler
 
-    from balance.stage.balancer import Balancer
+    from ..stage.balancer import Balancer
 
 
 def scaler_of(trainer: Trainer) -> GradScaler | None:

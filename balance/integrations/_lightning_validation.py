@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 
-from balance.stage.arguments import read_losses
+from ..stage.arguments import read_losses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch import Tensor
 
-    from balance.stage.arguments import Counts
-    from balance.stage.balancer import Balancer
+    from ..stage.arguments import Counts
+    from ..stage.balancer import Balancer
 
 
 class MeanLosses:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from balance.stage.balancer import Balancer
+    from ..stage.balancer import Balancer
 
 
 def untrained_parameters(balancer: Balancer, optimizers: Iterable[Any], prefix: str = "") -> list[str]:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from balance.messages import unknown
+from ..messages import unknown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
-    from balance.stage.arguments import Counts
+    from ..stage.arguments import Counts
 
 
 class TaskLosses(dict[str, "Tensor"]):

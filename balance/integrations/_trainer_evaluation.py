@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from balance.integrations._task_losses import TaskLosses
-    from balance.stage.balancer import Balancer
+    from ..stage.balancer import Balancer
+    from ._task_losses import TaskLosses
 
 
 class MeanLosses:

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import TrainerCallback
 
-from balance.integrations._optimizers import untrained_parameters
-from balance.integrations._task_losses import TaskLosses
-from balance.stage.arguments import read_losses
-from balance.stage.extra_forward import extra_forward
+from ..stage.arguments import read_losses
+from ..stage.extra_forward import extra_forward
+from ._optimizers import untrained_parameters
+from ._task_losses import TaskLosses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor, nn
 
-    from balance.stage.balancer import Balancer
+    from ..stage.balancer import Balancer
 
 STATE_FILE = "balancer.pt"
 REFUSAL = (

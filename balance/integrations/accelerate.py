@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from balance.integrations._optimizers import untrained_parameters
-from balance.integrations._task_losses import TaskLosses, read_task_losses
-from balance.stage.balancer import Balancer
-from balance.stage.extra_forward import extra_forward
+from ..stage.balancer import Balancer
+from ..stage.extra_forward import extra_forward
+from ._optimizers import untrained_parameters
+from ._task_losses import TaskLosses, read_task_losses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

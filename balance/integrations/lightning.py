@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from lightning.pytorch import Callback
 
-from balance.integrations._lightning_checks import (
+from ..messages import unknown
+from ..stage.balancer import Balancer
+from ..stage.deferred import leaves_besides_steps
+from ..stage.extra_forward import extra_forward
+from ._lightning_checks import (
     check_balancers,
     check_functions,
     check_optimizers,
@@ -18,11 +22,7 @@ from balance.integrations._lightning_checks import (
     exclude_from_wrapper,
     scaler_of,
 )
-from balance.integrations._lightning_validation import MeanLosses, ValidationBatches
-from balance.messages import unknown
-from balance.stage.balancer import Balancer
-from balance.stage.deferred import leaves_besides_steps
-from balance.stage.extra_forward import extra_forward
+from ._lightning_validation import MeanLosses, ValidationBatches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.amp.grad_scaler import GradScaler
 
-    from balance.stage.arguments import Counts
-    from balance.stage.report import Report
+    from ..stage.arguments import Counts
+    from ..stage.report import Report
 
     GivenLosses = Mapping[str, Tensor] | Tensor
     LossFunction = Callable[[LightningModule, Any], GivenLosses | tuple[GivenLosses, Counts]]

@@ -10,17 +10,17 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from balance.integrations._optimizers import untrained_parameters
-from balance.integrations._task_losses import TaskLosses, read_task_losses
-from balance.integrations._trainer_evaluation import EvaluationLosses
-from balance.integrations._trainer_events import STATE_FILE, Batch, TrainerEvents
+from ._optimizers import untrained_parameters
+from ._task_losses import TaskLosses, read_task_losses
+from ._trainer_evaluation import EvaluationLosses
+from ._trainer_events import STATE_FILE, Batch, TrainerEvents
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from torch import Tensor, nn
 
-    from balance.stage.balancer import Balancer
+    from ..stage.balancer import Balancer
 
     Shared = Iterable[Tensor] | Callable[[Any], Iterable[Tensor]]
 

@@ -1,6 +1,6 @@
 """Loss balancers: losses (K,) -> weighted losses (K,). Importing this package registers them."""
 
-from balance.loss import (
+from . import (
     coba,
     dwa,
     famo,

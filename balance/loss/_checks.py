@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from balance.rules.context import TaskError
+from ..rules.context import TaskError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.types import Losses, WeightedLosses
+    from ..types import Losses, WeightedLosses
 
 # Reasons and remedies of `require_above`
 LOGARITHM = "takes its logarithm"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from balance.loss.uncertainty import scalars
+from .uncertainty import scalars
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from balance.loss._checks import ADD_CONSTANT, DIVISION, indices, require_above, values, weigh
-from balance.rules.registry import loss_balancers
+from ..rules.registry import loss_balancers
+from ._checks import ADD_CONSTANT, DIVISION, indices, require_above, values, weigh
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.types import Losses, WeightedLosses
+    from ..types import Losses, WeightedLosses
 
 FLOOR = 0.1  # least weight, relative to an equal weight
 ROUNDING = 1e-12  # relative size of a slope that rounding explains

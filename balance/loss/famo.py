@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from balance.loss._adam import Moments, register_moments
-from balance.loss._checks import GIVE_BOUNDS, LOGARITHM, indices, require_above, values, weigh, widened
-from balance.loss._user_logits import UserLogits
-from balance.rules.registry import loss_balancers
+from ..rules.registry import loss_balancers
+from ._adam import Moments, register_moments
+from ._checks import GIVE_BOUNDS, LOGARITHM, indices, require_above, values, weigh, widened
+from ._user_logits import UserLogits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.types import Losses, WeightedLosses
+    from ..types import Losses, WeightedLosses
 
 LogitOptimizer = Literal["inner", "user"]
 GAMMA, LR = 1e-3, 0.025

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from balance.loss._checks import numbers_by_task, weigh
-from balance.rules.generator import SeededGenerator
-from balance.rules.registry import loss_balancers
+from ..rules.generator import SeededGenerator
+from ..rules.registry import loss_balancers
+from ._checks import numbers_by_task, weigh
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.types import Losses, WeightedLosses
+    from ..types import Losses, WeightedLosses
 
 
 @loss_balancers.register(

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from balance.loss._checks import ADD_CONSTANT, DIVISION, require_above, values, weigh
-from balance.rules.registry import loss_balancers
-from balance.solvers.kmeans import k_means_1d
+from ..rules.registry import loss_balancers
+from ..solvers.kmeans import k_means_1d
+from ._checks import ADD_CONSTANT, DIVISION, require_above, values, weigh
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.solvers.linear_algebra import Array, Indices
-    from balance.types import Losses, WeightedLosses
+    from ..solvers.linear_algebra import Array, Indices
+    from ..types import Losses, WeightedLosses
 
 Grouping = Literal["kmeans", "spectral", "sdp"]
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from balance.loss._checks import ADD_CONSTANT, DIVISION, LOGARITHM, require_above, values, weigh
-from balance.loss._sac import Agent
-from balance.rules.registry import loss_balancers
+from ..rules.registry import loss_balancers
+from ._checks import ADD_CONSTANT, DIVISION, LOGARITHM, require_above, values, weigh
+from ._sac import Agent
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.types import Losses, WeightedLosses
+    from ..types import Losses, WeightedLosses
 
 STEPS_BETWEEN_TRAININGS = 50
 FIRST_TRAINING_EPOCH = 3

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from balance.loss._adam import Moments, register_moments
-from balance.loss._checks import ADD_CONSTANT, indices, require_above, values, weigh
-from balance.rules.registry import loss_balancers
+from ..rules.registry import loss_balancers
+from ._adam import Moments, register_moments
+from ._checks import ADD_CONSTANT, indices, require_above, values, weigh
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.types import Losses, WeightedLosses
+    from ..types import Losses, WeightedLosses
 
 Ascent = Literal["adam", "gradient"]
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from balance.loss._adam import Moments, register_moments
-from balance.loss._checks import ADD_CONSTANT, DIVISION, indices, require_above, softmax, values, weigh
-from balance.rules.generator import SeededGenerator
-from balance.rules.registry import loss_balancers
+from ..rules.generator import SeededGenerator
+from ..rules.registry import loss_balancers
+from ._adam import Moments, register_moments
+from ._checks import ADD_CONSTANT, DIVISION, indices, require_above, softmax, values, weigh
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.types import Losses, WeightedLosses
+    from ..types import Losses, WeightedLosses
 
 Variant = Literal["plain", "normalized", "loss_weighted"]
 Point = Literal["newest", "oldest"]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from balance.loss._checks import (
+from ..rules.registry import loss_balancers
+from ._checks import (
     ADD_CONSTANT,
     LOGARITHM,
     numbers_by_task,
@@ -17,13 +18,12 @@ from balance.loss._checks import (
     weigh,
     widened,
 )
-from balance.loss.improvable_gap import BaseLosses
-from balance.rules.registry import loss_balancers
+from .improvable_gap import BaseLosses
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.types import Losses, WeightedLosses
+    from ..types import Losses, WeightedLosses
 
 Form = Literal["log", "plain"]
 Augmentation = Literal["augmented", "modified"]

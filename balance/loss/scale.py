@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from balance.loss._checks import ADD_CONSTANT, GIVE_BOUNDS, LOGARITHM, lower_bounds, require_above, values, weigh, widened
-from balance.rules.registry import loss_balancers
+from ..rules.registry import loss_balancers
+from ._checks import ADD_CONSTANT, GIVE_BOUNDS, LOGARITHM, lower_bounds, require_above, values, weigh, widened
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.types import Losses, WeightedLosses
+    from ..types import Losses, WeightedLosses
 
 
 @loss_balancers.register(

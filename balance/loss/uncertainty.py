@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from balance.rules.registry import loss_balancers
+from ..rules.registry import loss_balancers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.types import Losses, WeightedLosses
+    from ..types import Losses, WeightedLosses
 
 
 def scalars(num_tasks: int, value: float = 0.0) -> nn.ParameterList:

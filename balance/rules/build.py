@@ -6,23 +6,23 @@ import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from balance.messages import unknown
-from balance.rules.chain import Chain
-from balance.rules.compose import seed_composition
-from balance.rules.options import require_callable
-from balance.rules.priorities import prioritised_gradient_balancer, prioritised_loss_balancer
-from balance.rules.protocol import adapt_gradient_balancer, adapt_loss_balancer, try_out
-from balance.rules.registry import gradient_balancers, loss_balancers
-from balance.rules.switch import Switch, switched_gradients, switched_losses
+from ..messages import unknown
+from .chain import Chain
+from .compose import seed_composition
+from .options import require_callable
+from .priorities import prioritised_gradient_balancer, prioritised_loss_balancer
+from .protocol import adapt_gradient_balancer, adapt_loss_balancer, try_out
+from .registry import gradient_balancers, loss_balancers
+from .switch import Switch, switched_gradients, switched_losses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
-    from balance.rules.protocol import AdaptedLossBalancer, GradientBalancer, JacobianBalancer, LossBalancer
-    from balance.rules.registry import Registry
-    from balance.types import GradientRule, LossRule, WeightedLosses
+    from ..types import GradientRule, LossRule, WeightedLosses
+    from .protocol import AdaptedLossBalancer, GradientBalancer, JacobianBalancer, LossBalancer
+    from .registry import Registry
 
 
 _SWITCHING = ("stl", "tchebycheff")  # which give some tasks weight zero

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
-from balance.rules.context import Context
-from balance.rules.protocol import adapt_loss_balancer
+from .context import Context
+from .protocol import adapt_loss_balancer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
 
-    from balance.rules.protocol import LossBalancer
-    from balance.types import Losses, WeightedLosses
+    from ..types import Losses, WeightedLosses
+    from .protocol import LossBalancer
 
 
 class Chain(nn.Module):

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from balance.rules.context import Context
-from balance.rules.options import describe, require_callable
-from balance.rules.protocol import AdaptedGradientBalancer, adapt_gradient_balancer, try_out
-from balance.rules.registry import gradient_balancers
-from balance.rules.switch import Switch, switch, warmup
+from .context import Context
+from .options import describe, require_callable
+from .protocol import AdaptedGradientBalancer, adapt_gradient_balancer, try_out
+from .registry import gradient_balancers
+from .switch import Switch, switch, warmup
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from balance.rules.protocol import GradientBalancer, JacobianBalancer
-    from balance.types import GradientRule, Gramian, Heads, Weights
+    from ..types import GradientRule, Gramian, Heads, Weights
+    from .protocol import GradientBalancer, JacobianBalancer
 
 
 __all__ = ["every", "grouped", "smoothed", "switch", "warmup"]

@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.types import Losses
+    from ..types import Losses
 
 
 class TaskError(ValueError):

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from balance.messages import unknown
-from balance.rules.compose import names_inside
-from balance.rules.protocol import AdaptedGradientBalancer, AdaptedLossBalancer
-from balance.rules.registry import gradient_balancers
+from ..messages import unknown
+from .compose import names_inside
+from .protocol import AdaptedGradientBalancer, AdaptedLossBalancer
+from .registry import gradient_balancers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.rules.context import Context
-    from balance.rules.protocol import GradientBalancer, JacobianBalancer, LossBalancer
-    from balance.types import Gramian, Losses, WeightedLosses, Weights
+    from ..types import Gramian, Losses, WeightedLosses, Weights
+    from .context import Context
+    from .protocol import GradientBalancer, JacobianBalancer, LossBalancer
 
 
 def read_priorities(weights: Mapping[str, float] | Sequence[float] | None, tasks: tuple[str, ...]) -> Tensor | None:

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 import torch
 from torch import nn
 
-from balance.rules.context import Context, TaskError
+from .context import Context, TaskError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from balance.types import Direction, Gramian, Heads, Jacobian, Losses, Sees, WeightedLosses, Weights
+    from ..types import Direction, Gramian, Heads, Jacobian, Losses, Sees, WeightedLosses, Weights
 
 
 class LossBalancer(Protocol):

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import nn
 
-from balance.messages import suggestion, unknown
-from balance.rules.options import check_type, describe, parameters
-from balance.rules.options import options as rule_options
-from balance.types import Heads, Need, Remedy, Sees
+from ..messages import suggestion, unknown
+from ..types import Heads, Need, Remedy, Sees
+from .options import check_type, describe, parameters
+from .options import options as rule_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
-    from balance.types import Gramian, Weights
+    from ..types import Gramian, Weights
 
 Rule = TypeVar("Rule", bound="Callable[..., Any]")
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 from torch import nn
 
-from balance.rules.context import Context
-from balance.rules.options import describe
+from .context import Context
+from .options import describe
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.rules.protocol import GradientBalancer, JacobianBalancer, LossBalancer
-    from balance.types import GradientRule, Gramian, Heads, Losses, LossRule, WeightedLosses, Weights
+    from ..types import GradientRule, Gramian, Heads, Losses, LossRule, WeightedLosses, Weights
+    from .protocol import GradientBalancer, JacobianBalancer, LossBalancer
 
 Turn: TypeAlias = "str | Callable[..., Tensor] | tuple[str, Mapping[str, Any]] | None"
 

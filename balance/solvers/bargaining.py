@@ -7,8 +7,8 @@ import math
 import numpy as np
 from scipy.linalg import lapack
 
-from balance.solvers.linear_algebra import STATIONARY, Array
-from balance.solvers.min_norm import any_min_norm_weights
+from .linear_algebra import STATIONARY, Array
+from .min_norm import any_min_norm_weights
 
 MAX_BARGAINING_STEPS = 500  # for small α, weights that grow without bound grow by the factor 1 + α in a step
 NEGLIGIBLE = 1e-100  # weights of unit gradients are at least so large, relative to the largest

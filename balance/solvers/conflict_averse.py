@@ -8,7 +8,7 @@ import numpy as np
 from scipy.linalg import lapack
 from scipy.optimize import nnls
 
-from balance.solvers.linear_algebra import (
+from .linear_algebra import (
     EPSILON,
     MAX_STEPS,
     STATIONARY,
@@ -19,7 +19,7 @@ from balance.solvers.linear_algebra import (
     non_negative_minimum,
     square_root,
 )
-from balance.solvers.min_norm import any_min_norm_weights, min_norm_weights
+from .min_norm import any_min_norm_weights, min_norm_weights
 
 
 def conflict_averse_weights(gramian: Array, c: float, rounding: float = EPSILON) -> Array:

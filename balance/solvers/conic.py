@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from balance.solvers.conflict_averse import climb
-from balance.solvers.linear_algebra import EPSILON, STATIONARY, Array, gradient_norms, share_between_equals
-from balance.solvers.min_norm import any_min_norm_weights, min_norm_weights
+from .conflict_averse import climb
+from .linear_algebra import EPSILON, STATIONARY, Array, gradient_norms, share_between_equals
+from .min_norm import any_min_norm_weights, min_norm_weights
 
 
 def conic_weights(gramian: Array, c: float, rounding: float = EPSILON) -> Array:

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.linalg import lapack
 from scipy.optimize import nnls
 
-from balance.solvers.linear_algebra import Array, Indices, Mask, gradient_norms, square_root
+from .linear_algebra import Array, Indices, Mask, gradient_norms, square_root
 
 PROXIMAL = 1e-12  # added to the diagonal of singular cosines; its effect on the result is removed again
 ROUNDS = 8  # of the guess

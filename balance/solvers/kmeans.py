@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from balance.solvers.linear_algebra import Array, Indices
+from .linear_algebra import Array, Indices
 
 
 def k_means_1d(points: Array, num_clusters: int) -> Indices:

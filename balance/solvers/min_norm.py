@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from balance.solvers.linear_algebra import (
+from .linear_algebra import (
     STATIONARY,
     Array,
     gradient_norms,

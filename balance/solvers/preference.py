@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.optimize import linprog
 
-from balance.solvers.linear_algebra import Array, gradient_norms
-from balance.solvers.min_norm import min_norm_weights
+from .linear_algebra import Array, gradient_norms
+from .min_norm import min_norm_weights
 
 
 def highest_product(objective: Array, rows: Array, bounds: Array) -> Array | None:

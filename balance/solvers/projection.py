@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from balance.solvers.linear_algebra import STATIONARY, gradient_norms
+from .linear_algebra import STATIONARY, gradient_norms
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch import Tensor
 
-    from balance.solvers.linear_algebra import Array, Indices
+    from .linear_algebra import Array, Indices
 
     Numbers = TypeVar("Numbers", Array, Tensor)
     Places = Indices | Tensor

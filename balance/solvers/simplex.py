@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from balance.solvers.linear_algebra import Array
+from .linear_algebra import Array
 
 
 def project_on_simplex(point: Array) -> Array:

@@ -8,9 +8,9 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from balance.engine.trees import leaves_of
-from balance.messages import unknown
-from balance.rules.options import check_type
+from ..engine.trees import leaves_of
+from ..messages import unknown
+from ..rules.options import check_type
 
 Projection = Literal["none", "after_norm", "shortest", "before_norm"]
 ProjectionNumber = Literal[0, 1, 2, 3]  # of the published code, in the order of the names

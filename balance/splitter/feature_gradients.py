@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from balance.distributed.ranks import Ranks
-    from balance.engine.gramian import TaskRows
-    from balance.types import Gramian, Jacobian
+    from ..distributed.ranks import Ranks
+    from ..engine.gramian import TaskRows
+    from ..types import Gramian, Jacobian
 
 
 class FeatureGradients(NamedTuple):

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.autograd.function import once_differentiable
 
-from balance.engine.gramian import TaskRows, to_vector
-from balance.splitter.feature_gradients import FeatureGradients
+from ..engine.gramian import TaskRows, to_vector
+from .feature_gradients import FeatureGradients
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.distributed.ranks import Ranks
+    from ..distributed.ranks import Ranks
 
 
 @dataclass

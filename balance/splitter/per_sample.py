@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from balance.solvers.projection import project_in_turn
+from ..solvers.projection import project_in_turn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

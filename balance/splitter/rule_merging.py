@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from balance.rules.context import Context
-from balance.rules.snapshot import restored_on_error
-from balance.splitter.feature_gradients import sum_over_ranks
-from balance.stage.loss_weighting import Weighting
+from ..rules.context import Context
+from ..rules.snapshot import restored_on_error
+from ..stage.loss_weighting import Weighting
+from .feature_gradients import sum_over_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
-    from balance.distributed.ranks import Ranks
-    from balance.rules.protocol import GradientBalancer, JacobianBalancer
-    from balance.splitter.feature_gradients import FeatureGradients
-    from balance.splitter.function import PassMemory
-    from balance.types import Direction, Gramian, Jacobian, Weights
+    from ..distributed.ranks import Ranks
+    from ..rules.protocol import GradientBalancer, JacobianBalancer
+    from ..types import Direction, Gramian, Jacobian, Weights
+    from .feature_gradients import FeatureGradients
+    from .function import PassMemory
 
 
 class Merged(NamedTuple):

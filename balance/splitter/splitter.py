@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from balance.distributed.ranks import Ranks
-from balance.engine.trees import map_leaves
-from balance.messages import unknown
-from balance.rules.build import build_gradient_balancer, check_source
-from balance.rules.casting import preserving
-from balance.rules.context import Context
-from balance.rules.generator import SeededGenerator
-from balance.rules.options import describe
-from balance.rules.protocol import GradientBalancer, JacobianBalancer
-from balance.rules.registry import gradient_balancers
-from balance.rules.task_names import check_tasks, encode_tasks
-from balance.splitter.arguments import check_beta, check_scaler, read_projection, read_weights, tensors_of
-from balance.splitter.feature_gradients import FeatureGradients, Sums, sum_over_ranks
-from balance.splitter.function import PassMemory, Split, num_samples
-from balance.splitter.per_sample import inner_products, project_samples, shortest_between
-from balance.splitter.rule_merging import merge_by_rule
-from balance.stage.arguments import task_names
-from balance.stage.loss_weighting import Weighting
-from balance.stage.report import Report
+from ..distributed.ranks import Ranks
+from ..engine.trees import map_leaves
+from ..messages import unknown
+from ..rules.build import build_gradient_balancer, check_source
+from ..rules.casting import preserving
+from ..rules.context import Context
+from ..rules.generator import SeededGenerator
+from ..rules.options import describe
+from ..rules.protocol import GradientBalancer, JacobianBalancer
+from ..rules.registry import gradient_balancers
+from ..rules.task_names import check_tasks, encode_tasks
+from ..stage.arguments import task_names
+from ..stage.loss_weighting import Weighting
+from ..stage.report import Report
+from .arguments import check_beta, check_scaler, read_projection, read_weights, tensors_of
+from .feature_gradients import FeatureGradients, Sums, sum_over_ranks
+from .function import PassMemory, Split, num_samples
+from .per_sample import inner_products, project_samples, shortest_between
+from .rule_merging import merge_by_rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
     from torch.distributed import ProcessGroup
 
-    from balance.splitter.arguments import Projection, ProjectionNumber
-    from balance.types import GradientRule, Gramian, Weights
+    from ..types import GradientRule, Gramian, Weights
+    from .arguments import Projection, ProjectionNumber
 
 _SHORTEST = 1e-30  # root mean square length that a gradient is divided by at least: its inverse is a float32
 _BETA = 0.999

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from balance.distributed.wrappers import is_inside_forward
-from balance.engine.graph import unstacked_roots
-from balance.engine.passes import LossOutputs, SampleOutputs
-from balance.messages import unknown
-from balance.rules.context import Context
+from ..distributed.wrappers import is_inside_forward
+from ..engine.graph import unstacked_roots
+from ..engine.passes import LossOutputs, SampleOutputs
+from ..messages import unknown
+from ..rules.context import Context
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
 
-    from balance.engine.graph import Root
-    from balance.types import Losses
+    from ..engine.graph import Root
+    from ..types import Losses
 
 NanPolicy = Literal["error", "absent"]
 ZeroPolicy = Literal["present", "absent"]

@@ -7,26 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from balance.distributed.ranks import Ranks
-from balance.engine.engine import Engine, Estimate
-from balance.engine.metric import OptimizerMetric
-from balance.engine.partition import read_features, read_shared
-from balance.rules.build import build_gradient_balancer, build_loss_balancer, check_source, warn_of_pairing
-from balance.rules.casting import preserving
-from balance.rules.options import describe
-from balance.rules.priorities import read_priorities
-from balance.rules.task_names import check_tasks, encode_tasks
-from balance.stage.arguments import Counts, NanPolicy, StepArguments, ZeroPolicy, listed, task_names
-from balance.stage.choices import check_choices, check_jacobian_balancer, check_metric
-from balance.stage.collection import Collection, collecting
-from balance.stage.deferred import deferred_loss
-from balance.stage.execution import execute, prepare
-from balance.stage.learning import LearningStage
-from balance.stage.methods import methods_of
-from balance.stage.own_gradients import OwnGradients
-from balance.stage.reminders import Reminders
-from balance.stage.samples import check_sample_choices, check_sample_rules
-from balance.types import EngineChoice, GradientRule, Heads, LossRule, Memory, Scale, Source
+from ..distributed.ranks import Ranks
+from ..engine.engine import Engine, Estimate
+from ..engine.metric import OptimizerMetric
+from ..engine.partition import read_features, read_shared
+from ..rules.build import build_gradient_balancer, build_loss_balancer, check_source, warn_of_pairing
+from ..rules.casting import preserving
+from ..rules.options import describe
+from ..rules.priorities import read_priorities
+from ..rules.task_names import check_tasks, encode_tasks
+from ..types import EngineChoice, GradientRule, Heads, LossRule, Memory, Scale, Source
+from .arguments import Counts, NanPolicy, StepArguments, ZeroPolicy, listed, task_names
+from .choices import check_choices, check_jacobian_balancer, check_metric
+from .collection import Collection, collecting
+from .deferred import deferred_loss
+from .execution import execute, prepare
+from .learning import LearningStage
+from .methods import methods_of
+from .own_gradients import OwnGradients
+from .reminders import Reminders
+from .samples import check_sample_choices, check_sample_rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
 
-    from balance.rules.protocol import GradientBalancer, JacobianBalancer
-    from balance.stage.plain_step import Outcome
-    from balance.stage.report import Report
+    from ..rules.protocol import GradientBalancer, JacobianBalancer
+    from .plain_step import Outcome
+    from .report import Report
 
     Features = Tensor | Sequence[Any] | Mapping[str, Any]
 

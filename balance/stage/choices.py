@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from balance.rules.options import check_type
-from balance.stage.arguments import NanPolicy, ZeroPolicy
-from balance.types import EngineChoice, Heads, Memory, Scale, Source
+from ..rules.options import check_type
+from ..types import EngineChoice, Heads, Memory, Scale, Source
+from .arguments import NanPolicy, ZeroPolicy
 
 if TYPE_CHECKING:
-    from balance.rules.protocol import GradientBalancer, JacobianBalancer
+    from ..rules.protocol import GradientBalancer, JacobianBalancer
 
 
 def check_choices(

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from balance.engine.accumulate import leaf_gradients, merged_pairs
-from balance.engine.collected import CollectedRows, collected_partition
-from balance.engine.graph import leaves
-from balance.engine.over_ranks import sum_gradients
-from balance.engine.passes import LossOutputs, sequential_passes
-from balance.stage.arguments import StepArguments, StepLosses, read_losses, require_present
-from balance.stage.execution import Owner, Prepared, execute, read_partition
-from balance.stage.over_ranks import agree
-from balance.stage.plain_step import Outcome, Seed, extra_gradients, seed_of, unknown_report
+from ..engine.accumulate import leaf_gradients, merged_pairs
+from ..engine.collected import CollectedRows, collected_partition
+from ..engine.graph import leaves
+from ..engine.over_ranks import sum_gradients
+from ..engine.passes import LossOutputs, sequential_passes
+from .arguments import StepArguments, StepLosses, read_losses, require_present
+from .execution import Owner, Prepared, execute, read_partition
+from .over_ranks import agree
+from .plain_step import Outcome, Seed, extra_gradients, seed_of, unknown_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.amp.grad_scaler import GradScaler
 
-    from balance.engine.accumulate import LeafGradient
-    from balance.engine.partition import Partition
-    from balance.stage.report import Report
+    from ..engine.accumulate import LeafGradient
+    from ..engine.partition import Partition
+    from .report import Report
 
 
 class Collector(Owner, Protocol):

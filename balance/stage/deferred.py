@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from balance.engine.graph import edge, trace
+from ..engine.graph import edge, trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from balance.stage.arguments import StepArguments
+    from .arguments import StepArguments
 
 
 class _DeferredStep(torch.autograd.Function):

@@ -6,21 +6,21 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from balance.distributed.sharding import is_distributed_tensor, sharded_parameters
-from balance.engine.accumulate import accumulate, accumulate_reduced, are_finite, leaf_gradients, merged_pairs
-from balance.engine.custom_functions import needs_ordinary_pass
-from balance.engine.fully_sharded import sharded_partition
-from balance.engine.graph import leaves
-from balance.engine.over_ranks import sum_gradients
-from balance.engine.partition import partition_graph, read_features, read_shared
-from balance.rules.snapshot import Snapshot
-from balance.stage.arguments import read_losses, require_present
-from balance.stage.further_batches import check_further, cross_gramian
-from balance.stage.loss_weighting import weighted_step
-from balance.stage.ordinary_backward import NotFiniteError, require_finite
-from balance.stage.over_ranks import agree
-from balance.stage.own_gradients import restore
-from balance.stage.plain_step import (
+from ..distributed.sharding import is_distributed_tensor, sharded_parameters
+from ..engine.accumulate import accumulate, accumulate_reduced, are_finite, leaf_gradients, merged_pairs
+from ..engine.custom_functions import needs_ordinary_pass
+from ..engine.fully_sharded import sharded_partition
+from ..engine.graph import leaves
+from ..engine.over_ranks import sum_gradients
+from ..engine.partition import partition_graph, read_features, read_shared
+from ..rules.snapshot import Snapshot
+from .arguments import read_losses, require_present
+from .further_batches import check_further, cross_gramian
+from .loss_weighting import weighted_step
+from .ordinary_backward import NotFiniteError, require_finite
+from .over_ranks import agree
+from .own_gradients import restore
+from .plain_step import (
     Outcome,
     extra_gradients,
     leave_to_scaler,
@@ -28,24 +28,24 @@ from balance.stage.plain_step import (
     seed_of,
     take_plain_step,
 )
-from balance.stage.plain_step_over_ranks import take_plain_step_over_ranks
-from balance.stage.samples import read_sample_losses, require_one_process
-from balance.stage.step import BalancedStep
-from balance.stage.writing import Stage
+from .plain_step_over_ranks import take_plain_step_over_ranks
+from .samples import read_sample_losses, require_one_process
+from .step import BalancedStep
+from .writing import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
-    from balance.engine.accumulate import LeafGradient
-    from balance.engine.partition import Partition
-    from balance.engine.task_gradients import TaskGradients
-    from balance.rules.protocol import GradientBalancer, JacobianBalancer
-    from balance.stage.arguments import NanPolicy, StepArguments, StepLosses
-    from balance.stage.over_ranks import Agreed
-    from balance.stage.own_gradients import OwnGradients
-    from balance.stage.plain_step import Seed
+    from ..engine.accumulate import LeafGradient
+    from ..engine.partition import Partition
+    from ..engine.task_gradients import TaskGradients
+    from ..rules.protocol import GradientBalancer, JacobianBalancer
+    from .arguments import NanPolicy, StepArguments, StepLosses
+    from .over_ranks import Agreed
+    from .own_gradients import OwnGradients
+    from .plain_step import Seed
 
 
 class Owner(Stage, Protocol):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from balance.stage.learning import LearningStage
+from .learning import LearningStage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from balance.engine.partition import partition_graph
-from balance.engine.passes import LossOutputs
-from balance.stage.arguments import read_losses
-from balance.stage.ordinary_backward import NotFiniteError
+from ..engine.partition import partition_graph
+from ..engine.passes import LossOutputs
+from .arguments import read_losses
+from .ordinary_backward import NotFiniteError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from balance.engine.engine import Engine
-    from balance.rules.protocol import GradientBalancer, JacobianBalancer
-    from balance.stage.arguments import NanPolicy, StepArguments, StepLosses, ZeroPolicy
-    from balance.types import Gramian, Jacobian, Source
+    from ..engine.engine import Engine
+    from ..rules.protocol import GradientBalancer, JacobianBalancer
+    from ..types import Gramian, Jacobian, Source
+    from .arguments import NanPolicy, StepArguments, StepLosses, ZeroPolicy
 
 
 def check_further(

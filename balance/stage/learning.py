@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from balance.stage.arguments import read_losses, require_present
-from balance.stage.over_ranks import mean_over_ranks
+from .arguments import read_losses, require_present
+from .over_ranks import mean_over_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.amp.grad_scaler import GradScaler
 
-    from balance.distributed.ranks import Ranks
-    from balance.rules.protocol import LossBalancer
-    from balance.stage.arguments import Counts, NanPolicy, StepLosses, ZeroPolicy
-    from balance.stage.reminders import Reminders
+    from ..distributed.ranks import Ranks
+    from ..rules.protocol import LossBalancer
+    from .arguments import Counts, NanPolicy, StepLosses, ZeroPolicy
+    from .reminders import Reminders
 
 
 class LearningStage(nn.Module):

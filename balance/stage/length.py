@@ -6,9 +6,9 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from balance.engine.task_gradients import TaskGradients
-    from balance.stage.loss_weighting import Weighting
-    from balance.types import Gramian, Scale, Weights
+    from ..engine.task_gradients import TaskGradients
+    from ..types import Gramian, Scale, Weights
+    from .loss_weighting import Weighting
 
 _ROUNDING = 1e-13  # of the squared length of a direction, relative to the largest that its terms could add up to
 

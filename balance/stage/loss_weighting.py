@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from balance.engine.accumulate import without_hooks
-from balance.engine.gramian import loss_jacobian
-from balance.engine.graph import leaves
-from balance.stage.report import Report
+from ..engine.accumulate import without_hooks
+from ..engine.gramian import loss_jacobian
+from ..engine.graph import leaves
+from .report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from balance.engine.accumulate import LeafGradient
-    from balance.rules.protocol import LossBalancer
-    from balance.stage.arguments import StepLosses
-    from balance.types import Gramian, Losses, WeightedLosses, Weights
+    from ..engine.accumulate import LeafGradient
+    from ..rules.protocol import LossBalancer
+    from ..types import Gramian, Losses, WeightedLosses, Weights
+    from .arguments import StepLosses
 
 
 class Weighting(NamedTuple):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from balance.rules.options import describe
-from balance.rules.registry import gradient_balancers, loss_balancers
+from ..rules.options import describe
+from ..rules.registry import gradient_balancers, loss_balancers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from balance.rules.registry import Registry
-    from balance.types import GradientRule, LossRule
+    from ..rules.registry import Registry
+    from ..types import GradientRule, LossRule
 
 
 class Methods(NamedTuple):

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from balance.engine.accumulate import are_finite, cast_to_leaf, gradient_sum, surrogate_loss
+from ..engine.accumulate import are_finite, cast_to_leaf, gradient_sum, surrogate_loss
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from balance.engine.accumulate import LeafGradient
-    from balance.engine.passes import Outputs
+    from ..engine.accumulate import LeafGradient
+    from ..engine.passes import Outputs
 
 
 class NotFiniteError(ValueError):

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from balance.distributed.wrappers import Model, read_model
-from balance.stage.arguments import StepLosses
+from ..distributed.wrappers import Model, read_model
+from .arguments import StepLosses
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
-    from balance.distributed.ranks import Ranks
-    from balance.engine.graph import Root
+    from ..distributed.ranks import Ranks
+    from ..engine.graph import Root
 
 _REMEDY = (
     "Wrap the whole model in one DistributedDataParallel, whose order of parameters all ranks share, and compute the losses of "

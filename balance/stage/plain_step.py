@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from balance.engine.accumulate import (
+from ..engine.accumulate import (
     accumulate,
     accumulate_reduced,
     are_finite,
@@ -16,11 +16,11 @@ from balance.engine.accumulate import (
     nan_gradients,
     without_hooks,
 )
-from balance.engine.gramian import HeadGradients
-from balance.engine.graph import leaves
-from balance.engine.passes import sequential_passes
-from balance.stage.loss_weighting import WeightedStep, weighted_losses, weighted_step
-from balance.stage.report import Report
+from ..engine.gramian import HeadGradients
+from ..engine.graph import leaves
+from ..engine.passes import sequential_passes
+from .loss_weighting import WeightedStep, weighted_losses, weighted_step
+from .report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.amp.grad_scaler import GradScaler
 
-    from balance.engine.accumulate import LeafGradient
-    from balance.rules.protocol import LossBalancer
-    from balance.stage.arguments import StepLosses
+    from ..engine.accumulate import LeafGradient
+    from ..rules.protocol import LossBalancer
+    from .arguments import StepLosses
 
 
 class Outcome(NamedTuple):

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from balance.distributed.sharding import is_distributed_tensor, local_shard
-from balance.distributed.wrappers import is_inside_forward
-from balance.engine.accumulate import (
+from ..distributed.sharding import is_distributed_tensor, local_shard
+from ..distributed.wrappers import is_inside_forward
+from ..engine.accumulate import (
     LeafGradient,
     accumulate,
     accumulate_reduced,
@@ -18,24 +18,24 @@ from balance.engine.accumulate import (
     surrogate_loss,
     without_hooks,
 )
-from balance.engine.graph import leaves
-from balance.engine.over_ranks import sum_gradients
-from balance.engine.passes import LossOutputs, weighted_pass
-from balance.stage.loss_weighting import weighted_step
-from balance.stage.plain_step import Outcome, extra_gradients, plain_report, seed_of, task_passes
+from ..engine.graph import leaves
+from ..engine.over_ranks import sum_gradients
+from ..engine.passes import LossOutputs, weighted_pass
+from .loss_weighting import weighted_step
+from .plain_step import Outcome, extra_gradients, plain_report, seed_of, task_passes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from balance.distributed.ranks import Ranks
-    from balance.distributed.wrappers import Model
-    from balance.engine.graph import Root
-    from balance.rules.protocol import LossBalancer
-    from balance.stage.arguments import StepArguments
-    from balance.stage.over_ranks import Agreed
-    from balance.stage.plain_step import Seed
+    from ..distributed.ranks import Ranks
+    from ..distributed.wrappers import Model
+    from ..engine.graph import Root
+    from ..rules.protocol import LossBalancer
+    from .arguments import StepArguments
+    from .over_ranks import Agreed
+    from .plain_step import Seed
 
 _HASHES = 1 << 20  # squares of so small hashes, and their sums over ranks, are exact in float64
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from balance.messages import warn_caller
+from ..messages import warn_caller
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from balance.rules.protocol import LossBalancer
+    from ..rules.protocol import LossBalancer
 
 _SILENT_STEPS = {"observation": 50, "epochs": 200, "validation": 200}  # after which a missing call is probably forgotten
 _CALLS = {

@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from balance.types import Gramian, Losses, WeightedLosses, Weights
+    from ..types import Gramian, Losses, WeightedLosses, Weights
 
 
 @dataclass(frozen=True, eq=False)

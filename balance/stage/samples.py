@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from balance.engine.graph import unstacked_roots
-from balance.rules.options import parameters
-from balance.rules.registry import gradient_balancers, loss_balancers
-from balance.rules.switch import Switch
-from balance.stage.arguments import StepLosses
+from ..engine.graph import unstacked_roots
+from ..rules.options import parameters
+from ..rules.registry import gradient_balancers, loss_balancers
+from ..rules.switch import Switch
+from .arguments import StepLosses
 
 if TYPE_CHECKING:
-    from balance.distributed.ranks import Ranks
-    from balance.rules.protocol import LossBalancer
-    from balance.rules.registry import Registry
-    from balance.stage.arguments import NanPolicy, StepArguments, ZeroPolicy
+    from ..distributed.ranks import Ranks
+    from ..rules.protocol import LossBalancer
+    from ..rules.registry import Registry
+    from .arguments import NanPolicy, StepArguments, ZeroPolicy
 
 _HINT = "With tasks=None every sample is a task, and the next batch has other samples"
 

@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from balance.engine.accumulate import are_finite
-from balance.engine.gramian import multiply_rows
-from balance.engine.graph import Reachability
-from balance.stage.length import stretch_of_direction, stretch_of_trunk, stretch_of_weights, stretch_to_sum
-from balance.stage.loss_weighting import WeightedStep, Weighting, weighted_step
-from balance.stage.ordinary_backward import NotFiniteError
-from balance.stage.writing import Measurement, StepWriter
+from ..engine.accumulate import are_finite
+from ..engine.gramian import multiply_rows
+from ..engine.graph import Reachability
+from .length import stretch_of_direction, stretch_of_trunk, stretch_of_weights, stretch_to_sum
+from .loss_weighting import WeightedStep, Weighting, weighted_step
+from .ordinary_backward import NotFiniteError
+from .writing import Measurement, StepWriter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from balance.engine.task_gradients import TaskGradients
-    from balance.stage.report import Report
-    from balance.types import Direction, Gramian, Source, Weights
+    from ..engine.task_gradients import TaskGradients
+    from ..types import Direction, Gramian, Source, Weights
+    from .report import Report
 
 
 class BalancedStep(StepWriter):

@@ -8,37 +8,37 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from balance.engine.accumulate import (
+from ..engine.accumulate import (
     accumulate,
     accumulate_reduced,
     leaf_gradients,
     merged_pairs,
     without_hooks,
 )
-from balance.engine.custom_functions import needs_ordinary_pass
-from balance.engine.fully_sharded import FullyShardedGradients
-from balance.engine.gramian import TaskRows
-from balance.engine.over_ranks import sum_gradients
-from balance.engine.passes import FeatureOutputs, LossOutputs, weighted_pass
-from balance.stage.loss_weighting import WeightedStep
-from balance.stage.ordinary_backward import require_finite, run_ordinary_backward
+from ..engine.custom_functions import needs_ordinary_pass
+from ..engine.fully_sharded import FullyShardedGradients
+from ..engine.gramian import TaskRows
+from ..engine.over_ranks import sum_gradients
+from ..engine.passes import FeatureOutputs, LossOutputs, weighted_pass
+from .loss_weighting import WeightedStep
+from .ordinary_backward import require_finite, run_ordinary_backward
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from balance.distributed.ranks import Ranks
-    from balance.engine.accumulate import LeafGradient
-    from balance.engine.engine import Engine
-    from balance.engine.metric import OptimizerMetric
-    from balance.engine.partition import Partition
-    from balance.engine.task_gradients import TaskGradients
-    from balance.rules.protocol import GradientBalancer, JacobianBalancer, LossBalancer
-    from balance.stage.arguments import StepLosses, ZeroPolicy
-    from balance.stage.plain_step import Seed
-    from balance.stage.reminders import Reminders
-    from balance.types import Direction, Gramian, Heads, Scale, Source, Weights
+    from ..distributed.ranks import Ranks
+    from ..engine.accumulate import LeafGradient
+    from ..engine.engine import Engine
+    from ..engine.metric import OptimizerMetric
+    from ..engine.partition import Partition
+    from ..engine.task_gradients import TaskGradients
+    from ..rules.protocol import GradientBalancer, JacobianBalancer, LossBalancer
+    from ..types import Direction, Gramian, Heads, Scale, Source, Weights
+    from .arguments import StepLosses, ZeroPolicy
+    from .plain_step import Seed
+    from .reminders import Reminders
 
 
 class Stage(Protocol):

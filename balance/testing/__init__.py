@@ -1,15 +1,15 @@
 """Properties of rules, for authors of new rules: the checks that all rules of this library pass. Needs hypothesis.
 
-    from balance.testing import check_gradient_balancer
+    from . import check_gradient_balancer
     check_gradient_balancer(lambda num_tasks: my_rule, claims=("conflict_free",))
 
 A factory builds a fresh rule for K tasks; a rule that draws must start from one seed each time. A claim that fails raises an
 AssertionError with the simplest counter-example.
 """
 
-from balance.testing.gradient_claims import GRADIENT_CLAIMS, WEIGHT_CLAIMS, RuleUnderTest, check_gradient_balancer
-from balance.testing.inputs import KINDS, make_jacobian, make_losses
-from balance.testing.loss_claims import LOSS_CLAIMS, check_loss_balancer, derivatives
+from .gradient_claims import GRADIENT_CLAIMS, WEIGHT_CLAIMS, RuleUnderTest, check_gradient_balancer
+from .inputs import KINDS, make_jacobian, make_losses
+from .loss_claims import LOSS_CLAIMS, check_loss_balancer, derivatives
 
 # Claims about scaling, order and rotation, which a rule lists in its registration
 INVARIANCES = frozenset(

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from balance.messages import unknown
-from balance.testing.inputs import KINDS, check_on_examples, make_jacobian
-from balance.types import Direction, GradientRule, Jacobian, Sees, Weights
+from ..messages import unknown
+from ..types import Direction, GradientRule, Jacobian, Sees, Weights
+from .inputs import KINDS, check_on_examples, make_jacobian
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
     from torch import Tensor
 
-    from balance.types import Jacobian
+    from ..types import Jacobian
 
 KINDS = ("generic", "integer", "duplicate", "opposite", "near_parallel", "zero_row", "low_rank", "rounded", "stationary")
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from balance.messages import unknown
-from balance.rules.context import Context
-from balance.rules.protocol import adapt_loss_balancer
-from balance.testing.inputs import check_on_examples, make_losses
-from balance.types import LossRule
+from ..messages import unknown
+from ..rules.context import Context
+from ..rules.protocol import adapt_loss_balancer
+from ..types import LossRule
+from .inputs import check_on_examples, make_losses
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -1,11 +1,11 @@
 """Training runs in MLflow, TensorBoard and Weights & Biases; each of these packages is imported only when a run starts."""
 
-from balance.tracking.checkout import git_tags
-from balance.tracking.logger import Logger, Loggers
-from balance.tracking.server import connect, recorded_experiments, tracking_uri, without_password
-from balance.tracking.tensorboard import TensorBoard
-from balance.tracking.tracker import Tracker
-from balance.tracking.wandb import WandB
+from .checkout import git_tags
+from .logger import Logger, Loggers
+from .server import connect, recorded_experiments, tracking_uri, without_password
+from .tensorboard import TensorBoard
+from .tracker import Tracker
+from .wandb import WandB
 
 __all__ = [
     "Logger",

@@ -8,13 +8,13 @@ import re
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from balance.messages import suggestion
-from balance.stage.balancer import Balancer
+from ..messages import suggestion
+from ..stage.balancer import Balancer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from balance.stage.methods import Methods
+    from ..stage.methods import Methods
 
 METRIC = re.compile(r"[\w. :-]+/[\w. :-]+")  # <task>/<metric>, in characters that MLflow accepts
 LONGEST_TAG = 8000  # characters that MLflow stores

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from balance.messages import suggestion
+from ..messages import suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

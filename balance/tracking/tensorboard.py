@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from balance.messages import require_package
+from ..messages import require_package
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from balance.tracking.logger import Status
+    from .logger import Status
 
 
 class TensorBoard:

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from balance.messages import require_package
-from balance.tracking.checkout import git_tags
-from balance.tracking.description import (
+from ..messages import require_package
+from .checkout import git_tags
+from .description import (
     SINGLE_TASK,
     as_number,
     check_final,
@@ -20,15 +20,15 @@ from balance.tracking.description import (
     describe_run,
     task_of,
 )
-from balance.tracking.logger import Loggers, Status, status_of
-from balance.tracking.server import connect, tracking_uri, without_password
+from .logger import Loggers, Status, status_of
+from .server import connect, tracking_uri, without_password
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from types import TracebackType
 
-    from balance.stage.balancer import Balancer
-    from balance.tracking.logger import Logger
+    from ..stage.balancer import Balancer
+    from .logger import Logger
 
 BATCH = 500  # metrics in one database write; MLflow accepts at most 1000
 PARAMS = 100  # parameters that MLflow accepts in one call

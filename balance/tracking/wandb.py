@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from balance.messages import require_package
+from ..messages import require_package
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from balance.tracking.logger import Status
+    from .logger import Status
 
 STEP = "step"  # the horizontal axis: the counter of wandb refuses a step that is smaller than the last one
 FOLDER = "balance"  # for files of the run, among which wandb writes config.yaml and others

@@ -177,7 +177,7 @@ def find(name: str) -> Problem:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("experiments", "balance"):  # its message has the remedy
             raise
-        message = f"The experiment '{name}' needs {error.name}: pip install 'mtl-balance[experiments]'."
+        message = f"The experiment '{name}' needs {error.name}: pip install -e . --group experiments."
         raise ModuleNotFoundError(message) from None
 
 

@@ -40,7 +40,7 @@ def _ray(address: str | None) -> Iterator[int]:
         import ray  # noqa: PLC0415
         from ray.util.joblib import register_ray  # noqa: PLC0415
     except ImportError:
-        raise ValueError("--backend=ray needs Ray. Use pip install 'mtl-balance[ray]'.") from None
+        raise ValueError("--backend=ray needs Ray. Use pip install -e . --group ray.") from None
     try:
         _check_reachable(address or os.environ.get("RAY_ADDRESS") or "auto")
         ray.init(address=address or "auto", log_to_driver=False, logging_level="error")
@@ -75,7 +75,7 @@ def _dask(address: str | None) -> Iterator[int]:
     try:
         from distributed import Client  # noqa: PLC0415
     except ImportError:
-        raise ValueError("--backend=dask needs Dask. Use pip install 'mtl-balance[dask]'.") from None
+        raise ValueError("--backend=dask needs Dask. Use pip install -e . --group dask.") from None
     if address is None:
         raise ValueError("--backend=dask needs the address of the scheduler. Use --cluster=tcp://HOST:8786.")
     try:

@@ -103,4 +103,4 @@ def test_a_library_that_is_not_installed(capsys, tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "torch_geometric", None)
     words = ["--experiment=quantum_chemistry", f"output_dir={tmp_path}/runs"]
-    assert "pip install 'mtl-balance[graph]'" in refused(words, capsys, tmp_path)
+    assert "pip install -e . --group graph" in refused(words, capsys, tmp_path)

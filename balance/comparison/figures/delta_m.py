@@ -9,16 +9,16 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from balance.comparison.figures.drawing import COLORS, GREY, STYLE, WIDTH, without_outliers, wrapped
-from balance.comparison.tables import SINGLE_TASK
+from ..tables import SINGLE_TASK
+from .drawing import COLORS, GREY, STYLE, WIDTH, without_outliers, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from matplotlib.axes import Axes
 
-    from balance.comparison.run_table import RunTable
-    from balance.comparison.statistics import Estimate, Verdict
+    from ..run_table import RunTable
+    from ..statistics import Estimate, Verdict
 
 VERDICTS: dict[Verdict, tuple[str, str, str, str]] = {  # marker, its face, color, words
     "best": ("D", COLORS[0], COLORS[0], "best"),

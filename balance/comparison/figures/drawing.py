@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-    from balance.comparison.run_table import Row
+    from ..run_table import Row
 
 Array = NDArray[np.float64]
 Series = tuple[Array, Array]  # steps (T,), means over seeds (T,)

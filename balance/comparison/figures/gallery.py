@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 from matplotlib import rc_context
 
-from balance.comparison.figures.delta_m import delta_m
-from balance.comparison.figures.scatter import cost, most_opposed, pareto
-from balance.comparison.figures.training import conflicts, curves
+from .delta_m import delta_m
+from .scatter import cost, most_opposed, pareto
+from .training import conflicts, curves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from balance.comparison.figures.drawing import Curves
-    from balance.comparison.run_table import RunTable
+    from ..run_table import RunTable
+    from .drawing import Curves
 
 CAPTIONS = {
     "delta_m": "Mean relative drop against networks that learn one task only. Further left is better; left of the line the "

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import rc_context, ticker
 from matplotlib.figure import Figure
 
-from balance.comparison.figures.drawing import (
+from .drawing import (
     STYLE,
     WIDTH,
     Array,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-    from balance.comparison.run_table import Row, RunTable
+    from ..run_table import Row, RunTable
 
 Validation = Mapping[str, Mapping[str, Series]]  # by id of the run, then by name, "val/<task>/<metric>"
 

@@ -14,7 +14,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
-from balance.comparison.figures.drawing import (
+from ...messages import unknown
+from ..tables import SINGLE_TASK
+from .drawing import (
     GREY,
     STYLE,
     WIDTH,
@@ -24,15 +26,13 @@ from balance.comparison.figures.drawing import (
     row_styles,
     without_outliers,
 )
-from balance.comparison.tables import SINGLE_TASK
-from balance.messages import unknown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from balance.comparison.figures.drawing import RowStyle
-    from balance.comparison.run_table import Row, RunTable
-    from balance.comparison.statistics import Estimate
+    from ..run_table import Row, RunTable
+    from ..statistics import Estimate
+    from .drawing import RowStyle
 
 Point = tuple[float, float]
 Limits = tuple[Point, Point]  # of x and of y

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 
-from balance.comparison.figures.drawing import (
+from .drawing import (
     POINTS,
     STYLE,
     WIDTH,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-    from balance.comparison.run_table import Row, RunTable
+    from ..run_table import Row, RunTable
 
 Panel = tuple[str, str]  # a key of GROUPS, and a task
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 if find_spec("transformers") is None or find_spec("peft") is None:
-    raise ModuleNotFoundError("The experiment 'llm' needs transformers and peft: pip install 'mtl-balance[llm]'.")
+    raise ModuleNotFoundError("The experiment 'llm' needs transformers and peft: pip install -e . --group llm.")
 
 from experiments.problems.llm.data import ON_DISK, DataConfig, load, task_names
 from experiments.problems.llm.model import ModelConfig, build_model

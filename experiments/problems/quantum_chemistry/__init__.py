@@ -12,7 +12,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 if find_spec("torch_geometric") is None:
-    raise ModuleNotFoundError("The experiment 'quantum_chemistry' needs torch_geometric: pip install 'mtl-balance[graph]'.")
+    raise ModuleNotFoundError("The experiment 'quantum_chemistry' needs torch_geometric: pip install -e . --group graph.")
 
 from experiments.problems.quantum_chemistry.data import ON_DISK, DataConfig, load
 from experiments.problems.quantum_chemistry.model import ModelConfig, build_model

@@ -55,7 +55,7 @@ def read(path: Path) -> Graphs:
     if not processed.is_file():
         check(raw)
         if find_spec("rdkit") is None:
-            raise ModuleNotFoundError(f"{raw / RAW[0]} can only be read with RDKit: pip install 'mtl-balance[molecules]'.")
+            raise ModuleNotFoundError(f"{raw / RAW[0]} can only be read with RDKit: pip install -e . --group molecules.")
         QM9(str(path))
     return saved(processed, lambda content: graphs_of(*content[:2]))
 

@@ -23,7 +23,7 @@ def free_port():
 
 @pytest.mark.slow
 def test_on_a_dask_cluster(tmp_path, free_port):
-    pytest.importorskip("distributed", reason="Dask is not installed (pip install 'mtl-balance[dask]')")
+    pytest.importorskip("distributed", reason="Dask is not installed (pip install -e . --group dask)")
     address = f"tcp://127.0.0.1:{free_port}"
     programs = [
         ["scheduler", "--host", "127.0.0.1", "--port", str(free_port), "--no-dashboard"],
@@ -53,7 +53,7 @@ def test_on_a_dask_cluster(tmp_path, free_port):
 
 @pytest.mark.slow
 def test_on_a_ray_cluster(tmp_path, free_port):
-    pytest.importorskip("ray", reason="Ray is not installed (pip install 'mtl-balance[ray]')")
+    pytest.importorskip("ray", reason="Ray is not installed (pip install -e . --group ray)")
     ray = [str(Path(sys.executable).parent / "ray")]
     short = tempfile.mkdtemp(prefix="ray-")  # its sockets need a short path
     head = ["start", "--head", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats", f"--port={free_port}"]
