@@ -27,6 +27,8 @@ extensions = [
     "sphinx_copybutton",
     "matplotlib.sphinxext.plot_directive",
     "external_names",
+    "peer_methods",
+    "remedies",
 ]
 exclude_patterns = ["_build", "_ext", "_inventories", "**/.ipynb_checkpoints"]
 nitpicky = True

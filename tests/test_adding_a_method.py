@@ -103,8 +103,8 @@ def test_diagnosis_recommends_both_methods():
 
 def test_readme_lists_both_methods():
     text = (readme_sections.ROOT / "README.md").read_text(encoding="utf-8")
-    assert "| `halved` | Halved, [Roe 2031](https://example.org/half) | loss scale | - | - |" in text
-    assert "| Harmonic, [Doe 2030](https://example.org/harmonic) | gradient length | - | unweighted | `power` (1) |" in text
+    assert "/loss/halved.html) | Halved, [Roe 2031](https://example.org/half) | loss scale | - |" in text
+    assert "/gradient/harmonic.html) | Harmonic, [Doe 2030](https://example.org/harmonic) | gradient length | - |" in text
 """
 
 
@@ -122,10 +122,10 @@ def append(path, text):
 @pytest.fixture
 def copy(tmp_path):
     """A copy of the project with two further methods, without rows, references and changelog."""
-    for package in ("balance", "experiments"):  # the README's tree lists both
+    for package in ("balance", "experiments"):  # the tree in CONTRIBUTING.md lists both
         python_only = shutil.ignore_patterns("__pycache__", "*.npz", "*.png", "*.yaml", "*.html")
         shutil.copytree(ROOT / package, tmp_path / package, ignore=python_only)
-    for name in ("pyproject.toml", "README.md", "CHANGELOG.md"):
+    for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, tmp_path)
     for name in SOURCES:
         (tmp_path / "tests" / name).parent.mkdir(parents=True, exist_ok=True)
