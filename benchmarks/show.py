@@ -110,7 +110,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
 
 
 def figure_of_steps(results: dict[str, Any]) -> Figure:
-    """Return one panel for each network: time of a step relative to an ordinary step, over the number of tasks, both logarithmic.
+    """Return one panel for each network: time of a step relative to an ordinary step, over the number of tasks.
 
     Args:
         results: Rows by variant, by a title that begins with the network and ``K=``.

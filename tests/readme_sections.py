@@ -1,4 +1,4 @@
-"""Sections of Markdown files that are generated: tables of the methods, from their registrations, and the tree, from docstrings.
+"""Sections of Markdown files that are generated: tables of methods, from their registrations, and the tree, from docstrings.
 
 python tests/readme_sections.py            compare the files with the sources; exit code 1 if a section differs
 python tests/readme_sections.py --write    write the sections anew
@@ -116,9 +116,7 @@ def generated(text: str, sections: Mapping[str, Callable[[], str]], file: str = 
     """
     for section, build in sections.items():
         begin, end = re.escape(MARKED.format(section, "\0")).split(re.escape("\0"))
-        text, count = re.subn(
-            f"{begin}.*?{end}", lambda _, s=section, b=build: MARKED.format(s, b()), text, flags=re.DOTALL
-        )
+        text, count = re.subn(f"{begin}.*?{end}", lambda _, s=section, b=build: MARKED.format(s, b()), text, flags=re.DOTALL)
         if count != 1:
             raise ValueError(f"{file} must have the markers of the section '{section}' once, but has them {count} times.")
     return text

@@ -73,6 +73,6 @@ def test_evidence_is_in_a_table_of_results(names, number):
 
 
 def test_numbers_of_the_readme_are_in_the_evidence():
-    numbers = re.findall(r"[\d.]+ ± [\d.]+", TEXT)
+    numbers = re.findall(r"[\d.]+ ± \d+\.\d+", TEXT)
     assert len(numbers) == 3
     assert all(number in EVIDENCE for number in numbers)

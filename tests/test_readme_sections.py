@@ -68,7 +68,9 @@ def test_tree_lists_folders_before_files_with_the_first_sentence(tmp_path, monke
 def test_missing_markers_are_named(file):
     section = list(SECTIONS[file])[-1]
     text = (ROOT / file).read_text(encoding="utf-8").replace(f"<!-- end of {section} -->", "")
-    with pytest.raises(ValueError, match=f"^{file} must have the markers of the section '{section}' once, but has them 0 times"):
+    with pytest.raises(
+        ValueError, match=f"^{file} must have the markers of the section '{section}' once, but has them 0 times"
+    ):
         readme_sections.generated(text, SECTIONS[file], file)
 
 

@@ -36,13 +36,13 @@ QUESTIONS: dict[Remedy, tuple[str, str]] = {  # title and sign of each problem
     ),
     "conflict": (
         "Do two tasks work against each other?",
-        f"The mean cosine of a pair of task gradients is negative, by at least {STABLE:g} standard deviations over the batches. "
-        f"A pair whose mean and deviation are both within {NEGLIGIBLE:g} counts as orthogonal.",
+        f"The mean cosine of a pair of task gradients is negative, by at least {STABLE:g} standard deviations over the "
+        f"batches. A pair whose mean and deviation are both within {NEGLIGIBLE:g} counts as orthogonal.",
     ),
     "training pace": (
         "Do the tasks learn at different speed?",
-        f"After a little training, the relative loss of the slowest task is at least {UNEVEN_PACE:g} times the relative loss of "
-        "the fastest.",
+        f"After a little training, the relative loss of the slowest task is at least {UNEVEN_PACE:g} times the relative loss "
+        "of the fastest.",
     ),
     "local minima": (
         "Do the gradients cancel each other?",

@@ -42,8 +42,8 @@ def draw(rows: list[Problem]) -> None:
     """Draw one panel for each problem."""
     figure, panels = plt.subplots(1, len(rows), figsize=(9.6, 2.5), facecolor="white")
     for panel, row in zip(panels, rows, strict=True):
-        for place, (method, (mean, error)) in enumerate(row.values.items()):
-            colour = COLOURS[method]
+        for place, (method, colour) in enumerate(COLOURS.items()):
+            mean, error = row.values.get(method, (float("nan"), 0.0))
             panel.errorbar(place, mean, error, color=colour, marker="o", markersize=6, capsize=3, label=method)
         top = max(mean + error for mean, error in row.values.values())
         panel.set(xlim=(-0.6, len(COLOURS) - 0.4), ylim=(0, 1.15 * top), xticks=[])
