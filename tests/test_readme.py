@@ -6,12 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from balance import gradient_balancers, loss_balancers
-from tests.readme_sections import SITE
-
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-METHODS = {"loss": loss_balancers, "gradient": gradient_balancers}
 EVIDENCE = (ROOT / "docs/choose/which_method.md").read_text(encoding="utf-8")
 RESULTS = [ROOT / "experiments/README.md", ROOT / "docs/choose/which_method.md", *(ROOT / "docs/experiments").glob("*.md")]
 
@@ -32,17 +28,8 @@ def test_make_targets():
 def test_files_of_links_exist():
     targets = re.findall(r"\]\((?!https?://|#)([^)]+)\)", TEXT)
     assert {"docs/_static/pipeline.svg", "CONTRIBUTING.md", "CHANGELOG.md"} <= set(targets)
+    assert len([target for target in targets if target.startswith("docs/")]) >= 10
     assert [target for target in targets if not (ROOT / target).is_file()] == []
-
-
-def test_pages_of_links_exist():
-    pages = re.findall(rf"{re.escape(SITE)}/([\w/]+)\.html", TEXT)
-    written = [page for page in pages if not re.match("methods/(loss|gradient)/", page)]
-    assert len(written) >= 8
-    assert [page for page in written if not (ROOT / f"docs/{page}.md").is_file()] == []
-    generated = [page.split("/")[1:] for page in pages if page not in written]
-    assert len(generated) >= 57
-    assert [name for kind, name in generated if name not in METHODS[kind]] == []
 
 
 def results():
