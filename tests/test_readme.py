@@ -138,18 +138,6 @@ def test_mlflow_ui(tmp_path, monkeypatch, capfd):
         server.wait(timeout=20)
 
 
-def test_the_table_of_defects_names_tests_that_exist():
-    table = TEXT.split("### Defects of published code")[1].split("## ")[0]
-    named = set(re.findall(r"`(test_\w+)`", table))
-    assert len(named) >= 10
-    defined = {
-        name
-        for file in (ROOT / "tests").rglob("test_*.py")
-        for name in re.findall(r"def (test_\w+)\(", file.read_text("utf-8"))
-    }
-    assert named <= defined
-
-
 def test_tables_and_figure_of_benchmarks_are_the_recorded_ones(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from show import rules_table, steps_table
