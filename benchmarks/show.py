@@ -99,6 +99,7 @@ def _cell(row: dict[str, float]) -> str:
 def _error(error: dict[str, float]) -> str:
     return f"{error['mean']:.2f}, {error['largest']:.2f}"
 
+
 def ratios_table(results: dict[str, Any]) -> str:
     """Return a table of all variants: time of a step relative to the first variant, and in brackets its memory where recorded.
 
@@ -149,7 +150,6 @@ def metrics_table(results: dict[str, Any]) -> str:
         cells = [f"{100 * by_metric[metric]:.1f} %" if metric in by_metric else "-" for metric in ("gradients", "optimizer")]
         lines.append(f"| {problem} | {optimizer} | `{method}` | {' | '.join(cells)} |")
     return "\n".join(lines)
-
 
 
 def draw(results: dict[str, Any], file: Path) -> None:

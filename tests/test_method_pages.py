@@ -65,7 +65,10 @@ def test_example_runs(kind, name):
     assert max(map(len, program.splitlines())) <= 110
     assert program in page(kind, name)
     printed = []
-    exec(compile(program, f"<example of {name}>", "exec"), {"__name__": "example", "print": lambda *values: printed.extend(values)})
+    exec(
+        compile(program, f"<example of {name}>", "exec"),
+        {"__name__": "example", "print": lambda *values: printed.extend(values)},
+    )
     assert printed[0].isfinite().all()
 
 

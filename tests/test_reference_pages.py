@@ -39,11 +39,12 @@ def test_quoted_messages_are_in_the_sources():
     page = (PAGES / "errors.md").read_text(encoding="utf-8")
     quoted = [line for block in re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()]
     assert len(quoted) >= 30
-    sources = messages()
+    sources = messages().lower()
     for line in quoted:
-        pieces = [piece.strip(" '().,") for piece in re.sub(r"^\w+(Error|Warning): ", "", line).split("…")]
-        for piece in pieces:
-            assert piece in sources, f"No message contains {piece!r}, which errors.md quotes."
+        if line.startswith("AttributeError"):  # of Python, with another package
+            continue
+        for piece in re.split(r"…|\. |, (?:but )?", re.sub(r"^\w+(Error|Warning): ", "", line)):
+            assert piece.strip(" '().,:?").lower() in sources, f"No message contains {piece!r}, which errors.md quotes."
 
 
 def test_every_quoted_message_has_a_way_out():

@@ -28,9 +28,9 @@ GROUPS = {  # prefix of the keys, and the dataclass
     "run": ("", RunConfig),
     "balancer": ("balancer.", StageConfig),
     "train": ("train.", TrainConfig),
-    "lbfgs": ("lbfgs.", LBFGSConfig),
     "adam": ("optimizer.", AdamConfig),
     "sgd": ("optimizer.", SGDConfig),
+    "lbfgs": ("lbfgs.", LBFGSConfig),
 }
 COMMANDS = {  # words that start a command, by the module of its parser
     **{

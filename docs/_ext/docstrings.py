@@ -10,7 +10,7 @@ from typing import NamedTuple
 TITLES = ("Args", "Returns", "Raises", "Yields", "Attributes", "Source", "Sources", "Note", "Example")
 TITLE = re.compile(rf"^({'|'.join(TITLES)}):$", re.MULTILINE)
 ENTRY = re.compile(r"^(\**\w+): ?", re.MULTILINE)
-CITATION = re.compile(r'^[^"]*"[^"]+"[^.;]*?\b(?:19|20)\d\d')  # authors, title, place and year
+CITATION = re.compile(r'^[^"]*"[^"]+"[^";]*?\b(?:19|20)\d\d')  # authors, title, place and year
 
 
 class Docstring(NamedTuple):

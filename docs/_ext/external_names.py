@@ -6,7 +6,8 @@ or the site of another project, documents them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import balance
 from balance import gradient_balancers, loss_balancers, types
@@ -29,6 +30,10 @@ OTHERS = {
     "Any": "typing.Any",
     "Literal": "typing.Literal",
     "Path": "pathlib.Path",
+    "Trainer": "lightning.pytorch.Trainer",
+    "LightningModule": "lightning.pytorch.LightningModule",
+    "Accelerator": "accelerate.Accelerator",
+    "DictConfig": "omegaconf.DictConfig",
     "AbstractContextManager": "contextlib.AbstractContextManager",
     **{name: f"collections.abc.{name}" for name in ABC},
 }
@@ -56,7 +61,19 @@ INSIDE = {  # names that this site documents under their modules
     "TensorBoard": "balance.tracking.TensorBoard",
     "WandB": "balance.tracking.WandB",
     "RuleUnderTest": "balance.testing.RuleUnderTest",
+    "TaskLosses": "balance.integrations.transformers.TaskLosses",
 }
+EXPANDED = {  # aliases that have no page, as readers see them
+    "Batch": "Any",
+    "Counts": "Mapping[str, float] | Sequence[float] | Tensor",
+    "Factory": "Callable[[int], Callable]",
+    "Features": "Tensor | Sequence | Mapping",
+    "LossFunction": "Callable[[LightningModule, Any], Mapping | Tensor]",
+    "Rule": "Callable",
+    "Shared": "Iterable[Tensor] | Callable",
+    "Turn": "str | Callable | tuple[str, Mapping] | None",
+}
+UNLINKED = ("Every", "Grouped", "OptimizerMetric", "RecordedRun", "Smoothed", "Store", "T")  # internal classes and variables
 
 
 def full_names() -> dict[str, str]:
@@ -80,12 +97,42 @@ FULL = full_names()
 
 def replace_short_names(app: Sphinx, doctree: nodes.document) -> None:  # noqa: ARG001 - Sphinx gives the arguments
     """Give references to short names their full names, before Sphinx resolves them."""
-    from sphinx.addnodes import pending_xref  # noqa: PLC0415 - only with Sphinx
+    from docutils import nodes  # noqa: PLC0415 - only with Sphinx
+    from sphinx.addnodes import pending_xref  # noqa: PLC0415
 
-    for node in doctree.findall(pending_xref):
-        if node.get("refdomain") == "py" and node.get("reftarget") in FULL:
-            node["reftarget"] = FULL[node["reftarget"]]
-            node["reftype"] = "obj"
+    for node in list(doctree.findall(pending_xref)):
+        if node.get("refdomain") != "py":
+            continue
+        if text := expansion(node.get("py:module") or "", node["reftarget"]):
+            node.replace_self(nodes.Text(text))
+        elif target := full_name(node["reftarget"]):
+            node["reftarget"], node["reftype"] = target, "obj"
+
+
+def full_name(name: str) -> str:
+    """Return the documented name for a short name, also of an attribute such as ``Balancer.collect``; empty if unknown."""
+    head, _, tail = name.partition(".")
+    return FULL.get(name) or (f"{FULL[head]}.{tail}" if tail and head in FULL else "")
+
+
+def expansion(module: str, name: str) -> str:
+    """Return the text that replaces the name of an alias in a signature; empty for any other name.
+
+    Args:
+        module: Module of the signature, in which a literal type may have that name.
+        name: The name as the signature has it.
+    """
+    short = name.rpartition(".")[2]
+    if short in EXPANDED or short in UNLINKED:
+        return EXPANDED.get(short, short)
+    if name in FULL:
+        return ""
+    places = [sys.modules.get(module), *(sys.modules[key] for key in sorted(sys.modules) if key.startswith("balance."))]
+    for place in places:
+        alias = getattr(place, name, None)
+        if get_origin(alias) is Literal:
+            return " | ".join(map(repr, get_args(alias)))
+    return ""
 
 
 def link_to_method(app: Sphinx, env: BuildEnvironment, node: Any, content: nodes.Element) -> nodes.Element | None:  # noqa: ARG001

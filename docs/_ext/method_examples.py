@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 WIDTH = 100  # of a line
 SHOWN = 3  # options in a command
 
-BEGIN = '''import torch
+BEGIN = """import torch
 from torch import nn
 
 import balance
 
 trunk = nn.Linear(8, 16)
 heads = nn.ModuleDict({task: nn.Linear(16, 1) for task in ("depth", "normals", "edges")})
-'''
-LOSSES = '''optimizer = torch.optim.Adam([*trunk.parameters(), *heads.parameters(), *balancer.parameters()])
+"""
+LOSSES = """optimizer = torch.optim.Adam([*trunk.parameters(), *heads.parameters(), *balancer.parameters()])
 
 
 def losses(batch):
@@ -28,7 +28,7 @@ def losses(batch):
     return {task: (head(features) - 1).square().mean() for task, head in heads.items()}
 
 
-'''
+"""
 
 
 def snippet(kind: str, name: str) -> str:
@@ -49,7 +49,9 @@ def balancer(kind: str, name: str) -> str:
     short = f'balancer = balance.Balancer(tuple(heads), {kind}="{name}"{f", {dictionary}" if given else ""})'
     if len(short) <= WIDTH:
         return short
-    body = [f"{kind}_options={{", *(f"    {text}," for text in given), "},"] if len(dictionary) > WIDTH - 5 else [f"{dictionary},"]
+    body = (
+        [f"{kind}_options={{", *(f"    {text}," for text in given), "},"] if len(dictionary) > WIDTH - 5 else [f"{dictionary},"]
+    )
     lines = ["tuple(heads),", f'{kind}="{name}",', *body]
     return "\n".join(["balancer = balance.Balancer(", *(f"    {line}" for line in lines), ")"])
 
@@ -64,8 +66,11 @@ def loop(kind: str, name: str) -> Iterator[str]:
     else:
         yield "    for batch in torch.randn(3, 32, 8):"
     yield "        optimizer.zero_grad()"
-    further = ", further=(losses(second), losses(third))" if several else ""
-    yield f"        report = balancer.backward(losses(batch), shared=trunk.parameters(){further})"
+    if several:
+        yield "        further = losses(second), losses(third)"
+        yield "        report = balancer.backward(losses(batch), shared=trunk.parameters(), further=further)"
+    else:
+        yield "        report = balancer.backward(losses(batch), shared=trunk.parameters())"
     yield "        optimizer.step()"
     if "observe" in needs:
         yield "        with balance.extra_forward(trunk), torch.no_grad():"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
     from sphinx.environment import BuildEnvironment
 
-MODULES = ("balance.metrics", "balance.config", "balance.testing", "balance.tracking", "balance.types", "balance.rules.protocol")
+MODULES = ("balance.metrics", "balance.config", "balance.testing", "balance.tracking", "balance.types")
 INTEGRATIONS = ("lightning", "transformers", "accelerate")  # modules with the names of the packages that they need
 UNDOCUMENTED = {  # values and modules whose names other pages explain
     "balance.__version__",
