@@ -62,7 +62,7 @@ def test_docstring_has_a_source(kind, name):
 @every_method
 def test_example_runs(kind, name):
     program = snippet(kind, name)
-    assert max(map(len, program.splitlines())) <= 110
+    assert max(map(len, program.splitlines())) <= 90
     assert program in page(kind, name)
     printed = []
     exec(
@@ -76,7 +76,7 @@ def test_example_runs(kind, name):
 def test_command_of_the_trainer_has_a_valid_configuration(kind, name):
     line = command(kind, name)
     assert line in page(kind, name)
-    words = [word.removeprefix("--") for word in line.split()[2:]]
+    words = [word.removeprefix("--") for word in line.replace("\\\n", "").split()[2:]]
     config = configure(words)
     assert config[f"{kind}_method"] == name
 

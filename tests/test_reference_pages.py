@@ -23,7 +23,7 @@ PAGES = ROOT / "docs/reference"
 
 
 def messages():
-    """Return the texts in the sources, with three dots for what is inserted."""
+    """Return the texts in the sources, with three dots for inserted values."""
     texts = []
     for folder in ("balance", "experiments"):
         for file in (ROOT / folder).rglob("*.py"):
@@ -81,7 +81,7 @@ def test_every_entry_has_a_meaning():
 
 def test_every_problem_has_a_section():
     text = configuration.problems_tables()
-    assert re.findall(r"^# (\w+)$", text, flags=re.MULTILINE) == list(problems.names())
+    assert re.findall(r"^### (\w+)$", text, flags=re.MULTILINE) == list(problems.names())
     assert "| `data.imbalance` | `1000.0` |" in text  # the problem's default, not the general one
     assert "`train.epochs=2`" in text  # of llm
 

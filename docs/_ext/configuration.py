@@ -67,7 +67,7 @@ def problems_tables(_: str = "", docname: str = "") -> str:  # noqa: ARG001
 
 def problem_section(name: str) -> Iterator[str]:
     """Yield the parts of the section of a problem."""
-    yield f"# {name}"
+    yield f"### {name}"
     yield problems.summaries()[name]
     try:
         config = configure([f"experiment={name}"])

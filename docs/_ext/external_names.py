@@ -135,7 +135,7 @@ def expansion(module: str, name: str) -> str:
     return ""
 
 
-def link_to_method(app: Sphinx, env: BuildEnvironment, node: Any, content: nodes.Element) -> nodes.Element | None:  # noqa: ARG001
+def link_to_method(app: Sphinx, env: BuildEnvironment, node: Any, content: nodes.Element) -> nodes.Element | None:
     """Return a link to the page of a method, for the name of a method in backticks on another page of a method."""
     from sphinx.util.nodes import make_refnode  # noqa: PLC0415 - only with Sphinx
 

@@ -18,7 +18,7 @@ def add_directive(app: Sphinx, name: str, content: Callable[[str, str], str]) ->
         app: The site.
         name: Name of the directive.
         content: Function of the argument of the directive, empty without, and of the name of the page. It returns Markdown,
-            whose headings begin at level 1. A ValueError becomes a warning at the line of the directive.
+            whose headings are one level below the section of the directive. A ValueError becomes a warning.
     """
     from docutils.nodes import Element  # noqa: PLC0415 - only with Sphinx
     from docutils.statemachine import StringList  # noqa: PLC0415

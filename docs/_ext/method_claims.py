@@ -121,7 +121,7 @@ def claims_table(kind: str, docname: str) -> str:
     return f":::{{container}} claims-table\n{table(header, rows)}\n:::"
 
 
-def claims_list(kind: str, docname: str) -> str:
+def claims_list(kind: str, docname: str = "") -> str:  # noqa: ARG001 - directives give the page
     """Return an explanation of every claim of a kind, with the number of methods that satisfy it.
 
     Args:

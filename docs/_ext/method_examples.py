@@ -9,7 +9,7 @@ from method_facts import REGISTRIES, options, takes
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-WIDTH = 100  # of a line
+WIDTH = 80  # of a line
 SHOWN = 3  # options in a command
 
 BEGIN = """import torch
@@ -17,15 +17,17 @@ from torch import nn
 
 import balance
 
+tasks = ("depth", "normals", "edges")
 trunk = nn.Linear(8, 16)
-heads = nn.ModuleDict({task: nn.Linear(16, 1) for task in ("depth", "normals", "edges")})
+heads = nn.ModuleDict({task: nn.Linear(16, 1) for task in tasks})
 """
-LOSSES = """optimizer = torch.optim.Adam([*trunk.parameters(), *heads.parameters(), *balancer.parameters()])
+LOSSES = """parameters = [*trunk.parameters(), *heads.parameters(), *balancer.parameters()]
+optimizer = torch.optim.Adam(parameters)
 
 
 def losses(batch):
     features = trunk(batch).relu()
-    return {task: (head(features) - 1).square().mean() for task, head in heads.items()}
+    return {task: heads[task](features).square().mean() for task in tasks}
 
 
 """
@@ -46,13 +48,13 @@ def balancer(kind: str, name: str) -> str:
     given = [f'"{option.name}": {option.default!r}' for option in options(kind, name) if option.default is not None]
     given = [text.replace("'", '"') for text in given]
     dictionary = f"{kind}_options={{{', '.join(given)}}}" if given else ""
-    short = f'balancer = balance.Balancer(tuple(heads), {kind}="{name}"{f", {dictionary}" if given else ""})'
+    short = f'balancer = balance.Balancer(tasks, {kind}="{name}"{f", {dictionary}" if given else ""})'
     if len(short) <= WIDTH:
         return short
     body = (
         [f"{kind}_options={{", *(f"    {text}," for text in given), "},"] if len(dictionary) > WIDTH - 5 else [f"{dictionary},"]
     )
-    lines = ["tuple(heads),", f'{kind}="{name}",', *body]
+    lines = ["tasks,", f'{kind}="{name}",', *body]
     return "\n".join(["balancer = balance.Balancer(", *(f"    {line}" for line in lines), ")"])
 
 
@@ -91,7 +93,9 @@ def command(kind: str, name: str) -> str:
     """Return a command that trains the network of the default experiment with a method and some of its options."""
     given = [option for option in options(kind, name) if option.default is not None][:SHOWN]
     words = [f"{kind}.{option.name}={as_word(option.default)}" for option in given]
-    return " ".join([f"python experiments/trainer.py --{kind}_method={name}", *words])
+    start = f"python experiments/trainer.py --{kind}_method={name}"
+    line = " ".join([start, *words])
+    return line if len(line) <= WIDTH else f"{start} \\\n    {' '.join(words)}"
 
 
 def as_word(value: object) -> str:

@@ -55,8 +55,8 @@ NEEDS = {  # what a user must do, and the page that shows how
     ),
 }
 HEADS = {
-    "weighted": "a head gets the gradient of its weighted loss times the weight of its task",
-    "unweighted": "a head gets the gradient of its weighted loss, without the weight of its task",
+    "weighted": "the gradient of a head is multiplied by the weight that the gradient balancer gives its task",
+    "unweighted": "the gradient balancer does not change the gradients of the heads",
 }
 
 
