@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
@@ -29,6 +30,10 @@ extensions = [
     "external_names",
     "peer_methods",
     "remedies",
+    "method_pages",
+    "benchmark_tables",
+    "configuration",
+    "public_names",
 ]
 exclude_patterns = ["_build", "_ext", "_inventories", "**/.ipynb_checkpoints"]
 nitpicky = True
@@ -44,6 +49,7 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autodoc_class_signature = "mixed"
+autodoc_mock_imports = [name for name in ("lightning", "transformers", "accelerate") if find_spec(name) is None]
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
