@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -121,7 +120,8 @@ def test_wheel_installs_and_runs_without_the_project(wheel, tmp_path):
     python = tmp_path / "clean" / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, folder=tmp_path)
     (packages,) = (tmp_path / "clean").glob("lib/python*/site-packages")
-    (packages / "others.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    others = "\n".join(path for path in sys.path if path.endswith("site-packages"))
+    (packages / "others.pth").write_text(others, encoding="utf-8")
     code = "import balance, importlib.metadata as m; print(balance.__file__, balance.__version__, m.version('mtl-balance'))"
     file, *versions = run(python, "-c", code, folder=tmp_path).split()
     assert file == str(packages / "balance" / "__init__.py")
