@@ -53,7 +53,7 @@ benchmark: $(VENV)/benchmark.installed  ## time and accuracy beside other librar
 	$(VENV)/bin/python benchmarks/bench_per_sample.py
 
 clean:  ## remove all that the commands above make
-	rm -rf $(VENV) .venv* runs build dist *.egg-info .*_cache .hypothesis mlflow.db mlruns
+	rm -rf $(VENV) .venv* runs build dist *.egg-info .*_cache .hypothesis mlflow.db mlruns docs/methods/loss docs/methods/gradient
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/%.installed: pyproject.toml $(CONSTRAINTS)
