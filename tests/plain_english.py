@@ -25,7 +25,8 @@ PAGES = sorted(
     for path in (ROOT / "docs").rglob("*.md")
     if path.parent.parent.name != "methods"  # generated
 )
-MARKDOWN = ("README.md", "CHANGELOG.md", "experiments/README.md", "benchmarks/README.md", *PAGES)
+PROJECT = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md")
+MARKDOWN = (*PROJECT, "experiments/README.md", "benchmarks/README.md", *PAGES)
 EXEMPT = ("tests/plain_english.py", "tests/test_plain_english.py")  # they quote the words
 WORDS, SEMICOLONS = 25, 1
 
