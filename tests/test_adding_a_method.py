@@ -44,7 +44,12 @@ GRADIENT_BALANCER = '''
     ),
 )
 def harmonic(gramian: Gramian, *, power: float = 1.0) -> Weights:
-    """Return weights on the simplex that are inversely proportional to the lengths of the task gradients."""
+    """Return weights on the simplex that are inversely proportional to the lengths of the task gradients.
+
+    Args:
+        gramian: Inner products of the task gradients. Shape (K, K).
+        power: Exponent of the lengths.
+    """
 
     def weights(G: Array) -> Array:
         norms = np.sqrt(np.diag(G))
@@ -80,6 +85,17 @@ import torch
 
 import balance
 from tests import readme_sections
+
+
+def test_both_methods_have_pages(monkeypatch):
+    monkeypatch.syspath_prepend(readme_sections.ROOT / "docs/_ext")
+    from method_pages import SECTIONS, page
+
+    text = page("gradient", "harmonic")
+    assert all(f"## {title}" in text for title in SECTIONS)
+    assert "Exponent of the lengths." in text
+    assert "conflict free: " in text.split("**Refuted")[1]
+    assert "Roe 2031" in page("loss", "halved")
 
 
 def test_stage_builds_both_methods():
@@ -125,6 +141,7 @@ def copy(tmp_path):
     for package in ("balance", "experiments"):  # the tree in CONTRIBUTING.md lists both
         python_only = shutil.ignore_patterns("__pycache__", "*.npz", "*.png", "*.yaml", "*.html")
         shutil.copytree(ROOT / package, tmp_path / package, ignore=python_only)
+    shutil.copytree(ROOT / "docs/_ext", tmp_path / "docs/_ext", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, tmp_path)
     for name in SOURCES:

@@ -112,7 +112,8 @@ def command_parts(parser: argparse.ArgumentParser, program: str) -> Iterator[str
         return
     parser.prog = program
     if parser.description:
-        yield " ".join(parser.description.split())
+        sentence = " ".join(parser.description.split()).rstrip(".")
+        yield f"{sentence[0].upper()}{sentence[1:]}."
     if example := (parser.epilog or "").partition("\n")[2].strip():
         yield f"```bash\n{example}\n```"
     cells = [[invocation(action), meaning(parser, action)] for action in parser._actions if action.dest != "help"]

@@ -70,7 +70,8 @@ def loop(kind: str, name: str) -> Iterator[str]:
     yield "        optimizer.zero_grad()"
     if several:
         yield "        further = losses(second), losses(third)"
-        yield "        report = balancer.backward(losses(batch), shared=trunk.parameters(), further=further)"
+        yield "        shared = trunk.parameters()"
+        yield "        report = balancer.backward(losses(batch), shared=shared, further=further)"
     else:
         yield "        report = balancer.backward(losses(batch), shared=trunk.parameters())"
     yield "        optimizer.step()"

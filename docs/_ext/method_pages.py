@@ -181,7 +181,7 @@ def method_table(kind: str, docname: str) -> str:
                 ", ".join(f"`{option.name}`" for option in options(kind, name)) or "-",
             ]
         )
-    return f":::{{container}} wide-table\n{table(header, rows)}\n:::"
+    return table(header, rows)
 
 
 def remedy_table(_: str, docname: str) -> str:
