@@ -7,8 +7,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Wedge
 from style import COLOURS, CONE, LABELS, arrow, direction_of, plane_gradient
 
-RULES = ("mean", "pcgrad", "upgrad", "imtl", "mgda")
-WIDTHS = {"mean": 0.012, "pcgrad": 0.009, "upgrad": 0.016, "imtl": 0.012, "mgda": 0.012}
+RULES = ("upgrad", "pcgrad", "imtl", "mgda", "mean")
+WIDTHS = {"mean": 0.007, "pcgrad": 0.01, "upgrad": 0.02, "imtl": 0.012, "mgda": 0.012}
 FIRST, LENGTHS = 5.0, (2.0, 1.0)  # angle of the first gradient, and both lengths
 
 
@@ -23,13 +23,13 @@ def draw(axes: Axes, angle: float, title: str) -> None:
         axes.text(float(place[0]), float(place[1]), name, ha="center", va="center")
     for order, rule in enumerate(RULES):
         arrow(axes, direction_of(J, rule), color=COLOURS[rule], width=WIDTHS[rule], zorder=3 + order)
-    axes.set(xlim=(-1.2, 2.6), ylim=(-0.7, 2.2), aspect="equal", xlabel="parameter 1", ylabel="parameter 2", title=title)
+    axes.set(xlim=(-1.2, 2.6), ylim=(-0.6, 2.2), aspect="equal", xlabel="parameter 1", ylabel="parameter 2", title=title)
     axes.set_xticks([])
     axes.set_yticks([])
 
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.7), layout="constrained")
-draw(left, 60, "no conflict: 60°")
+draw(left, 80, "no conflict: 80°")
 draw(right, 130, "conflict: 130°")
 handles = [Line2D([], [], color="#777777", linewidth=3, label="task gradients")]
 handles += [Line2D([], [], color=COLOURS[rule], linewidth=3, label=LABELS[rule]) for rule in RULES]

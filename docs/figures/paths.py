@@ -16,14 +16,14 @@ METHODS = {  # loss balancer, gradient balancer, marker of the last point
     "imtl": ("ls", "imtl", "P"),
     "mgda": ("ls", "mgda", "o"),
 }
-START, STEPS, RATE = (-1.9, 1.7), 600, 0.02
+START, STEPS, RATE = (-1.9, 1.9), 600, 0.02
 
 
 def losses(point: Tensor) -> Tensor:
     """Return two losses of points in the plane. Shape (..., 2) -> (2, ...)."""
     a, b = point.unbind(-1)
     first = 1 + ((a + 1) ** 2 + 4 * b**2) / 2
-    second = 1 + (4 * (a - 1) ** 2 + (b - 1) ** 2) / 2
+    second = 1 + ((a - 1) ** 2 + 2 * (b - 1) ** 2) / 2
     return torch.stack([10 * first, second])
 
 
@@ -44,11 +44,11 @@ def path(loss: str, gradient: str | None) -> np.ndarray:
 def pareto_set() -> np.ndarray:
     """Return the minima of all weighted sums of the two losses. Shape (n, 2)."""
     t = np.linspace(0, 1, 200)
-    return np.stack([(-(1 - t) + 4 * t) / ((1 - t) + 4 * t), t / (4 * (1 - t) + t)], axis=1)
+    return np.stack([2 * t - 1, t / (2 * (1 - t) + t)], axis=1)
 
 
-figure, axes = plt.subplots(figsize=(6.8, 4.0), layout="constrained")
-grid = torch.stack(torch.meshgrid(torch.linspace(-2.3, 1.9, 120), torch.linspace(-0.7, 2.1, 90), indexing="xy"), dim=-1)
+figure, axes = plt.subplots(figsize=(7.2, 3.3), layout="compressed")
+grid = torch.stack(torch.meshgrid(torch.linspace(-2.3, 1.9, 120), torch.linspace(-0.5, 2.2, 90), indexing="xy"), dim=-1)
 first, second = losses(grid).numpy()
 axes.contour(grid[..., 0], grid[..., 1], first, levels=[12, 16, 25, 45, 80], colors="#56B4E9", linewidths=0.7)
 axes.contour(grid[..., 0], grid[..., 1], second, levels=[1.2, 1.6, 2.5, 5, 10], colors="#999999", linewidths=0.7, linestyles="--")
