@@ -38,7 +38,9 @@ def execute(path: Path, folder: Path) -> Any:
     notebook = nbformat.read(path, as_version=4)
     search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
-    client = NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(
+        notebook, timeout=TIMEOUT, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": str(folder)}}
+    )
     client.execute(env=environment)
     return cleaned(notebook)
 

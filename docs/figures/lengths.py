@@ -4,7 +4,15 @@ import torch
 from matplotlib import pyplot as plt
 from style import direction_of
 
-RULES = {"sum": "sum", "mean": "mean", "upgrad": "UPGrad", "mgda": "MGDA", "imtl": "IMTL-G", "pcgrad": "PCGrad", "nashmtl": "Nash-MTL"}
+RULES = {
+    "sum": "sum",
+    "mean": "mean",
+    "upgrad": "UPGrad",
+    "mgda": "MGDA",
+    "imtl": "IMTL-G",
+    "pcgrad": "PCGrad",
+    "nashmtl": "Nash-MTL",
+}
 SCALES = {"paper": "#0072B2", "sum": "#E69F00", "norm": "#009E73"}
 HATCHES = {"paper": "", "sum": "//", "norm": ".."}
 J = torch.randn(5, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

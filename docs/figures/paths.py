@@ -51,7 +51,9 @@ figure, axes = plt.subplots(figsize=(7.2, 3.3), layout="compressed")
 grid = torch.stack(torch.meshgrid(torch.linspace(-2.3, 1.9, 120), torch.linspace(-0.5, 2.2, 90), indexing="xy"), dim=-1)
 first, second = losses(grid).numpy()
 axes.contour(grid[..., 0], grid[..., 1], first, levels=[12, 16, 25, 45, 80], colors="#56B4E9", linewidths=0.7)
-axes.contour(grid[..., 0], grid[..., 1], second, levels=[1.2, 1.6, 2.5, 5, 10], colors="#999999", linewidths=0.7, linestyles="--")
+axes.contour(
+    grid[..., 0], grid[..., 1], second, levels=[1.2, 1.6, 2.5, 5, 10], colors="#999999", linewidths=0.7, linestyles="--"
+)
 front = pareto_set()
 axes.plot(front[:, 0], front[:, 1], color="#BBBBBB", linewidth=6, solid_capstyle="round", zorder=1)
 for name, (loss, gradient, marker) in METHODS.items():
@@ -60,9 +62,7 @@ for name, (loss, gradient, marker) in METHODS.items():
     axes.plot(*points[-1], marker, color=COLOURS[name], markersize=8, markeredgecolor="white", zorder=3)
 axes.plot(*START, "x", color="#000000", markersize=8, zorder=3)
 axes.set(xlabel="parameter 1", ylabel="parameter 2", aspect="equal")
-handles = [
-    Line2D([], [], color=COLOURS[name], marker=marker, label=LABELS[name]) for name, (_, _, marker) in METHODS.items()
-]
+handles = [Line2D([], [], color=COLOURS[name], marker=marker, label=LABELS[name]) for name, (_, _, marker) in METHODS.items()]
 handles += [
     Line2D([], [], color="#BBBBBB", linewidth=6, label="Pareto set"),
     Line2D([], [], color="#56B4E9", linewidth=1, label="loss 1, ten times as large"),
