@@ -119,8 +119,8 @@ def test_diagnosis_recommends_both_methods():
 
 def test_readme_lists_both_methods():
     text = (readme_sections.ROOT / "README.md").read_text(encoding="utf-8")
-    assert "/loss/halved.html) | Halved, [Roe 2031](https://example.org/half) | loss scale | - |" in text
-    assert "/gradient/harmonic.html) | Harmonic, [Doe 2030](https://example.org/harmonic) | gradient length | - |" in text
+    assert ".py) | Halved, [Roe 2031](https://example.org/half) | loss scale | - |" in text
+    assert ".py) | Harmonic, [Doe 2030](https://example.org/harmonic) | gradient length | - |" in text
 """
 
 

@@ -22,7 +22,8 @@ def test_table_of_methods_shows_traits_and_links_to_their_modules():
         "| gradient balancer | paper | remedies | needs |",
         "| --- | --- | --- | --- |",
         "| [`bare`](tests/test_readme_sections.py) | bare | - | - |",
-        "| [`new`](tests/test_readme_sections.py) | New, [Doe & Roe 2030](https://example.org/a), [Roe 2031](https://example.org/b) "
+        "| [`new`](tests/test_readme_sections.py) "
+        "| New, [Doe & Roe 2030](https://example.org/a), [Roe 2031](https://example.org/b) "
         "| conflict, loss scale | its parameters in the optimizer, all tasks at each step |",
     ]
 
