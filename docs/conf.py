@@ -70,7 +70,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_theme_options = {
     "github_url": "https://github.com/mtl-balance/balance",
-    "header_links_before_dropdown": 7,
+    "header_links_before_dropdown": 9,
     "navbar_align": "left",
     "secondary_sidebar_items": ["page-toc"],
     "show_toc_level": 2,
