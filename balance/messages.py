@@ -68,8 +68,8 @@ def refuse_mixed_installation(folder: Path) -> None:
     """
     if any((folder / name).exists() for name in _OTHER) or _is_listed(folder):
         raise ImportError(
-            f"{folder} must contain mtl-balance only, but the package 'balance', which weights surveys, is installed there too. "
-            "Run pip uninstall balance mtl-balance, and install each of them in its own environment."
+            f"{folder} must contain mtl-balance only, but the package 'balance', which weights surveys, is installed there too."
+            " Run pip uninstall balance mtl-balance, and install each of them in its own environment."
         )
 
 

@@ -96,10 +96,8 @@ def test_wheel_contains_the_files_of_the_library_and_no_others(wheel):
 
 def test_source_distribution_contains_what_a_clone_contains(sdist):
     folders = ("balance", "tests", "docs", "experiments", "benchmarks")
-    expected = {
-        path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()
-    }
-    expected = {name for name in expected if "__pycache__" not in name}
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    expected = {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
     expected |= {path.name for path in ROOT.glob("[A-Z]*") if path.is_file()}  # README.md, Makefile, LICENSE, ...
     expected |= {"conftest.py", "constraints.txt", "constraints-oldest.txt", "pyproject.toml", ".gitignore"}
     packed = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
