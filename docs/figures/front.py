@@ -1,7 +1,10 @@
 """Losses that five preferences reach on a front that bends the wrong way."""
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import torch
+from torch import Tensor
 
 import balance
 
@@ -9,17 +12,17 @@ SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 CENTRE = torch.full((3,), 3**-0.5)
 
 
-def losses(theta):
+def losses(theta: Tensor) -> Tensor:
     """Return two losses with a front that is not convex. Shape (3,) -> (2,)."""
     return torch.stack([1 - torch.exp(-(theta - CENTRE).square().sum()), 1 - torch.exp(-(theta + CENTRE).square().sum())])
 
 
-def train(**choices):
+def train(**choices: Any) -> list[float]:
     """Return the losses after training with the choices of a balancer."""
     theta = torch.tensor([0.3, -0.3, 0.1], requires_grad=True)
     balancer = balance.Balancer(2, **choices)
-    optimizer = torch.optim.Adam([theta], lr=0.02)
-    for _ in range(300):
+    optimizer = torch.optim.Adam([theta], lr=0.05)
+    for _ in range(100):
         optimizer.zero_grad()
         balancer.backward(losses(theta), shared=[theta])
         optimizer.step()
