@@ -24,6 +24,18 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command: 0 after a drawn figure, 2 for a mistake in the command."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        draw([load_run(folder) for folder in options.folders], options.output)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(f"Saved {options.output}")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the flags of the command."""
     sentence, _, example = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m experiments.problems.burgers",
@@ -33,13 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folders", metavar="FOLDER", type=Path, nargs="+", help="folder of a run, with config.yaml and best.pt")
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="figure to write, such as burgers.png")
-    options = parser.parse_args(arguments)
-    try:
-        draw([load_run(folder) for folder in options.folders], options.output)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    print(f"Saved {options.output}")
-    return 0
+    return parser
 
 
 def load_run(folder: Path) -> tuple[str, Network]:

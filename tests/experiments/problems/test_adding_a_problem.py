@@ -1,6 +1,7 @@
 """A new problem is one folder and a line in the changelog, and nothing else.
 
-The folder is added to a copy of the project, whose commands and tests then run in other processes.
+The folder is the example of docs/experiments/own_problem.md. It is added to a copy of the project, whose commands and tests
+then run in other processes.
 """
 
 import os
@@ -13,73 +14,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs/experiments/own_problem.md").read_text(encoding="utf-8")
 FOLDER = {
-    "__init__.py": '''
-"""Four random bits, two tasks of different kinds."""
-
-from experiments.problems.bits.data import DataConfig, load
-from experiments.problems.bits.model import build_model
-from experiments.problems.bits.tasks import HIGHER_IS_BETTER, TASKS, losses, metrics, targets
-
-__all__ = ["HIGHER_IS_BETTER", "TASKS", "DataConfig", "build_model", "load", "losses", "metrics", "targets"]
-''',
-    "data.py": """
-from dataclasses import dataclass
-
-import torch
-from torch.utils.data import TensorDataset
-
-from balance.config import check_settings, setting
-from experiments.problems.base import Splits
-
-
-@dataclass
-class DataConfig:
-    seed: int = setting(0, minimum=0, help="seed of the bits")
-    samples: int = setting(64, minimum=1, help="samples of each split")
-
-
-def load(config):
-    check_settings(config, "data")
-    generator = torch.Generator().manual_seed(config.seed)
-    bits = torch.randint(2, (3, config.samples, 4), generator=generator).float()
-    return Splits(*(TensorDataset(split, split.sum(1) % 2, split.sum(1)) for split in bits))
-""",
-    "model.py": """
-from torch import nn
-
-from experiments.problems.base import Heads, Network, ScalarHead
-from experiments.problems.bits.tasks import TASKS
-
-
-def build_model():
-    return Network(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), Heads({task: ScalarHead(8) for task in TASKS}))
-""",
-    "tasks.py": """
-from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
-from torchmetrics import MeanAbsoluteError
-from torchmetrics.classification import BinaryAccuracy
-
-TASKS = ("parity", "count")
-HIGHER_IS_BETTER = frozenset({"parity/accuracy"})
-
-
-def targets(batch):
-    return {"parity": batch[1], "count": batch[2]}
-
-
-def losses(outputs, batch):
-    expected = targets(batch)
-    return {
-        "parity": binary_cross_entropy_with_logits(outputs["parity"], expected["parity"]),
-        "count": mse_loss(outputs["count"], expected["count"]),
-    }
-
-
-def metrics():
-    return {"parity/accuracy": BinaryAccuracy(), "count/mae": MeanAbsoluteError()}
-""",
-    "config.yaml": "train: {epochs: 2, batch_size: 32, lr: 0.01}\n",
+    "__init__.py": re.search(r"^```python\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)[1],
+    "config.yaml": re.search(r"^```yaml\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)[1],
 }
 COMMANDS = """
 import sys
@@ -107,7 +45,7 @@ def copy(tmp_path):
     folder = tmp_path / "experiments" / "problems" / "bits"
     folder.mkdir()
     for name, text in FOLDER.items():
-        (folder / name).write_text(text.lstrip("\n"), encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8")
     return tmp_path
 
 
