@@ -5,10 +5,12 @@ losses (K,) -> loss balancer -> weighted losses (K,) -> Jacobian (K, P) or Grami
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import gradient, loss
 from .diagnosis.diagnose import Diagnosis, diagnose
+from .messages import refuse_mixed_installation
 from .rules import compose
 from .rules.registry import gradient_balancers, loss_balancers
 from .splitter.splitter import Splitter
@@ -18,6 +20,8 @@ from .stage.report import Report
 
 if TYPE_CHECKING:
     from .comparison.comparison import Comparison, compare  # noqa: F401
+
+refuse_mixed_installation(Path(__file__).parent)
 
 __version__ = "0.1.0"
 

@@ -19,13 +19,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, or 2 if no method has the given name."""
-    parser = argparse.ArgumentParser(
-        prog="python -m balance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    methods = commands.add_parser("methods", help="print the methods, with their needs, state, cost and paper")
-    methods.add_argument("name", nargs="?", help="print the page of this method")
-    name = parser.parse_args(arguments).name
+    name = build_parser().parse_args(arguments).name
     try:
         print(table() if name is None else page(name), flush=True)
     except ValueError as error:
@@ -34,6 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m balance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    purpose = "print the methods, with their needs, state, cost and paper"
+    methods = commands.add_parser("methods", help=purpose, description=purpose)
+    methods.add_argument("name", nargs="?", help="print the page of this method")
+    return parser
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
 _INSIDE = (__name__.partition(".")[0], "torch", "contextlib")  # packages between the user's call and the cause of a warning
+_OTHER = ("sample_class.py", "weighting_methods")  # in every release of the package that weights surveys
 
 
 def warn_caller(message: str) -> None:
@@ -49,3 +51,29 @@ def require_package(package: str, extra: str) -> None:
         raise ModuleNotFoundError(
             f"{package} is required but not installed. Use pip install 'mtl-balance[{extra}]'.", name=package
         )
+
+
+def refuse_mixed_installation(folder: Path) -> None:
+    """Check that no other package has files in the folder of this library.
+
+    The package ``balance`` of the Python Package Index, which weights surveys, has the same import name. Installed into one
+    environment, the two overwrite each other's files.
+
+    Args:
+        folder: Folder of this library, with its ``__init__.py``.
+
+    Raises:
+        ImportError: If a file of the other package is in the folder, or if a distribution ``balance`` next to it lists
+            its ``__init__.py``.
+    """
+    if any((folder / name).exists() for name in _OTHER) or _is_listed(folder):
+        raise ImportError(
+            f"{folder} must contain mtl-balance only, but the package 'balance', which weights surveys, is installed there too."
+            " Run pip uninstall balance mtl-balance, and install each of them in its own environment."
+        )
+
+
+def _is_listed(folder: Path) -> bool:
+    """Return whether an installed distribution ``balance`` lists the ``__init__.py`` of a folder."""
+    records = folder.parent.glob("balance-*.dist-info/RECORD")
+    return any(f"{folder.name}/__init__.py," in record.read_text(encoding="utf-8") for record in records)

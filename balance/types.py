@@ -11,23 +11,24 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-Losses: TypeAlias = Tensor  # (K,), one value per task
-WeightedLosses: TypeAlias = Tensor  # (K,), the output of a loss balancer, differentiable
-Jacobian: TypeAlias = Tensor  # (K, P), rows are task gradients
-Gramian: TypeAlias = Tensor  # (K, K), inner products of the rows
-Weights: TypeAlias = Tensor  # (K,), coefficients of the rows
-Direction: TypeAlias = Tensor  # (P,), added to .grad; parameters move along its negative
+Losses: TypeAlias = Tensor  #: (K,), one value per task
+WeightedLosses: TypeAlias = Tensor  #: (K,), the output of a loss balancer, differentiable
+Jacobian: TypeAlias = Tensor  #: (K, P), rows are task gradients
+Gramian: TypeAlias = Tensor  #: (K, K), inner products of the rows
+Weights: TypeAlias = Tensor  #: (K,), coefficients of the rows
+Direction: TypeAlias = Tensor  #: (P,), added to .grad; parameters move along its negative
 
-LossRule: TypeAlias = Callable[..., WeightedLosses]
-GradientRule: TypeAlias = Callable[..., Tensor]  # maps a Gramian to Weights, or a Jacobian to a Direction
+LossRule: TypeAlias = Callable[..., WeightedLosses]  #: maps Losses to WeightedLosses
+GradientRule: TypeAlias = Callable[..., Tensor]  #: maps a Gramian to Weights, or a Jacobian to a Direction
 
-Heads: TypeAlias = Literal["unweighted", "weighted"]
-Scale: TypeAlias = Literal["paper", "sum", "norm"]
-Source: TypeAlias = Literal["parameters", "features"]
-Sees: TypeAlias = Literal["gramian", "jacobian"]
-EngineChoice: TypeAlias = Literal["auto", "loop", "batched"]
-Memory: TypeAlias = Literal["jacobian", "gramian"]
+Heads: TypeAlias = Literal["unweighted", "weighted"]  #: treatment of task-specific heads
+Scale: TypeAlias = Literal["paper", "sum", "norm"]  #: length of the direction
+Source: TypeAlias = Literal["parameters", "features"]  #: tensors at which conflict is measured
+Sees: TypeAlias = Literal["gramian", "jacobian"]  #: input of a gradient balancer
+EngineChoice: TypeAlias = Literal["auto", "loop", "batched"]  #: order of the backward passes
+Memory: TypeAlias = Literal["jacobian", "gramian"]  #: gradients in memory
 
+#: Problems of multi-task training that a method addresses
 Remedy: TypeAlias = Literal[
     "loss scale",  # losses of different size or unit
     "gradient length",  # task gradients of different length
@@ -36,6 +37,7 @@ Remedy: TypeAlias = Literal[
     "domination",  # one task that decides the direction
     "local minima",  # by random weights or directions
 ]
+#: Conditions on training that a method needs
 Need: TypeAlias = Literal[
     "positive losses",
     "optimizer",  # the balancer's parameters belong in the optimizer

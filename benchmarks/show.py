@@ -12,6 +12,8 @@ import matplotlib.pyplot as plt
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from matplotlib.figure import Figure
+
 PEER = "torchjd "  # prefix of TorchJD's rows
 
 SHOWN = {  # label, colour, marker and line by variant
@@ -100,12 +102,70 @@ def _error(error: dict[str, float]) -> str:
     return f"{error['mean']:.2f}, {error['largest']:.2f}"
 
 
+def ratios_table(results: dict[str, Any]) -> str:
+    """Return a table of all variants: time of a step relative to the first variant, and in brackets its memory where recorded.
+
+    Args:
+        results: Rows by variant, by a title of words such as ``"mlp K=3 P=23296"``. Words that all titles share are left out.
+    """
+    shared = common_words(results)
+    columns = [", ".join(word.replace("=", " = ") for word in words_of(title) if word not in shared) for title in results]
+    lines = [f"| step | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
+    for variant in next(iter(results.values())):
+        cells = [_ratio(rows.get(variant)) for rows in results.values()]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def words_of(title: str) -> list[str]:
+    """Return the words of a title, such as ``["mlp", "K=3"]``."""
+    return title.replace(" = ", "=").split()
+
+
+def common_words(results: dict[str, Any]) -> list[str]:
+    """Return the words that all titles share, if there are several titles."""
+    first, *others = map(words_of, results)
+    return [word for word in first if others and all(word in other for other in others)]
+
+
+def _ratio(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    memory = f" ({row['mib']:.1f} MiB)" if "mib" in row else ""
+    return f"{row['ratio']:.2f}{memory}"
+
+
+def metrics_table(results: dict[str, Any]) -> str:
+    """Return a table of the share of steps that raise some loss, without and with the optimizer's metric.
+
+    Args:
+        results: Lists of rows; each row has a problem, an optimizer and a metric.
+    """
+    shares: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in (row for rows in results.values() for row in rows):
+        shares.setdefault((row["problem"], row["optimizer"], row["method"]), {})[row["metric"]] = row["step"]
+    lines = [
+        "| problem | optimizer | method | step, without a metric | step, with `metric=optimizer` |",
+        "| --- | --- | --- | ---: | ---: |",
+    ]
+    for (problem, optimizer, method), by_metric in shares.items():
+        cells = [f"{100 * by_metric[metric]:.1f} %" if metric in by_metric else "-" for metric in ("gradients", "optimizer")]
+        lines.append(f"| {problem} | {optimizer} | `{method}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def draw(results: dict[str, Any], file: Path) -> None:
-    """Draw one panel for each network: time of a step relative to an ordinary step, over the number of tasks, both logarithmic.
+    """Write the figure of steps to a file."""
+    figure = figure_of_steps(results)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def figure_of_steps(results: dict[str, Any]) -> Figure:
+    """Return one panel for each network: time of a step relative to an ordinary step, over the number of tasks.
 
     Args:
         results: Rows by variant, by a title that begins with the network and ``K=``.
-        file: Path of the figure.
     """
     networks = list(dict.fromkeys(title.split()[0] for title in results))
     figure, panels = plt.subplots(1, len(networks), figsize=(3.1 * len(networks) + 0.6, 3.4), sharey=True, squeeze=False)
@@ -130,5 +190,4 @@ def draw(results: dict[str, Any], file: Path) -> None:
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=4, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.15, 1, 1))
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+    return figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
@@ -27,6 +28,12 @@ extensions = [
     "sphinx_copybutton",
     "matplotlib.sphinxext.plot_directive",
     "external_names",
+    "peer_methods",
+    "remedies",
+    "method_pages",
+    "benchmark_tables",
+    "configuration",
+    "public_names",
 ]
 exclude_patterns = ["_build", "_ext", "_inventories", "**/.ipynb_checkpoints"]
 nitpicky = True
@@ -42,6 +49,7 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autodoc_class_signature = "mixed"
+autodoc_mock_imports = [name for name in ("lightning", "transformers", "accelerate") if find_spec(name) is None]
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -62,7 +70,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_theme_options = {
     "github_url": "https://github.com/mtl-balance/balance",
-    "header_links_before_dropdown": 7,
+    "header_links_before_dropdown": 9,
     "navbar_align": "left",
     "secondary_sidebar_items": ["page-toc"],
     "show_toc_level": 2,

@@ -20,8 +20,13 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("balance", "experiments", "benchmarks", "tests")
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
-MARKDOWN = ("README.md", "CHANGELOG.md", "experiments/README.md", "benchmarks/README.md", *PAGES)
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "docs").rglob("*.md")
+    if path.parent.parent.name != "methods"  # generated
+)
+PROJECT = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md")
+MARKDOWN = (*PROJECT, "experiments/README.md", "benchmarks/README.md", *PAGES)
 EXEMPT = ("tests/plain_english.py", "tests/test_plain_english.py")  # they quote the words
 WORDS, SEMICOLONS = 25, 1
 

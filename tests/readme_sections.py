@@ -1,6 +1,6 @@
-"""Sections of README.md that are generated: tables of the methods, from their registrations, and the tree, from docstrings.
+"""Sections of Markdown files that are generated: tables of methods, from their registrations, and the tree, from docstrings.
 
-python tests/readme_sections.py            compare README.md with the sources; exit code 1 if a section differs
+python tests/readme_sections.py            compare the files with the sources; exit code 1 if a section differs
 python tests/readme_sections.py --write    write the sections anew
 """
 
@@ -17,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from balance import gradient_balancers, loss_balancers
 
 if TYPE_CHECKING:
-    import inspect
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from balance.rules.registry import Registry
 
@@ -41,20 +40,18 @@ NEEDS = {
 }
 
 
-def methods_table(registry: Registry, *, heads: bool) -> str:
-    """Return the Markdown table of a registry; ``heads``: with a column for the treatment of heads."""
-    columns = [registry.kind, "paper", "remedies", "needs", *(["heads"] if heads else []), "options (default)"]
+def methods_table(registry: Registry) -> str:
+    """Return the Markdown table of a registry; each name is a link to the module of the method."""
+    columns = (registry.kind, "paper", "remedies", "needs")
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for name in names(registry):
         traits = registry.traits(name)
-        cells = [
-            f"`{name}`",
+        cells = (
+            f"[`{name}`]({registry.method(name).rule.__module__.replace('.', '/')}.py)",
             ", ".join([traits.label or name, *links(traits.paper)]),
             ", ".join(traits.remedies) or "-",
             ", ".join(NEEDS[need] for need in traits.needs) or "-",
-            *([traits.heads] if heads else []),
-            ", ".join(f"`{option.name}` ({default(option)})" for option in options(registry, name)) or "-",
-        ]
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -69,19 +66,6 @@ def links(papers: str) -> Iterator[str]:
     for paper in filter(None, papers.split("; ")):
         authors, _, address = paper.rpartition(", ")
         yield f"[{authors}]({address})" if authors else paper
-
-
-def options(registry: Registry, name: str) -> list[inspect.Parameter]:
-    """Return the options of a rule without its seed, which the stage sets."""
-    return [option for option in registry.options(name).values() if option.name != "seed"]
-
-
-def default(option: inspect.Parameter) -> str:
-    """Return the default of an option, numbers without unnecessary digits."""
-    if option.default is option.empty:
-        return "required"
-    value = option.default
-    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def tree() -> str:
@@ -114,40 +98,41 @@ def summary(entry: Path) -> str:
     return text
 
 
-SECTIONS: dict[str, Callable[[], str]] = {
-    "loss balancers": lambda: methods_table(loss_balancers, heads=False),
-    "gradient balancers": lambda: methods_table(gradient_balancers, heads=True),
-    "tree": tree,
+SECTIONS: dict[str, dict[str, Callable[[], str]]] = {  # by file
+    "README.md": {
+        "loss balancers": lambda: methods_table(loss_balancers),
+        "gradient balancers": lambda: methods_table(gradient_balancers),
+    },
+    "CONTRIBUTING.md": {"tree": tree},
 }
 
 
-def generated(readme: str) -> str:
-    """Return the text of a README with all sections anew.
+def generated(text: str, sections: Mapping[str, Callable[[], str]], file: str = "The file") -> str:
+    """Return the text of a file with all of its sections anew.
 
     Raises:
         ValueError: If the markers of a section are missing.
     """
-    for section, build in SECTIONS.items():
+    for section, build in sections.items():
         begin, end = re.escape(MARKED.format(section, "\0")).split(re.escape("\0"))
-        readme, count = re.subn(
-            f"{begin}.*?{end}", lambda _, s=section, b=build: MARKED.format(s, b()), readme, flags=re.DOTALL
-        )
+        text, count = re.subn(f"{begin}.*?{end}", lambda _, s=section, b=build: MARKED.format(s, b()), text, flags=re.DOTALL)
         if count != 1:
-            raise ValueError(f"README.md must have the markers of the section '{section}' once, but has them {count} times.")
-    return readme
+            raise ValueError(f"{file} must have the markers of the section '{section}' once, but has them {count} times.")
+    return text
 
 
 def main(arguments: list[str]) -> int:
-    """Compare or write README.md, and return the exit code."""
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = generated(before)
-    if "--write" in arguments:
-        path.write_text(after, encoding="utf-8")
-    elif before != after:
-        print("README.md differs from the sources. Run python tests/readme_sections.py --write.")  # noqa: T201
-        return 1
-    return 0
+    """Compare or write the files, and return the exit code."""
+    code = 0
+    for file, sections in SECTIONS.items():
+        before = (ROOT / file).read_text(encoding="utf-8")
+        after = generated(before, sections, file)
+        if "--write" in arguments:
+            (ROOT / file).write_text(after, encoding="utf-8")
+        elif before != after:
+            print(f"{file} differs from the sources. Run python tests/readme_sections.py --write.")  # noqa: T201
+            code = 1
+    return code
 
 
 if __name__ == "__main__":

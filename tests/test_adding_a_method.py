@@ -44,7 +44,12 @@ GRADIENT_BALANCER = '''
     ),
 )
 def harmonic(gramian: Gramian, *, power: float = 1.0) -> Weights:
-    """Return weights on the simplex that are inversely proportional to the lengths of the task gradients."""
+    """Return weights on the simplex that are inversely proportional to the lengths of the task gradients.
+
+    Args:
+        gramian: Inner products of the task gradients. Shape (K, K).
+        power: Exponent of the lengths.
+    """
 
     def weights(G: Array) -> Array:
         norms = np.sqrt(np.diag(G))
@@ -82,6 +87,17 @@ import balance
 from tests import readme_sections
 
 
+def test_both_methods_have_pages(monkeypatch):
+    monkeypatch.syspath_prepend(readme_sections.ROOT / "docs/_ext")
+    from method_pages import SECTIONS, page
+
+    text = page("gradient", "harmonic")
+    assert all(f"## {title}" in text for title in SECTIONS)
+    assert "Exponent of the lengths." in text
+    assert "conflict free: " in text.split("**Refuted")[1]
+    assert "Roe 2031" in page("loss", "halved")
+
+
 def test_stage_builds_both_methods():
     theta = torch.tensor([1.0, -1.0], dtype=torch.float64, requires_grad=True)
     stage = balance.Balancer(2, loss="halved", gradient="harmonic")
@@ -103,8 +119,8 @@ def test_diagnosis_recommends_both_methods():
 
 def test_readme_lists_both_methods():
     text = (readme_sections.ROOT / "README.md").read_text(encoding="utf-8")
-    assert "| `halved` | Halved, [Roe 2031](https://example.org/half) | loss scale | - | - |" in text
-    assert "| Harmonic, [Doe 2030](https://example.org/harmonic) | gradient length | - | unweighted | `power` (1) |" in text
+    assert ".py) | Halved, [Roe 2031](https://example.org/half) | loss scale | - |" in text
+    assert ".py) | Harmonic, [Doe 2030](https://example.org/harmonic) | gradient length | - |" in text
 """
 
 
@@ -122,10 +138,11 @@ def append(path, text):
 @pytest.fixture
 def copy(tmp_path):
     """A copy of the project with two further methods, without rows, references and changelog."""
-    for package in ("balance", "experiments"):  # the README's tree lists both
+    for package in ("balance", "experiments"):  # the tree in CONTRIBUTING.md lists both
         python_only = shutil.ignore_patterns("__pycache__", "*.npz", "*.png", "*.yaml", "*.html")
         shutil.copytree(ROOT / package, tmp_path / package, ignore=python_only)
-    for name in ("pyproject.toml", "README.md", "CHANGELOG.md"):
+    shutil.copytree(ROOT / "docs/_ext", tmp_path / "docs/_ext", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, tmp_path)
     for name in SOURCES:
         (tmp_path / "tests" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +166,7 @@ def test_function_without_rows_and_line_is_refused(copy):
     failed = set(re.findall(r"^FAILED tests/(\S+)", printed, flags=re.MULTILINE))
     demands = {"row_of_claims", "row_of_references", "line_in_the_changelog"}
     missing = {f"test_methods.py::test_method_has_a_{what}[{name}]" for what in demands for name in ("harmonic", "halved")}
-    assert failed == {*missing, "test_readme_sections.py::test_readme_has_the_generated_sections"}
+    assert failed == {*missing, "test_readme_sections.py::test_files_have_the_generated_sections[README.md]"}
 
 
 def test_function_two_rows_and_a_line_are_all_that_a_method_needs(copy):

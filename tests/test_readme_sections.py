@@ -3,31 +3,28 @@ import pytest
 from balance.rules.registry import Registry
 from tests import readme_sections
 
-README = readme_sections.ROOT / "README.md"
+ROOT, SECTIONS = readme_sections.ROOT, readme_sections.SECTIONS
 
 
-def test_readme_has_the_generated_sections():
-    text = README.read_text(encoding="utf-8")
-    assert readme_sections.generated(text) == text, "Run python tests/readme_sections.py --write"
+@pytest.mark.parametrize("file", SECTIONS)
+def test_files_have_the_generated_sections(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert readme_sections.generated(text, SECTIONS[file]) == text, "Run python tests/readme_sections.py --write"
 
 
-def test_table_of_methods_shows_traits_and_options():
+def test_table_of_methods_shows_traits_and_links_to_their_modules():
     registry = Registry("gradient balancer", "none")
     paper = "Doe & Roe 2030, https://example.org/a; Roe 2031, https://example.org/b"
     traits = {"paper": paper, "remedies": ["conflict", "loss scale"], "needs": ["optimizer", "all tasks"], "heads": "weighted"}
-
-    @registry.register("new", label="New", **traits)
-    def new(gramian, *, power: float, size: float = 1e-4, number: int = 3, flag: bool = False, seed: int = 0):
-        return gramian
-
+    registry.register("new", label="New", **traits)(lambda gramian: gramian)
     registry.register("bare")(lambda gramian: gramian)
-    assert readme_sections.methods_table(registry, heads=True).splitlines() == [
-        "| gradient balancer | paper | remedies | needs | heads | options (default) |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| `bare` | bare | - | - | unweighted | - |",
-        "| `new` | New, [Doe & Roe 2030](https://example.org/a), [Roe 2031](https://example.org/b) | conflict, loss scale "
-        "| its parameters in the optimizer, all tasks at each step | weighted "
-        "| `power` (required), `size` (0.0001), `number` (3), `flag` (False) |",
+    assert readme_sections.methods_table(registry).splitlines() == [
+        "| gradient balancer | paper | remedies | needs |",
+        "| --- | --- | --- | --- |",
+        "| [`bare`](tests/test_readme_sections.py) | bare | - | - |",
+        "| [`new`](tests/test_readme_sections.py) "
+        "| New, [Doe & Roe 2030](https://example.org/a), [Roe 2031](https://example.org/b) "
+        "| conflict, loss scale | its parameters in the optimizer, all tasks at each step |",
     ]
 
 
@@ -39,7 +36,7 @@ def test_table_leaves_out_rules_of_other_packages():
 
     rule.__module__ = "other_package.rules"
     registry.register("other")(rule)
-    assert len(readme_sections.methods_table(registry, heads=False).splitlines()) == 2
+    assert len(readme_sections.methods_table(registry).splitlines()) == 2
 
 
 def test_tree_lists_folders_before_files_with_the_first_sentence(tmp_path, monkeypatch):
@@ -67,19 +64,26 @@ def test_tree_lists_folders_before_files_with_the_first_sentence(tmp_path, monke
     ]
 
 
-def test_missing_markers_are_named():
-    text = README.read_text(encoding="utf-8").replace("<!-- end of tree -->", "")
-    with pytest.raises(ValueError, match="markers of the section 'tree' once, but has them 0 times"):
-        readme_sections.generated(text)
+@pytest.mark.parametrize("file", SECTIONS)
+def test_missing_markers_are_named(file):
+    section = list(SECTIONS[file])[-1]
+    text = (ROOT / file).read_text(encoding="utf-8").replace(f"<!-- end of {section} -->", "")
+    with pytest.raises(
+        ValueError, match=f"^{file} must have the markers of the section '{section}' once, but has them 0 times"
+    ):
+        readme_sections.generated(text, SECTIONS[file], file)
 
 
 def test_sections_that_differ_are_reported_and_written(tmp_path, monkeypatch, capsys):
+    def text(content):
+        return "before\n" + readme_sections.MARKED.format("tree", content) + "\nafter\n"
+
     monkeypatch.setattr(readme_sections, "ROOT", tmp_path)
-    monkeypatch.setattr(readme_sections, "SECTIONS", {"tree": lambda: "new"})
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n" + readme_sections.MARKED.format("tree", "old") + "\nafter\n", encoding="utf-8")
+    monkeypatch.setattr(readme_sections, "SECTIONS", {file: {"tree": lambda: "new"} for file in ("A.md", "B.md")})
+    (tmp_path / "A.md").write_text(text("old"), encoding="utf-8")
+    (tmp_path / "B.md").write_text(text("new"), encoding="utf-8")
     assert readme_sections.main([]) == 1
-    assert "Run python tests/readme_sections.py --write" in capsys.readouterr().out
+    assert capsys.readouterr().out == "A.md differs from the sources. Run python tests/readme_sections.py --write.\n"
     assert readme_sections.main(["--write"]) == 0
-    assert readme.read_text(encoding="utf-8") == "before\n" + readme_sections.MARKED.format("tree", "new") + "\nafter\n"
+    assert [(tmp_path / file).read_text(encoding="utf-8") for file in ("A.md", "B.md")] == [text("new")] * 2
     assert readme_sections.main([]) == 0

@@ -172,7 +172,7 @@ class Engine:
         Args:
             inputs: Tensors on which conflict is measured.
             trunk: Parameters that get the direction.
-            num_tasks: K.
+            num_tasks: Number of tasks, K.
             in_blocks: Whether the tensors can be measured block by block.
         """
         stored = num_tasks * _num_bytes(inputs)

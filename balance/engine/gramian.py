@@ -34,7 +34,7 @@ class TaskRows:
     """Gradients of K tasks with respect to some tensors.
 
     Attributes:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         by_tensor: For each tensor and each task, the gradient, flat; None where the task does not reach the tensor.
     """
 
@@ -111,7 +111,7 @@ class InnerProducts:
     """Inner products of K tasks' gradients, which arrive tensor by tensor, accumulated in float64.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         length: Length of one task's gradient over all tensors, in numbers.
         device: Device of the result.
         lean: Use less memory, which is slower.

@@ -179,7 +179,7 @@ def measured_tensors(graph: Trace, tensors: Sequence[Tensor], num_tasks: int) ->
     Args:
         graph: The graph that contains the tensors.
         tensors: Tensors to differentiate with respect to.
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
     """
     by_position = layers(graph, tensors, num_tasks)
     return [MeasuredTensor(i, tensor, by_position.get(i)) for i, tensor in enumerate(tensors)]
@@ -194,7 +194,7 @@ def layers(graph: Trace, parameters: Sequence[Tensor], num_tasks: int | None = N
     Args:
         graph: The graph that contains the parameters.
         parameters: Leaf tensors.
-        num_tasks: K. Only layers that are cheaper for so many tasks are returned; None: all layers.
+        num_tasks: Number of tasks, K. Only layers that are cheaper for so many tasks are returned; None: all layers.
     """
     positions = {id(parameter): i for i, parameter in enumerate(parameters)}
     by_position = {}

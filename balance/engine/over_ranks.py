@@ -116,7 +116,7 @@ class ShardedRows:
     """Gradients of K tasks, summed over ranks; each rank keeps a shard of every row.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         tensors: The tensors of the gradients, in an order that is equal on all ranks.
         ranks: The ranks.
         roots: For each tensor, factors on its coordinates for the inner products; None: 1.

@@ -45,7 +45,7 @@ def locate(shape: Shape, inner: int, num_samples: int) -> Place | None:
     Args:
         shape: Shape of the tensor.
         inner: Distance of two samples in row-major order.
-        num_samples: B.
+        num_samples: Number of samples, B.
     """
     below = 1
     if 0 in shape:
@@ -75,7 +75,7 @@ def input_place(node: Any, position: int, output: Shape, given: Shape, inner: in
         output: Shape of its output.
         given: Shape of the input.
         inner: Place of the samples in the output.
-        num_samples: B.
+        num_samples: Number of samples, B.
 
     Returns:
         None if the operation is unknown or may mix samples.

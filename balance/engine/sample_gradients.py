@@ -51,7 +51,7 @@ class Use(NamedTuple):
         leaf: The parameter.
         transposed: The operation uses the transpose of the parameter.
         place: Place of the samples in the output of the operation.
-        num_samples: B.
+        num_samples: Number of samples, B.
     """
 
     node: Any
@@ -113,7 +113,7 @@ def use_of(node: Any, position: int, leaf: Tensor, *, transposed: bool, inner: i
         leaf: The parameter.
         transposed: The operation uses the transpose of the parameter.
         inner: Place of the samples in the output of the operation.
-        num_samples: B.
+        num_samples: Number of samples, B.
     """
     key = (kind(node), position)
     output = tuple(node._input_metadata[0].shape)
@@ -297,7 +297,7 @@ class SampleGramian:
     """Inner products of the gradients of B samples, added parameter by parameter, in float64.
 
     Args:
-        num_samples: B.
+        num_samples: Number of samples, B.
         device: Device of the result.
     """
 

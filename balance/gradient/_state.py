@@ -55,7 +55,7 @@ def numbers_by_task(numbers: Sequence[float] | None, name: str, method: str, num
         numbers: The option; a number for every task, present or not.
         name: Name of the option, for messages.
         method: Name of the rule, for messages.
-        num_present: K.
+        num_present: Number of present tasks, K.
         present: Indices of the present tasks; None for all.
 
     Returns:
@@ -78,7 +78,7 @@ def loss_values(losses: Tensor | None, num_present: int, method: str, reason: st
 
     Args:
         losses: Shape (K,); None for ones, for callers that have no losses.
-        num_present: K.
+        num_present: Number of present tasks, K.
         method: Name of the rule, for messages.
         reason: Operation of the rule on a loss, for messages.
         zero: Whether a loss may be zero.

@@ -49,7 +49,7 @@ class MoCo(nn.Module):
     The rule stores K gradients.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         beta: β in 0..1, 0 excluded.
         beta_sigma: Exponent of the decay of β, not negative.
         gamma: γ, positive.
@@ -163,7 +163,7 @@ class DBMTL(nn.Module):
     The rule stores K gradients.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         beta: β in 0..1, 1 excluded.
         beta_sigma: σ ≥ 0; 0 keeps β.
         epsilon: Number that is added to the losses and to the lengths, not negative; 1e-8 in LibMTL.
@@ -246,7 +246,7 @@ class ConfigMomentum(nn.Module):
     The rule stores K + 2 gradients.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         beta_1: Decay of the averages, in 0..1, 1 excluded.
         beta_2: Decay of the squares, in 0..1, 1 excluded.
 

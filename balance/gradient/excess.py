@@ -44,7 +44,7 @@ class ExcessMTL(nn.Module):
     The rule stores K gradients. It is no function of the Gramian.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         lr: η, positive.
 
     Raises:

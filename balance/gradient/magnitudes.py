@@ -46,7 +46,7 @@ class GradNorm(nn.Module):
     as in the paper.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         alpha: α ≥ 0; the larger, the stronger the pull to one common pace. 0 makes the lengths equal.
         lr: Learning rate of the logits, positive.
 
@@ -136,7 +136,7 @@ class EMANorm(nn.Module):
     With ``source="features"`` the lengths are of the gradients with respect to the output of the decoder, as in the paper.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         decay: β in 0..1, 0 excluded.
         total_norm: R, positive.
         shares: c, a positive number for every task; None for equal shares.

@@ -41,7 +41,7 @@ class InverseNorm(nn.Module):
     too. The weights do not change when all gradients are multiplied by one constant.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         beta: β in 0..1, 1 excluded.
 
     Raises:
@@ -180,7 +180,7 @@ class LRAnnealing(nn.Module):
     is zero, the λ shrink. One task has the direction g. The direction is not a function of the Gramian.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         beta: β in 0..1, 1 excluded.
         main_task: Index of the main task, which must be present at each step.
 

@@ -47,7 +47,7 @@ class PCD(nn.Module):
     dependent gradients the direction is unique, the weights need not be.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         primary: Index p of the primary task, which must be present at each step.
         beta: β in 0..1, 1 excluded.
         tau: τ in 0..1.
@@ -165,7 +165,7 @@ class CRMOGM(Smoothed):
     counts the steps of a task. An absent task keeps its λ. Zero gradients and stationary points are the other rule's.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         rule: Name of a registered rule that returns weights.
         alpha: α in 0..1, 1 excluded.
         sigma: σ ≥ 0.

@@ -101,7 +101,7 @@ class GradVac(nn.Module):
     cosines: its targets stay. Targets above :math:`1 - 5 \cdot 10^{-13}` count as that number.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         beta: β in 0..1, the part of a new cosine in its target.
         order: ``"random"``: new orders at each step for each task. ``"fixed"``: ascending.
         seed: Seed of the orders; the generator is saved in the state_dict.

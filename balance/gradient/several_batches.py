@@ -45,7 +45,7 @@ class SDMGrad(nn.Module):
     absent.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         lam: λ ≥ 0.
         lr: Learning rate of w, positive.
         steps: Steps of descent at each step of the balancer, at least 1.
@@ -129,7 +129,7 @@ class MoDo(nn.Module):
     the gradients: short gradients hardly move the weights. The present tasks keep their sum of weights while others are absent.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         lr: γ, positive.
         rho: ρ ≥ 0, the pull towards equal weights.
 

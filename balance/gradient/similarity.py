@@ -43,7 +43,7 @@ class SimilarityAwareMomentum(nn.Module):
     gradients; it is allocated at the first step.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         gamma: γ in 0..1, the similarity below which the gradients get one length. 0 never does, 1 nearly always.
         beta1: Decay of the average of the gradients, in 0..1 without 1.
         beta2: Decay of the average of the dissimilarity, in 0..1 without 1.

@@ -58,7 +58,7 @@ def numbers_by_task(
 
     Args:
         numbers: One number for every task, present or not; None: the option is not given.
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         option: Name of the option, for messages.
         method: Name of the rule, for messages.
         non_negative: Whether negative numbers, and zeros only, are errors.

@@ -21,7 +21,7 @@ class UserLogits(nn.Module):
     parameter has moved.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
 
     Attributes:
         logits: The parameters.

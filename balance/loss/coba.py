@@ -51,7 +51,7 @@ class CoBa(nn.Module):
     slope and the mean weight of the other tasks.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         tau: Temperature τ ≥ 0 of the divergence factor D.
         history: Number of observations in a line, at least 2.
         warmup: Number of observations until weights adapt, at least 2.

@@ -36,7 +36,7 @@ class DynamicWeightAverage(nn.Module):
     take no part in the softmax.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         temperature: T > 0; the larger, the more equal the weights.
         mode: ``"epoch"``: means over epochs, which `end_epoch` closes. ``"window"``: means over the last ``window``
             steps, with the current step, and over the ``window`` steps before them.

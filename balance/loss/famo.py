@@ -52,7 +52,7 @@ class FAMO(nn.Module):
     ``.grad`` is cleared before. A gradient that no optimizer has used is replaced by the next one.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         gamma: Weight decay γ ≥ 0 of the logits; None: 1e-3. Only for ``optimizer="inner"``.
         lr: Learning rate of the logits, positive; None: 0.025. Only for ``optimizer="inner"``.
         min_losses: Lower bound b of every loss, K numbers; None for zeros.

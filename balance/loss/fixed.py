@@ -48,7 +48,7 @@ class ConstantWeights:
     A task of weight zero is switched off. A gradient balancer then gets a zero gradient, and mgda gives it all weight.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         weights: One finite number for each task, not negative and not all zero; None for ones.
 
     Raises:
@@ -89,7 +89,7 @@ class LinearSchedule(nn.Module):
     task of weight zero is switched off, as with constant weights.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         start: First weights a, finite and not negative, not all zero; None for ones.
         end: Last weights b, finite and not negative, not all zero; None for ones.
         steps: Number T of steps until the last weights, at least 1.
@@ -141,7 +141,7 @@ class SingleTask:
     """Single-task learning: one task keeps its loss, and every other task gets weight zero.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         main_task: Index of the task that is trained. A step from which it is absent trains nothing.
 
     Raises:

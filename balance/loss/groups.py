@@ -43,7 +43,7 @@ class GO4Align(nn.Module):
     and accumulates nothing.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         num_groups: Number of groups, at least 1; a number above K has the effect of K.
         step_size: β ≥ 0, per unit of loss.
         grouping: Method that forms the groups. ``"kmeans"``: exact k-means. ``"spectral"``: spectral clustering by

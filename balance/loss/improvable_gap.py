@@ -25,7 +25,7 @@ class BaseLosses(nn.Module):
     """Mean losses of one epoch, by which later losses are divided.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         epoch: The epoch, counted from 0. For a task that is absent from this epoch, its first later epoch counts.
         method: Name of the rule, for messages.
     """
@@ -69,7 +69,7 @@ class IGBv1(nn.Module):
     tasks take no part in the softmax.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         base_epoch: Epoch whose mean losses are the base, counted from 0.
 
     Raises:
@@ -132,7 +132,7 @@ class IGBv2(nn.Module):
     are the agent's state.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         base_epoch: Epoch whose mean losses are the base, counted from 0.
         sac_lr: Learning rate of the agent.
         buffer_size: Number of transitions that the agent stores.

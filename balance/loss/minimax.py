@@ -38,7 +38,7 @@ class Minimax(nn.Module):
     learning rate grows with them. One task is weighted too. An absent task keeps its weight and its moments.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         lr: Learning rate of the weights, positive.
         ascent: Optimizer of the weights.
         every: Number of steps from one update of the weights to the next, at least 1.

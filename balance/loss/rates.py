@@ -46,7 +46,7 @@ class SoftAdapt(nn.Module):
     losses; a slope then counts only the steps at which the task was present.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         beta: β; positive: weight for losses that fall slowly, negative: weight for losses that fall fast.
         variant: The formula.
         window: Number of losses in a slope, at least 2. Large windows amplify the noise of mini-batches.
@@ -153,7 +153,7 @@ class ReLoBRaLo(nn.Module):
     Absent tasks take no part and keep their losses and weights. A task begins at its first step, with weight 1.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         alpha: α in 0..1: share of the past.
         temperature: T > 0; the larger, the more equal the weights.
         rho: Probability in 0..1 that the past is the last weights, not the comparison with the first losses.
@@ -240,7 +240,7 @@ class ResidualNormalization(nn.Module):
     their state.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         alpha: α ≥ 0: strength of the correction of the training pace.
         lr: Learning rate of ξ, positive.
 

@@ -35,7 +35,7 @@ class Preference:
     """Preference λ and reference point z of a scalarisation, one number each for every task, present or not.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         preference: Numbers that are not negative, and not all zero; None for 1 / K, with K tasks present.
         reference: Finite numbers; None for zeros.
         method: Name of the rule, for messages.
@@ -88,7 +88,7 @@ class SmoothTchebycheff(nn.Module):
     either sign are allowed. For small μ both forms approach the maximum. Absent tasks take no part.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         mu: Smoothing μ > 0.
         warmup_epochs: Epoch whose mean losses are n, counted from 0. Only for ``form="log"``.
         form: The formula; None: plain if a preference or a reference point is given, else logarithmic.
@@ -183,7 +183,7 @@ class Tchebycheff:
     that are only weakly Pareto optimal. One task keeps its direction. Absent tasks take no part.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         preference: λ, not negative, used as given; None for 1 / K. For the form with divisors give their inverses.
         reference: Ideal point z; None for zeros.
         rho: ρ ≥ 0.
@@ -246,7 +246,7 @@ class Cosmos:
     If all losses are zero, the cosine counts as constant. One task has weight r. Absent tasks take no part.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         preference: r, not negative, used as given; None for 1 / K.
         penalty: λ ≥ 0; 0.01 to 8 in the paper.
 
@@ -302,7 +302,7 @@ class PenaltyBoundaryIntersection:
     task has weight 1. Absent tasks take no part.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         preference: Direction w, not negative; None for equal entries.
         theta: Penalty θ ≥ 0.
         reference: Ideal point z; None for zeros.

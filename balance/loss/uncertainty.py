@@ -46,7 +46,7 @@ class UncertaintyWeighting(nn.Module):
     that stays negative drives its s to minus infinity.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         init: Initial log-variance of every task.
 
     Source:
@@ -91,7 +91,7 @@ class ImpartialLosses(nn.Module):
     absent task keeps its s.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         init: Initial log-scale of every task.
 
     Source:

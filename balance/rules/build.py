@@ -41,7 +41,7 @@ def build_loss_balancer(
     Args:
         rule: Registered name, several names that are applied from left to right, or a callable.
         options: Options of a registered rule; of several rules, options by name.
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         seed: Seed of every rule that draws random numbers, unless its options contain a seed.
         priorities: Priorities of the tasks. Shape (K,).
 
@@ -73,7 +73,7 @@ def build_gradient_balancer(
     Args:
         rule: Registered name or callable.
         options: Options of a registered rule.
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         seed: Seed of a rule that draws random numbers, inside compositions too, unless its options contain a seed.
         priorities: Priorities of the tasks. Shape (K,).
 

@@ -27,7 +27,7 @@ class Chain(nn.Module):
     Args:
         rules: Built loss balancers.
         names: Their names, for messages.
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
 
     Attributes:
         needs_observation: Whether the first rule must observe the losses after each step.

@@ -36,7 +36,7 @@ def every(n: int, rule: str | GradientRule, num_tasks: int, **options: Any) -> E
     Args:
         n: At least 1; 1 changes nothing.
         rule: A gradient balancer that returns weights, by name or as a callable.
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         **options: Options of a rule that is given by name.
 
     Returns:
@@ -56,7 +56,7 @@ def smoothed(rule: str | GradientRule, beta: float, num_tasks: int, **options: A
     Args:
         rule: A gradient balancer that returns weights, by name or as a callable.
         beta: In 0..1, 1 excluded; 0 changes nothing. The first weights of a task are not averaged.
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         **options: Options of a rule that is given by name.
 
     Returns:
@@ -75,7 +75,7 @@ def grouped(rule: str | GradientRule, groups: Sequence[Sequence[int]], num_tasks
         rule: A gradient balancer that returns weights, by name or as a callable; by name, it is built for as many tasks as
             there are groups.
         groups: Indices of the tasks of each group; every task is in exactly one.
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         **options: Options of a rule that is given by name.
 
     Returns:

@@ -213,7 +213,7 @@ def switched_losses(
 
     Args:
         given: The rules.
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         build: Function that builds one rule from a name or a callable, and options.
     """
     return SwitchedLosses(given, [build(rule, options) for rule, options in given.parts("ls")], num_tasks)
@@ -228,7 +228,7 @@ def switched_gradients(
 
     Args:
         given: The rules.
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         build: Function that builds one rule from a name or a callable, and options.
 
     Raises:

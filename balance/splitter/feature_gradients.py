@@ -70,7 +70,7 @@ def sum_over_ranks(squares: Tensor, gramian: Gramian | None, gradients: FeatureG
         squares: Squared lengths of the gradients of this rank. Shape (k,).
         gramian: Their inner products, shape (k, k), or None.
         gradients: The gradients of this rank.
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         ranks: The processes that train together.
 
     Returns:

@@ -150,7 +150,7 @@ class Balancer(LearningStage):
 
     @property
     def metric(self) -> OptimizerMetric | None:
-        """Metric of the inner products of gradients, of an optimizer; None: the usual one."""
+        """Metric of an optimizer for the inner products of gradients, or None for the usual inner products."""
         return self._metric
 
     @metric.setter
@@ -161,7 +161,7 @@ class Balancer(LearningStage):
 
     @property
     def heads(self) -> Heads:
-        """Treatment of task-specific parameters: as chosen, or as the gradient balancer's paper code does."""
+        """Treatment of task-specific parameters, as chosen or as in the paper code of the gradient balancer."""
         return self._heads or ("unweighted" if self.gradient_balancer is None else self.gradient_balancer.heads)
 
     def backward(

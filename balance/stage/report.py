@@ -57,7 +57,11 @@ class Report:
         return None if self.gramian is None else int((self.gramian.triu(1) < 0).sum())
 
     def as_metrics(self) -> dict[str, float]:
-        """Flat metrics: ``loss/<task>``, ``weight/<task>``, ``gradient_weight/<task>``, ``cosine/<a>__<b>``, ``conflicts``."""
+        """Return the numbers of the record by name.
+
+        Returns:
+            ``loss/<task>``, ``weight/<task>``, ``gradient_weight/<task>``, ``cosine/<a>__<b>`` and ``conflicts``.
+        """
         groups = {"loss": self.losses, "weight": self.loss_weights, "gradient_weight": self.gradient_weights}
         metrics = {
             f"{group}/{task}": value

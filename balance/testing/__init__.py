@@ -1,6 +1,6 @@
 """Properties of rules, for authors of new rules: the checks that all rules of this library pass. Needs hypothesis.
 
-    from . import check_gradient_balancer
+    from balance.testing import check_gradient_balancer
     check_gradient_balancer(lambda num_tasks: my_rule, claims=("conflict_free",))
 
 A factory builds a fresh rule for K tasks; a rule that draws must start from one seed each time. A claim that fails raises an

@@ -21,7 +21,7 @@ def make_jacobian(num_tasks: int, kind: str, seed: int) -> Jacobian:
     """Return a random Jacobian in float64.
 
     Args:
-        num_tasks: K.
+        num_tasks: Number of tasks, K.
         kind: Property of the rows, one of `KINDS`. ``"generic"`` rows have different scales. ``"low_rank"`` rows are
             dependent, and ``"rounded"`` rows are dependent up to rounding to float32. ``"stationary"`` rows have 0 in their
             convex hull.

@@ -28,3 +28,9 @@ def test_one_bound_for_each_task_also_where_tasks_are_absent():
         loss_balancers.build("scaleinvls", min_losses=[0.0, 0.0])(torch.ones(2), present=torch.tensor([0, 2]))
     with pytest.raises(ValueError, match="one number for each task"):
         loss_balancers.build("scaleinvls", min_losses=[0.0])(torch.ones(2), present=torch.tensor([0, 0]))
+
+
+def test_gls_of_small_losses_does_not_underflow():
+    losses = torch.tensor([1e-30, 2e-30], requires_grad=True)
+    (weights,) = torch.autograd.grad(loss_balancers.build("gls")(losses).sum(), losses)
+    torch.testing.assert_close(weights, torch.tensor([0.5 * 2**0.5, 0.25 * 2**0.5]))

@@ -61,7 +61,7 @@ def pretrained(shape: Shape, cache: Path) -> PreTrainedModel:
     build_once(file, file.exists, lambda partial: torch.save(_train(shape).state_dict(), partial))
     with torch.random.fork_rng(devices=[]):
         model = fresh(shape)
-    model.load_state_dict(torch.load(file))
+    model.load_state_dict(torch.load(file, weights_only=True))
     return model
 
 
