@@ -134,7 +134,7 @@ def check_baselines(words):
 
 
 def check_catalogue(words):
-    assert words[0] == "methods"
+    assert words[:1] in ([], ["methods"])
     assert len(words) < 3
     for name in words[1:]:
         assert name == "NAME" or any(name in registry for registry in catalogue.REGISTRIES.values()), name

@@ -29,7 +29,7 @@ TINY_ROOMS = [f"data.num_{part}=4" for part in ("train", "validation", "test")] 
     "log_model=false",
 ]
 TINY = ["data.train_pairs=128", "data.validation_pairs=50", "data.test_pairs=50", "train.epochs=1", "log_model=false"]
-# One command of each kind, in an order in which a reader could give them; figures are drawn in test_compare.py and test_front.py
+# One command of each kind, in an order in which a reader could give them; test_compare.py and test_front.py draw figures
 RUN = (
     "python experiments/trainer.py --loss_method=go4align --gradient_method=pcgrad --seed=1",
     "python experiments/trainer.py --loss_method=famo train.epochs=5 loss.gamma=0.01 output_dir=runs/short",

@@ -48,9 +48,6 @@ def check_outputs(notebook):
     assert pictures(notebook)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
 @pytest.mark.parametrize(
     "path",
     [pytest.param(p, marks=pytest.mark.slow if p.stem in SLOW else ()) for p in notebooks.NOTEBOOKS],

@@ -88,5 +88,5 @@ def test_any_other_library_that_is_not_installed(monkeypatch):
         raise ModuleNotFoundError("No module named 'PIL'", name="PIL")
 
     monkeypatch.setattr(base, "import_module", missing)
-    with pytest.raises(ModuleNotFoundError, match=r"'celeba' needs PIL: pip install 'mtl-balance\[experiments\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"'celeba' needs PIL: pip install -e \. --group experiments"):
         find("celeba")
