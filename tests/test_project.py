@@ -17,6 +17,7 @@ def text(name):
 
 MAKEFILE = text("Makefile")
 TARGETS = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, flags=re.MULTILINE)[0].split()
+CLASSIFIERS = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', text("pyproject.toml"))
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
@@ -76,9 +77,8 @@ def test_workflow_uses_the_commands_and_constraints_of_the_project(workflow):
 
 def test_matrix_has_the_supported_versions_of_python():
     matrix = yaml.safe_load(text(".github/workflows/ci.yml"))["jobs"]["tests"]["strategy"]["matrix"]
-    classifiers = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', text("pyproject.toml"))
-    assert matrix["python"] == classifiers
-    assert f'requires-python = ">={classifiers[0]}"' in text("pyproject.toml")
+    assert matrix["python"] == CLASSIFIERS
+    assert f'requires-python = ">={CLASSIFIERS[0]}"' in text("pyproject.toml")
 
 
 def test_oldest_versions_are_the_lower_bounds():
@@ -88,6 +88,9 @@ def test_oldest_versions_are_the_lower_bounds():
     for name, bound in bounds.items():
         (pinned,) = re.findall(rf"^{name}==([\d.]+)$", text("constraints-oldest.txt"), flags=re.MULTILINE)
         assert f"{pinned}.".startswith(f"{bound}.")
+    install = text("docs/start/install.md")
+    assert f"PyTorch {bounds['torch']} or newer, and SciPy {bounds['scipy']} or newer" in install
+    assert f"Python {CLASSIFIERS[0]} or newer" in install
 
 
 def test_hooks_pin_no_version():
