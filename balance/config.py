@@ -9,13 +9,18 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+from .messages import require_package, unknown
+
+if find_spec("omegaconf") is None:
+    require_package("omegaconf", "config")
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from .messages import unknown
 from .rules import compose as compose_rules
 from .rules.registry import Registry, gradient_balancers, loss_balancers
 from .rules.switch import Switch

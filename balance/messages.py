@@ -32,9 +32,16 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
 def suggestion(name: object, known: Iterable[str]) -> str:
     """Return sentences with the known name that is nearest to a wrong one, and all known names."""
     known = sorted(known)
+    by_letters = {_letters(entry): entry for entry in known}  # papers write PCGrad and Nash-MTL
     near = get_close_matches(str(name), known, n=1)
+    near = near or [by_letters[match] for match in get_close_matches(_letters(str(name)), by_letters, n=1)]
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return f"{hint} Known: {', '.join(known) if known else 'none'}."
+
+
+def _letters(name: str) -> str:
+    """Return the letters and digits of a name, in lower case."""
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def require_package(package: str, extra: str) -> None:

@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 STEP = """
 import sys
@@ -57,3 +59,26 @@ def test_base_install_needs_torch_and_scipy_only():
 
     base = [line for line in requires("mtl-balance") if "extra ==" not in line]
     assert sorted(line.split(">")[0] for line in base) == ["scipy", "torch"]
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [
+        ("testing", "hypothesis", "testing"),
+        ("config", "omegaconf", "config"),
+        ("integrations.lightning", "lightning", "lightning"),
+        ("integrations.transformers", "transformers", "transformers"),
+    ],
+)
+def test_a_module_whose_package_is_missing_names_its_extra(module, package, extra):
+    code = f"""
+import importlib, importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "{package}" else find(name, *rest)
+try:
+    importlib.import_module("balance.{module}")
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert f"{package} is required but not installed. Use pip install 'mtl-balance[{extra}]'." in printed

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..messages import require_package, unknown
+
+if find_spec("lightning") is None:
+    require_package("lightning", "lightning")
 
 import torch
 from lightning.pytorch import Callback
 
-from ..messages import unknown
 from ..stage.balancer import Balancer
 from ..stage.deferred import leaves_besides_steps
 from ..stage.extra_forward import extra_forward

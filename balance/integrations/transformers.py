@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from copy import copy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..messages import require_package
+
+if find_spec("transformers") is None:
+    require_package("transformers", "transformers")
 
 import torch
 from transformers import Trainer

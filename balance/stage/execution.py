@@ -193,7 +193,10 @@ def _checked_step(owner: Owner, given: StepArguments, prepared: Prepared, *, is_
     step, scaler = prepared.step, given.enabled_scaler
     if bad := step.not_finite():
         if scaler is None or is_trial:
-            raise ValueError(f"Losses must be finite, but got {bad}. Look at the data and the learning rate.")
+            raise ValueError(
+                f"Losses must be finite, but got {bad}. Look at the data and the learning rate. If NaN marks a task without "
+                'labels, give Balancer(..., nan="absent").'
+            )
         return _left_to_scaler(given, prepared)
     if prepared.agreed is None and prepared.collected is None and not step.losses.requires_grad:
         raise ValueError("No loss requires a gradient. Compute the losses with gradients enabled and do not detach them.")
@@ -217,7 +220,7 @@ def _take(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial: b
     elif outcome.skipped:  # no rule must learn from such a step
         state.restore()
     else:
-        owner.reminders.after_step(owner.loss_balancer)
+        owner.reminders.after_step(owner.loss_balancer, owner.parameters())
         _note_losses(owner, step)
     return outcome
 

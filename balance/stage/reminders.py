@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..messages import warn_caller
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
     from ..rules.protocol import LossBalancer
 
 _SILENT_STEPS = {"observation": 50, "epochs": 200, "validation": 200}  # after which a missing call is probably forgotten
+_UNCHANGED_STEPS = 50  # after which the balancer's parameters are probably in no optimizer
 _CALLS = {
     "observation": "observe(losses) after each optimizer step",
     "epochs": "end_epoch() after each epoch",
@@ -31,6 +34,8 @@ class Reminders:
     def __init__(self, description: str) -> None:
         self._description = description
         self._silent_steps = dict.fromkeys(_SILENT_STEPS, 0)  # -1: called, or warned of
+        self._steps = 0  # with the same parameters of the balancer; -1: they have changed, or been warned of
+        self._first_parameters: list[Tensor] = []
         self._warned_of_single_reach = False
 
     def observed(self) -> None:
@@ -45,8 +50,14 @@ class Reminders:
         """Note a call of ``observe_validation``."""
         self._silent_steps["validation"] = -1
 
-    def after_step(self, rule: LossBalancer) -> None:
-        """Count a step, and warn of a call that the loss balancer needs if it has not come for many steps."""
+    def after_step(self, rule: LossBalancer, parameters: Iterable[Tensor]) -> None:
+        """Count a step, and warn of calls and of an optimizer that the loss balancer needs and has lacked for many steps.
+
+        Args:
+            rule: The loss balancer.
+            parameters: Parameters of the stage.
+        """
+        self._check_parameters(parameters)
         needs = {"observation": rule.needs_observation, "epochs": rule.needs_epochs, "validation": rule.needs_validation}
         for kind, needed in needs.items():
             if not needed or self._silent_steps[kind] < 0:
@@ -58,6 +69,24 @@ class Reminders:
                     f"The loss balancer {self._description} needs balancer.{_CALLS[kind]}, but {_SILENT_STEPS[kind]} steps "
                     "have passed without it, and its weights do not change. Ignore this if the call is still to come."
                 )
+
+    def _check_parameters(self, parameters: Iterable[Tensor]) -> None:
+        """Warn of parameters that have the values of the first step: they are probably in no optimizer."""
+        if self._steps < 0:
+            return
+        trained = [parameter.detach() for parameter in parameters if parameter.requires_grad]
+        if self._steps == 0:
+            self._first_parameters = [values.clone() for values in trained]
+        self._steps += 1
+        if trained and self._steps <= _UNCHANGED_STEPS:
+            return
+        self._steps = -1
+        if trained and all(map(_is_unchanged, trained, self._first_parameters)):
+            warn_caller(
+                f"The parameters of the balancer have not changed in {_UNCHANGED_STEPS} steps, so that {self._description} "
+                "does not learn. Give balancer.parameters() to the optimizer. Ignore this if its first step is still to come."
+            )
+        self._first_parameters = []
 
     def check_shared(self, tasks: Sequence[str], inputs: Sequence[Tensor], reaches: Sequence[Sequence[bool]]) -> None:
         """Warn of shared parameters that only one task reaches: they are probably a head.
@@ -78,3 +107,7 @@ class Reminders:
                 f"shared must hold parameters that several tasks reach, but a parameter of shape {shape} is reached by "
                 f"task '{task}' only ({len(single)} such in all). If it belongs to a head, leave it out of shared."
             )
+
+
+def _is_unchanged(values: Tensor, first: Tensor) -> bool:
+    return values.shape == first.shape and torch.equal(values.to(first.device), first)

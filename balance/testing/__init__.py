@@ -7,6 +7,13 @@ A factory builds a fresh rule for K tasks; a rule that draws must start from one
 AssertionError with the simplest counter-example.
 """
 
+from importlib.util import find_spec
+
+from ..messages import require_package
+
+if find_spec("hypothesis") is None:
+    require_package("hypothesis", "testing")
+
 from .gradient_claims import GRADIENT_CLAIMS, WEIGHT_CLAIMS, RuleUnderTest, check_gradient_balancer
 from .inputs import KINDS, make_jacobian, make_losses
 from .loss_claims import LOSS_CLAIMS, check_loss_balancer, derivatives

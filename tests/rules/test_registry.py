@@ -95,6 +95,7 @@ def test_register_returns_what_it_decorates():
     [
         ("hlaf", {}, ValueError, r"Unknown loss balancer 'hlaf'. Did you mean 'half'\? Known: half, stateful."),
         ("xyz", {}, ValueError, r"Unknown loss balancer 'xyz'. Known: half, stateful."),
+        ("Ha-lf", {}, ValueError, "Did you mean 'half'"),
         ("half", {"facto": 1.0}, ValueError, r"The loss balancer 'half' has no option 'facto'. Did you mean 'factor'\?"),
         ("half", {"factor": "1"}, TypeError, "Option 'factor' of loss balancer 'half' must be float, but got '1'"),
         ("half", {"factor": True}, TypeError, "must be float"),

@@ -169,6 +169,30 @@ def test_a_call_that_never_comes_is_asked_for_once(loss, call):
         assert all(warning.filename == __file__ for warning in caught)
 
 
+@pytest.mark.parametrize("loss", ["uw", "imtl_l", "famo"])
+def test_parameters_that_no_optimizer_moves_are_warned_of_once(loss):
+    v = torch.tensor([1.0, 2.0], requires_grad=True)
+    options = {"optimizer": "user"} if loss == "famo" else {}
+    for forgets in (True, False):
+        stage = Balancer(2, loss=loss, loss_options=options)
+        optimizer = torch.optim.SGD([v, *([] if forgets else stage.parameters())], lr=1e-3)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(120):
+                optimizer.zero_grad()
+                stage.backward(v.square() + 1)
+                optimizer.step()
+                stage.observe(0.9 * v.detach().square() + 1)
+        assert ["balancer.parameters() to the optimizer" in str(w.message) for w in caught] == [True] * forgets
+        assert all(warning.filename == __file__ for warning in caught)
+
+
+def test_a_loss_of_nan_names_the_option_for_tasks_without_labels():
+    v = torch.tensor([1.0, torch.nan], requires_grad=True)
+    with pytest.raises(ValueError, match=r'give Balancer\(\.\.\., nan="absent"\)'):
+        Balancer(2).backward(v * 1)
+
+
 def test_measure_keeps_the_length_of_the_direction():
     for scale in ("paper", "norm"):
         lengths = []
