@@ -7,7 +7,7 @@ PIP_INSTALL = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c $(C
 PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo test test-all coverage lint format docs package mutation benchmark clean
+.PHONY: demo test test-all coverage lint format docs notebooks package mutation benchmark clean
 
 demo: $(VENV)/experiments.installed  ## train digits with GO4Align + PCGrad
 	$(VENV)/bin/python experiments/trainer.py --loss_method=go4align --gradient_method=pcgrad
@@ -36,6 +36,9 @@ format: $(VENV)/dev.installed  ## mend what ruff can mend
 
 docs: $(VENV)/dev.installed  ## the documentation site, in build/docs; a warning is an error
 	$(VENV)/bin/sphinx-build --fail-on-warning --keep-going --quiet --builder html docs build/docs
+
+notebooks: $(VENV)/dev.installed  ## execute the notebooks of the documentation anew, and store their outputs
+	$(VENV)/bin/python tests/notebooks.py
 
 package: $(VENV)/dev.installed  ## wheel and source distribution, in dist
 	rm -rf dist

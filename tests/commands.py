@@ -33,7 +33,7 @@ PAGES = sorted(
     if page.relative_to(ROOT).parts[:2] != ("docs", "methods")  # generated
 )
 BLOCK = re.compile(r"^```bash\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
-INLINE = re.compile(r"(?<!`)`(python (?:experiments/|-m (?:balance|experiments)\b)[^`]*)`(?!`)")
+INLINE = re.compile(r"(?<!`)`(python (?:experiments/|-m (?:balance |experiments\.))[^`]*)`(?!`)")
 # Started by other tests, or tools for contributors
 UNCHECKED = ("cd", "codespell", "dask", "export", "git", "mypy", "pre-commit", "ray", "ruff", "source", "sphinx-build")
 OF_PAGES = ("bits", "my-model")  # experiments that a page adds

@@ -13,8 +13,8 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start, next to other tests on the same cores
 
 set_hypothesis_home_dir(tempfile.mkdtemp(prefix="hypothesis-"))  # nothing is written beside the sources
-settings.register_profile("dev", max_examples=30, deadline=None, database=None)
-settings.register_profile("ci", max_examples=60, deadline=None, database=None, derandomize=True)
+settings.register_profile("dev", max_examples=20, deadline=None, database=None)
+settings.register_profile("ci", max_examples=20, deadline=None, database=None, derandomize=True)
 settings.register_profile(
     "thorough", max_examples=1000, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -6,6 +6,7 @@ from tests.plain_english import Prose, judge, of_comments, of_docstring, of_mark
 LONG = "word " * 25 + "word."
 
 
+@pytest.mark.slow
 def test_prose_is_plain_english():
     broken = [v for v in plain_english.violations() if not plain_english.is_listed(v.path)]
     assert not broken, "\n" + "\n".join(map(str, broken))

@@ -85,6 +85,7 @@ def test_mistakes_of_the_command_line(arguments, message, tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_help_has_an_example_that_runs(tmp_path, monkeypatch, capsys):
     command = [sys.executable, str(ROOT / "experiments/diagnose.py"), "--help"]
     text = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout

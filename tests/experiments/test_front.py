@@ -16,6 +16,7 @@ def quick_estimates(monkeypatch):
     monkeypatch.setattr(runtime, "BUDGET", 0.01)
 
 
+@pytest.mark.slow
 def test_a_fan_of_two_methods(tmp_path, capfd):
     assert front.main([*FAN, f"--output_dir={tmp_path}"]) == 0
     printed = capfd.readouterr().out

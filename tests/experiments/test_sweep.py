@@ -79,6 +79,7 @@ def test_one_more_seed_and_method_run_only_new_runs(again, capfd):
     assert len(recorded(again)[0]) == 17
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_resumes_and_ends_like_an_undisturbed_one(swept, tmp_path, capfd, monkeypatch):
     shutil.copy(swept / "mlflow.db", tmp_path / "mlflow.db")
     for run in recorded(tmp_path)[0]:

@@ -147,6 +147,7 @@ def test_help_lists_every_name(capsys):
         assert name in text
 
 
+@pytest.mark.slow
 def test_ctrl_c_closes_the_run_and_keeps_what_was_logged(tmp_path):
     command = [sys.executable, str(ROOT / "experiments/trainer.py"), "train.epochs=1000", "data.train_pairs=256", "log_every=1"]
     process = subprocess.Popen(

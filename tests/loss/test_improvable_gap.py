@@ -71,6 +71,7 @@ def test_igbv2_trains_from_the_first_step_of_the_fourth_epoch():
     assert not all(torch.equal(value, initial[key]) for key, value in rule.agent.actor.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_agent_learns_what_pays():
     """If only weight on the first task lowers the losses, the actor learns to give it weight."""
     rule = loss_balancers.build("igbv2", num_tasks=2, base_epoch=0, sac_lr=3e-3, buffer_size=500)

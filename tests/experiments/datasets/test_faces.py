@@ -81,6 +81,7 @@ def test_every_attribute_changes_a_region_of_every_face(contexts, attribute):
     assert (change == 0).mean((1, 2)).min() > (0.2 if attribute == "Blurry" else 0.6)
 
 
+@pytest.mark.slow
 def test_most_attributes_can_be_learnt():
     """By a linear function of the pixels, fitted to 500 faces: area under the curve on 250 others, 0.5 for guesses.
 

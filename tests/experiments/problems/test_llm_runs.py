@@ -217,5 +217,5 @@ def test_defaults_of_the_cache_and_of_settings(monkeypatch, tmp_path):
 
 def test_without_the_libraries_the_remedy_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'mtl-balance\[llm\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e \. --group llm"):
         importlib.reload(llm)

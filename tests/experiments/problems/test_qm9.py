@@ -151,9 +151,7 @@ def test_raw_files_without_rdkit_are_refused_with_the_remedy(tmp_path, monkeypat
     no_download(monkeypatch)
     monkeypatch.setitem(sys.modules, "rdkit", None)
     write_qm9(tmp_path)
-    with pytest.raises(
-        ModuleNotFoundError, match=r"gdb9\.sdf can only be read with RDKit: pip install 'mtl-balance\[molecules\]'"
-    ):
+    with pytest.raises(ModuleNotFoundError, match=r"gdb9\.sdf can only be read with RDKit: pip install -e . --group molecules"):
         load(DataConfig("qm9", str(tmp_path), **SMALL))
 
 

@@ -232,5 +232,5 @@ def test_training_with_a_gradient_balancer_lowers_every_loss(splits):
 
 def test_without_torch_geometric_the_remedy_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'mtl-balance\[graph\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e \. --group graph"):
         importlib.reload(experiments.problems.quantum_chemistry)

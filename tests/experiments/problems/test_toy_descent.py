@@ -147,6 +147,7 @@ def test_the_steps_of_the_figure_end_on_the_same_side_as_the_published_ones():
 # --- the figure ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_figure_is_written(tmp_path, capsys):
     assert main(["--output", str(tmp_path / "new"), "--steps", "8", "--methods", "famo", "uw+mgda", "famo"]) == 0
     assert (tmp_path / "new" / "toy.png").read_bytes()[:4] == b"\x89PNG"

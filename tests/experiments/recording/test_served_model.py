@@ -33,6 +33,7 @@ def test_mlflow_loads_a_network_on_graphs(tiny, tmp_path, capfd):
             assert torch.equal(answer, run.model(graphs)[task])
 
 
+@pytest.mark.slow
 def test_mlflow_loads_and_serves_the_tested_network(demo, monkeypatch):
     """`mlflow.pytorch.load_model` from a run, with the weights of the best epoch and without the project on the path."""
     import mlflow

@@ -38,6 +38,7 @@ def test_the_second_forward_pass_of_famo_leaves_statistics_alone(protocol, passe
     assert counts == passes
 
 
+@pytest.mark.slow
 def test_validation_batches_go_round_the_data(tmp_path):
     words = ["--loss_method=coba", *DIGITS, "train.batch_size=64", "train.validation_interval=3", f"output_dir={tmp_path}"]
     run = prepare(*words)
