@@ -244,7 +244,10 @@ def _by_task(
         _check_vector(losses, tasks, nan)
         return dict(zip(tasks, losses.unbind(), strict=True)), unstacked_roots(losses)
     if not isinstance(losses, Mapping):
-        raise TypeError(f"losses must be a dict by task or a tensor of shape ({len(tasks)},), but got {type(losses).__name__}.")
+        raise TypeError(
+            f"losses must be a dict by task or a tensor of shape ({len(tasks)},), but got {type(losses).__name__}. "
+            "Use torch.stack([loss_a, loss_b]), or {name: loss}."
+        )
     return losses, None
 
 
