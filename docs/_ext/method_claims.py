@@ -60,7 +60,8 @@ def section(kind: str, name: str) -> Iterator[str]:
     """Yield the paragraphs about the claims of a method, in Markdown."""
     found = by_verdict(kind, name)
     data = "gradients" if kind == "gradient" else "losses"
-    yield f"Tests try each [claim](../claims.md) on random {data}, degenerate ones included. A claim holds if no counter-example was found; that is no proof."
+    yield f"Tests try each [claim](../claims.md) on random {data}, degenerate ones included."
+    yield "A claim holds here if no counter-example was found, which is no proof."
     if kind == "gradient" and name in AT_SECOND_STEP:
         yield "The rule learns, so the claims are tested at its second step, after a step with other gradients."
     yield "**Holds: no counter-example has been found**"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from method_facts import CALLS, REGISTRIES
+from method_facts import CALLS, REGISTRIES, takes
 from sphinx.util.docutils import SphinxDirective
 
 from tests.peers import PEERS
@@ -51,7 +51,10 @@ def methods(here: Here) -> list[tuple[str, str]]:
 def calls(here: Here) -> str:
     """Return the calls that the methods need in a loop beyond `backward`, from their registration."""
     needs = {need for kind, name in methods(here) for need in REGISTRIES[kind].traits(name).needs}
-    return ", ".join(f"`{call}`" for need, call in CALLS.items() if need in needs) or "-"
+    needed = [f"`{call}`" for need, call in CALLS.items() if need in needs]
+    gradient = [name for kind, name in methods(here) if kind == "gradient"]
+    several = any(takes(REGISTRIES["gradient"].build(name, num_tasks=2), "cross") for name in gradient)
+    return ", ".join([*needed, *(["`further=`"] if several else [])]) or "-"
 
 
 def pages(here: Here) -> str:
