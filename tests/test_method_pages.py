@@ -92,10 +92,20 @@ def test_page_shows_every_claim_with_its_counter_example(kind, name):
 
 def test_claims_of_pcgrad():
     text = sections(page("gradient", "pcgrad"))["Claims"]
-    proved, refuted = text.split("**Refuted")
-    assert "- at least one: No weight is below one." in proved
+    holding, refuted = text.split("**Refuted")
+    assert "- at least one: No weight is below one." in holding
     assert "- conflict free: The direction has no negative inner product with any task gradient." in refuted
     assert r"J = \begin{pmatrix} 1 & 3 & 1 \\ -3 & 3 & -3 \\ 0 & -3 & 0 \end{pmatrix}" in refuted
+
+
+def test_example_has_the_optimizer_that_the_docstring_recommends():
+    assert "torch.optim.SGD(" in snippet("gradient", "config_momentum")
+    assert "torch.optim.Adam(" in snippet("gradient", "nashmtl")
+
+
+@every_method
+def test_facts_have_no_empty_row(kind, name):
+    assert all(value.strip(" -") for _, value in method_facts.facts(kind, name))
 
 
 def test_facts_follow_the_registration():

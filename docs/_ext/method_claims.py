@@ -1,4 +1,4 @@
-"""Claims about the methods, from `tests.claims`: in words, proved or refuted, with their counter-examples."""
+"""Claims about the methods, from `tests.claims`: in words, whether they hold, with their counter-examples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CLAIMS = {"gradient": GRADIENT_CLAIMS, "loss": LOSS_CLAIMS}
 ROWS = {"gradient": claims.GRADIENT_ROWS, "loss": claims.LOSS_ROWS}
 OPTIONS = {"gradient": claims.GRADIENT_OPTIONS, "loss": claims.LOSS_OPTIONS}
-SYMBOLS = {"proved": "✓", "generic": "(✓)", "refuted": "✗", "": "–"}  # noqa: RUF001 - a dash, not a minus
+SYMBOLS = {"holds": "✓", "generic": "(✓)", "refuted": "✗", "": "–"}  # noqa: RUF001 - a dash, not a minus
 ROWS_OF = {"gradient": "rows of J are the gradients of the tasks", "loss": "rows of L are the losses at successive steps"}
 
 
@@ -34,11 +34,11 @@ def sentence(kind: str, claim: str) -> str:
 
 
 def verdict(kind: str, name: str, claim: str) -> str:
-    """Return ``proved``, ``generic`` or ``refuted``, or nothing if the claim makes no sense for a method."""
+    """Return ``holds``, ``generic`` or ``refuted``, or nothing if the claim makes no sense for a method."""
     entry = ROWS[kind][name].get(claim)
     if entry is None:
         return ""
-    return "proved" if entry is True else "generic" if entry == claims.GENERIC else "refuted"
+    return "holds" if entry is True else "generic" if entry == claims.GENERIC else "refuted"
 
 
 def matrix(rows: list[list[float]]) -> str:
@@ -49,7 +49,7 @@ def matrix(rows: list[list[float]]) -> str:
 
 def by_verdict(kind: str, name: str) -> dict[str, list[str]]:
     """Return the claims about a method by verdict."""
-    sorted_claims: dict[str, list[str]] = {"proved": [], "generic": [], "refuted": []}
+    sorted_claims: dict[str, list[str]] = {"holds": [], "generic": [], "refuted": []}
     for claim in CLAIMS[kind]:
         if found := verdict(kind, name, claim):
             sorted_claims[found].append(claim)
@@ -61,19 +61,20 @@ def section(kind: str, name: str) -> Iterator[str]:
     found = by_verdict(kind, name)
     data = "gradients" if kind == "gradient" else "losses"
     yield f"Tests try each [claim](../claims.md) on random {data}, degenerate ones included."
+    yield "A claim holds here if no counter-example was found, which is no proof."
     if kind == "gradient" and name in AT_SECOND_STEP:
         yield "The rule learns, so the claims are tested at its second step, after a step with other gradients."
-    yield "**Proved**"
-    yield bullets(f"{words(claim)}: {sentence(kind, claim)}" for claim in found["proved"])
+    yield "**Holds: no counter-example has been found**"
+    yield bullets(f"{words(claim)}: {sentence(kind, claim)}" for claim in found["holds"])
     if found["generic"]:
-        yield "**Proved for linearly independent gradients**"
+        yield "**Holds for linearly independent gradients**"
         yield bullets(f"{words(claim)}: {sentence(kind, claim)}" for claim in found["generic"])
     if found["refuted"]:
         yield f"**Refuted, with a counter-example** ({ROWS_OF[kind]})"
         yield "\n\n".join(refutations(kind, name, found["refuted"]))
-    if further := [(given, proved) for method, given, proved in OPTIONS[kind] if method == name]:
-        yield "**Proved with other options**"
-        yield bullets(f"`{written(given)}`: {', '.join(map(words, proved))}" for given, proved in further)
+    if further := [(given, holding) for method, given, holding in OPTIONS[kind] if method == name]:
+        yield "**Holds with other options**"
+        yield bullets(f"`{written(given)}`: {', '.join(map(words, holding))}" for given, holding in further)
 
 
 def refutations(kind: str, name: str, refuted: list[str]) -> Iterator[str]:
@@ -136,7 +137,7 @@ def claims_list(kind: str, docname: str = "") -> str:  # noqa: ARG001 - directiv
     lines = []
     for claim in CLAIMS[kind]:
         verdicts = [verdict(kind, name, claim) for name in names(kind)]
-        satisfied = sum(found in ("proved", "generic") for found in verdicts)
+        satisfied = sum(found in ("holds", "generic") for found in verdicts)
         asked = sum(found != "" for found in verdicts)
         title = f"[{words(claim)}]{{#claim-{claim.replace('_', '-')}}}"
         lines.append(f"{title} (`{claim}`)\n: {sentence(kind, claim)} {satisfied} of {asked} methods satisfy the claim.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import TYPE_CHECKING
 
 from method_facts import REGISTRIES, options, takes
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
 
 WIDTH = 80  # of a line
 SHOWN = 3  # options in a command
+DEFAULT_OPTIMIZER = "Adam"
 
 BEGIN = """import torch
 from torch import nn
@@ -22,7 +25,7 @@ trunk = nn.Linear(8, 16)
 heads = nn.ModuleDict({task: nn.Linear(16, 1) for task in tasks})
 """
 LOSSES = """parameters = [*trunk.parameters(), *heads.parameters(), *balancer.parameters()]
-optimizer = torch.optim.Adam(parameters)
+optimizer = torch.optim.{optimizer}(parameters, lr=1e-3)
 
 
 def losses(batch):
@@ -40,7 +43,14 @@ def snippet(kind: str, name: str) -> str:
         kind: ``loss`` or ``gradient``.
         name: A registered name.
     """
-    return f"{BEGIN}{balancer(kind, name)}\n{LOSSES}" + "".join(f"{line}\n" for line in loop(kind, name))
+    losses = LOSSES.replace("{optimizer}", optimizer(kind, name))
+    return f"{BEGIN}{balancer(kind, name)}\n{losses}" + "".join(f"{line}\n" for line in loop(kind, name))
+
+
+def optimizer(kind: str, name: str) -> str:
+    """Return the optimizer that the docstring of a method recommends, in a sentence that begins with Use; else Adam."""
+    recommended = re.search(r"\bUse (SGD|Adam|AdamW)\b", inspect.getdoc(REGISTRIES[kind].method(name).rule) or "")
+    return recommended[1] if recommended else DEFAULT_OPTIMIZER
 
 
 def balancer(kind: str, name: str) -> str:

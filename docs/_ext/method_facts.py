@@ -54,6 +54,12 @@ NEEDS = {  # what a user must do, and the page that shows how
         "concepts/shared_and_heads.md",
     ),
 }
+CALLS = {  # in a loop, beyond `backward`
+    "optimizer": "balancer.parameters()",
+    "observe": "observe",
+    "end_epoch": "end_epoch",
+    "validation": "observe_validation",
+}
 HEADS = {
     "weighted": "the gradient of a head is multiplied by the weight that the gradient balancer gives its task",
     "unweighted": "the gradient balancer does not change the gradients of the heads",
@@ -239,7 +245,8 @@ def facts(kind: str, name: str) -> Iterator[tuple[str, str]]:
     yield from _facts_of_gradient(kind, name)
     allowed = [label for label, works in combinations(kind, name) if works]
     refused = [label for label, works in combinations(kind, name) if not works]
-    yield "works with", ", ".join(allowed) or "-"
+    if allowed:
+        yield "works with", ", ".join(allowed)
     if refused:
         yield "does not work with", ", ".join(refused)
     if measured := cost(kind, name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from method_facts import CALLS, REGISTRIES, takes
 from sphinx.util.docutils import SphinxDirective
 
 from tests.peers import PEERS
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 
 def table(peer: str) -> str:
     """Return the table of a library's methods, in Markdown."""
-    lines = [f"| {peer} | arguments of `Balancer` | page |", "| --- | --- | --- |"]
+    lines = [f"| {peer} | arguments of `Balancer` | further calls | page |", "| --- | --- | --- | --- |"]
     for name, here in PEERS[peer].items():
-        lines.append(f"| {with_code(name)} | {arguments(here)} | {pages(here)} |")
+        lines.append(f"| {with_code(name)} | {arguments(here)} | {calls(here)} | {pages(here)} |")
     return "\n".join(lines)
 
 
@@ -39,14 +40,26 @@ def arguments(here: Here) -> str:
     return f"`{', '.join(parts)}`"
 
 
+def methods(here: Here) -> list[tuple[str, str]]:
+    """Return the kind and the name of each method; none for a method that does not exist here."""
+    if isinstance(here, str):
+        return []
+    losses = (here[0],) if isinstance(here[0], str) else here[0] or ()
+    return [*(("loss", name) for name in losses), *([("gradient", here[1])] if here[1] else [])]
+
+
+def calls(here: Here) -> str:
+    """Return the calls that the methods need in a loop beyond `backward`, from their registration."""
+    needs = {need for kind, name in methods(here) for need in REGISTRIES[kind].traits(name).needs}
+    needed = [f"`{call}`" for need, call in CALLS.items() if need in needs]
+    gradient = [name for kind, name in methods(here) if kind == "gradient"]
+    several = any(takes(REGISTRIES["gradient"].build(name, num_tasks=2), "cross") for name in gradient)
+    return ", ".join([*needed, *(["`further=`"] if several else [])]) or "-"
+
+
 def pages(here: Here) -> str:
     """Return links to the pages of the methods."""
-    if isinstance(here, str):
-        return "-"
-    losses = [here[0]] if isinstance(here[0], str) else here[0] or ()
-    links = [f"[{name}](../methods/loss/{name}.md)" for name in losses]
-    links += [f"[{here[1]}](../methods/gradient/{here[1]}.md)"] if here[1] else []
-    return ", ".join(links)
+    return ", ".join(f"[{name}](../methods/{kind}/{name}.md)" for kind, name in methods(here)) or "-"
 
 
 class PeerMethods(SphinxDirective):
