@@ -97,7 +97,7 @@ def benchmark_table(argument: str, docname: str = "") -> str:  # noqa: ARG001 - 
     file = newest(form.record, "json")
     record = json.loads(file.read_text(encoding="utf-8"))
     made = form.table(record["results"], words)
-    return f":::{{container}} wide-table\n{made}\n:::\n\n{caption(file, record, form.legend)}"
+    return f":::{{container}} wide-table numbers\n{made}\n:::\n\n{caption(file, record, form.legend)}"
 
 
 def caption(file: Path, record: dict[str, Any], legend: str) -> str:
