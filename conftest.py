@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,7 @@ from sybil.parsers.rest import PythonCodeBlockParser as RestCodeBlockParser
 
 import balance
 from balance.diagnosis import measurement
-from tests import conftest as settings
+from tests import conftest as settings  # noqa: F401 - environment, threads and hypothesis
 
 if TYPE_CHECKING:
     from sybil import Example
@@ -54,23 +55,26 @@ def run_on_two_processes(example: Example) -> str | None:
         return done.stderr
     printed = done.stdout.replace("\n", "")  # unbuffered processes write a line and its end separately
     first, second = printed[: len(printed) // 2], printed[len(printed) // 2 :]
+    if not printed:
+        return "the processes print nothing"
     return None if first == second else f"the processes print different lines:\n{done.stdout}"
 
 
 def begin(namespace: dict[str, Any]) -> None:
-    """Enter a temporary directory, and keep what snippets change: registered rules, seeds, warnings."""
+    """Enter a temporary directory, save the registries, which snippets change, and shorten the timing of `diagnose`."""
     patches = pytest.MonkeyPatch()
     for registry in (balance.loss_balancers, balance.gradient_balancers):
         patches.setattr(registry, "_methods", dict(registry._methods))
     patches.setattr(measurement, "ROUNDS", 1)
-    folder = settings.tempfile.mkdtemp(prefix="page-")
-    patches.chdir(folder)
-    namespace["_patches"] = patches
+    folder = tempfile.TemporaryDirectory(prefix="page-", ignore_cleanup_errors=True)  # a tracker may keep a file open
+    patches.chdir(folder.name)
+    namespace["_patches"], namespace["_folder"] = patches, folder
 
 
 def end(namespace: dict[str, Any]) -> None:
     """Undo the changes of a page."""
     namespace["_patches"].undo()
+    namespace["_folder"].cleanup()
 
 
 PAGES = {"setup": begin, "teardown": end}

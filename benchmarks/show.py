@@ -12,7 +12,6 @@ import matplotlib.pyplot as plt
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from matplotlib.figure import Figure
 
 PEER = "torchjd "  # prefix of TorchJD's rows
 
@@ -155,17 +154,11 @@ def metrics_table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], file: Path) -> None:
-    """Write the figure of steps to a file."""
-    figure = figure_of_steps(results)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
-
-
-def figure_of_steps(results: dict[str, Any]) -> Figure:
-    """Return one panel for each network: time of a step relative to an ordinary step, over the number of tasks.
+    """Write a figure with one panel for each network: time of a step relative to an ordinary step, over the number of tasks.
 
     Args:
         results: Rows by variant, by a title that begins with the network and ``K=``.
+        file: Path of the picture.
     """
     networks = list(dict.fromkeys(title.split()[0] for title in results))
     figure, panels = plt.subplots(1, len(networks), figsize=(3.1 * len(networks) + 0.6, 3.4), sharey=True, squeeze=False)
@@ -190,4 +183,5 @@ def figure_of_steps(results: dict[str, Any]) -> Figure:
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=4, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.15, 1, 1))
-    return figure
+    figure.savefig(file, dpi=130)
+    plt.close(figure)

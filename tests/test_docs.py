@@ -15,7 +15,14 @@ GENERATED = {
     for name in registry.names()
 }
 PAGES = sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.parent != METHODS)
+SNIPPET = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
+
+
+def test_pages_with_snippets_show_a_result():
+    """A page whose snippets print nothing shows its reader nothing."""
+    programs = {page: "".join(SNIPPET.findall(page.read_text(encoding="utf-8"))) for page in (*PAGES, ROOT / "README.md")}
+    assert [page.name for page, program in programs.items() if program and "print(" not in program] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

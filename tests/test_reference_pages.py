@@ -125,7 +125,7 @@ def test_benchmark_tables_are_made_of_the_newest_record(name):
 
 def test_ratios_are_those_of_the_record():
     shown = benchmark_tables.benchmark_table("llm")
-    record = json.loads(benchmark_tables.newest("llm", "json").read_text(encoding="utf-8"))["results"]
+    record = json.loads(benchmark_tables.recorded("llm", "json").read_text(encoding="utf-8"))["results"]
     first, second = (rows["nashmtl, collect()"] for rows in record.values())
     cells = [f"{row['ratio']:.2f} ({row['mib']:.1f} MiB)" for row in (first, second)]
     assert f"| nashmtl, collect() | {' | '.join(cells)} |" in shown
@@ -144,7 +144,7 @@ def test_unknown_benchmarks_are_errors():
     with pytest.raises(ValueError, match="must be one of rules, steps"):
         benchmark_tables.benchmark_table("rule")
     with pytest.raises(ValueError, match="a record of the kind 'speed'"):
-        benchmark_tables.newest("speed", "json")
+        benchmark_tables.recorded("speed", "json")
 
 
 def test_public_names():

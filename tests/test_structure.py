@@ -45,6 +45,14 @@ def test_names_of_rules(name, rule):
     assert structure.is_rule(name) is rule
 
 
+def test_import_of_the_library_by_its_name_is_found(tmp_path, monkeypatch):
+    source = "import balance.types\nfrom balance.rules import build\nfrom .rules import build\nimport balanced\n"
+    (tmp_path / "module.py").write_text(source, encoding="utf-8")
+    monkeypatch.setattr(structure, "files", lambda _: [tmp_path / "module.py"])
+    monkeypatch.setattr(structure, "relative", str)
+    assert [violation.line for violation in structure.absolute_imports()] == [1, 2]
+
+
 def test_circle_is_found():
     assert structure._way({"a": {"b"}, "b": {"c"}, "c": {"a"}}, "a") == ["a", "b", "c", "a"]
     assert structure._way({"a": {"b"}, "b": {"c"}}, "a") is None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from generated import add_directive
+from method_facts import newest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 DOCS = Path(__file__).resolve().parents[1]
-RESULTS = DOCS.parent / "benchmarks/results"
 sys.path.append(str(DOCS.parent / "benchmarks"))  # whose scripts import each other by their names
 
 from show import common_words, metrics_table, ratios_table, rules_table, steps_table  # noqa: E402 - after the path is set
@@ -68,13 +68,13 @@ FORMS = {
 }
 
 
-def newest(kind: str, suffix: str) -> Path:
+def recorded(kind: str, suffix: str) -> Path:
     """Return the newest file of a kind of benchmark.
 
     Raises:
         ValueError: If no file has that kind.
     """
-    file = max(RESULTS.glob(f"*_{kind}_*.{suffix}"), default=None)
+    file = newest(kind, suffix)
     if file is None:
         raise ValueError(f"benchmarks/results must contain a record of the kind '{kind}', but has none.")
     return file
@@ -94,7 +94,7 @@ def benchmark_table(argument: str, docname: str = "") -> str:  # noqa: ARG001 - 
     if name not in FORMS:
         raise ValueError(f"benchmark-table must be one of {', '.join(FORMS)}, but got '{name}'.")
     form = FORMS[name]
-    file = newest(form.record, "json")
+    file = recorded(form.record, "json")
     record = json.loads(file.read_text(encoding="utf-8"))
     made = form.table(record["results"], words)
     return f":::{{container}} wide-table numbers\n{made}\n:::\n\n{caption(file, record, form.legend)}"
@@ -125,7 +125,7 @@ def benchmark_figure(kind: str, docname: str) -> str:
     Raises:
         ValueError: If no record of that kind has a figure.
     """
-    figure = newest(kind, "png")
+    figure = recorded(kind, "png")
     path = os.path.relpath(figure, (DOCS / docname).parent)
     text = "Time of a step relative to an ordinary step, over the number of tasks"
     return f"![{text}]({path})\n\n*{text}. Record `{figure.with_suffix('.json').name}`.*"

@@ -65,3 +65,8 @@ def to_page(docname: str, target: str) -> str:
         target: Path of the other page from the folder of the documentation, such as ``methods/loss/uw.md``.
     """
     return "../" * docname.count("/") + target
+
+
+def to_method(docname: str, kind: str, name: str, text: str = "") -> str:
+    """Return a link in Markdown to the page of a method; its text is the name in code style, if no other is given."""
+    return f"[{text or f'`{name}`'}]({to_page(docname, f'methods/{kind}/{name}.md')})"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING
 
-from generated import table, to_page
-from method_facts import names
+from generated import table, to_method
+from method_facts import check_kind, names
 
 from balance.testing import GRADIENT_CLAIMS, LOSS_CLAIMS
 from tests import claims
@@ -109,12 +109,11 @@ def claims_table(kind: str, docname: str) -> str:
     Raises:
         ValueError: If the kind is unknown.
     """
-    if kind not in CLAIMS:
-        raise ValueError(f"claims-table must be for loss or gradient, but got '{kind}'.")
+    check_kind("claims-table", kind)
     header = ["method", *(f"[{words(claim)}](#claim-{claim.replace('_', '-')})" for claim in CLAIMS[kind])]
     rows = [
         [
-            f"[`{name}`]({to_page(docname, f'methods/{kind}/{name}.md')})",
+            to_method(docname, kind, name),
             *(SYMBOLS[verdict(kind, name, claim)] for claim in CLAIMS[kind]),
         ]
         for name in names(kind)
@@ -132,8 +131,7 @@ def claims_list(kind: str, docname: str = "") -> str:  # noqa: ARG001 - directiv
     Raises:
         ValueError: If the kind is unknown.
     """
-    if kind not in CLAIMS:
-        raise ValueError(f"claims-list must be for loss or gradient, but got '{kind}'.")
+    check_kind("claims-list", kind)
     lines = []
     for claim in CLAIMS[kind]:
         verdicts = [verdict(kind, name, claim) for name in names(kind)]

@@ -72,6 +72,16 @@ def names(kind: str) -> list[str]:
     return [name for name in registry.names() if module_of(registry, name).partition(".")[0] == HERE]
 
 
+def check_kind(directive: str, kind: str) -> None:
+    """Check the argument of a directive for methods of one kind.
+
+    Raises:
+        ValueError: If the kind is neither loss nor gradient.
+    """
+    if kind not in REGISTRIES:
+        raise ValueError(f"{directive} must be for loss or gradient, but got '{kind}'.")
+
+
 def module_of(registry: Registry, name: str) -> str:
     """Return the module of a rule."""
     return str(registry.method(name).rule.__module__)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import method_facts
 from docstrings import read, without_text
-from generated import add_directive, table, to_page
+from generated import add_directive, table, to_method
 from method_claims import claims_list, claims_table, section
 from method_examples import command, snippet
-from method_facts import REGISTRIES, annotation, default, families, names, options
+from method_facts import REGISTRIES, annotation, check_kind, default, families, names, options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -165,15 +164,14 @@ def method_table(kind: str, docname: str) -> str:
     Raises:
         ValueError: If the kind is unknown.
     """
-    if kind not in REGISTRIES:
-        raise ValueError(f"method-table must be for loss or gradient, but got '{kind}'.")
+    check_kind("method-table", kind)
     header = ["method", "paper", "remedies", "needs", *(["sees", "heads"] if kind == "gradient" else []), "options"]
     rows = []
     for name in names(kind):
         traits = traits_of(kind, name)
         rows.append(
             [
-                link(kind, name, docname),
+                to_method(docname, kind, name),
                 ", ".join(filter(None, (traits.label, method_facts.papers(kind, name)))),
                 ", ".join(traits.remedies) or "-",
                 ", ".join(traits.needs) or "-",
@@ -189,7 +187,7 @@ def remedy_table(_: str, docname: str) -> str:
     rows = []
     for remedy, meaning in method_facts.REMEDIES.items():
         cells = [
-            ", ".join(link(kind, name, docname) for name in names(kind) if remedy in traits_of(kind, name).remedies)
+            ", ".join(to_method(docname, kind, name) for name in names(kind) if remedy in traits_of(kind, name).remedies)
             for kind in REGISTRIES
         ]
         rows.append([f"**{remedy}**: {meaning}", *(cell or "-" for cell in cells)])
@@ -202,18 +200,12 @@ def family_table(kind: str, docname: str) -> str:
     Raises:
         ValueError: If the kind is unknown.
     """
-    if kind not in REGISTRIES:
-        raise ValueError(f"family-table must be for loss or gradient, but got '{kind}'.")
+    check_kind("family-table", kind)
     rows = [
-        [f"`{family}`", method_facts.about_family(kind, family), ", ".join(link(kind, name, docname) for name in members)]
+        [f"`{family}`", method_facts.about_family(kind, family), ", ".join(to_method(docname, kind, name) for name in members)]
         for family, members in families(kind).items()
     ]
     return table(["family", "about", "methods"], rows)
-
-
-def link(kind: str, name: str, docname: str) -> str:
-    """Return a link from a page to the page of a method."""
-    return f"[`{name}`]({to_page(docname, f'methods/{kind}/{name}.md')})"
 
 
 def keep_arguments(app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:  # noqa: ARG001
@@ -234,5 +226,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
         ("claims-table", claims_table),
         ("claims-list", claims_list),
     ):
-        add_directive(app, name, partial(content))
+        add_directive(app, name, content)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

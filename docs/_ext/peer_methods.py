@@ -4,24 +4,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from generated import add_directive, to_method
+from generated import table as markdown
 from method_facts import CALLS, REGISTRIES, takes
-from sphinx.util.docutils import SphinxDirective
 
 from tests.peers import PEERS
 
 if TYPE_CHECKING:
-    from docutils import nodes
     from sphinx.application import Sphinx
 
     Here = tuple[str | tuple[str, ...] | None, str | None] | str
 
 
-def table(peer: str) -> str:
-    """Return the table of a library's methods, in Markdown."""
-    lines = [f"| {peer} | arguments of `Balancer` | further calls | page |", "| --- | --- | --- | --- |"]
-    for name, here in PEERS[peer].items():
-        lines.append(f"| {with_code(name)} | {arguments(here)} | {calls(here)} | {pages(here)} |")
-    return "\n".join(lines)
+def table(peer: str, docname: str) -> str:
+    """Return the table of a library's methods, in Markdown.
+
+    Args:
+        peer: A name in `tests.peers.PEERS`.
+        docname: Page with the table.
+
+    Raises:
+        ValueError: If the library is unknown.
+    """
+    if peer not in PEERS:
+        raise ValueError(f"peer-methods must be one of {', '.join(PEERS)}, but got '{peer}'.")
+    rows = [[with_code(name), arguments(here), calls(here), pages(here, docname)] for name, here in PEERS[peer].items()]
+    return markdown([peer, "arguments of `Balancer`", "further calls", "page"], rows)
 
 
 def with_code(name: str) -> str:
@@ -57,23 +65,12 @@ def calls(here: Here) -> str:
     return ", ".join([*needed, *(["`further=`"] if several else [])]) or "-"
 
 
-def pages(here: Here) -> str:
-    """Return links to the pages of the methods."""
-    return ", ".join(f"[{name}](../methods/{kind}/{name}.md)" for kind, name in methods(here)) or "-"
-
-
-class PeerMethods(SphinxDirective):
-    """Table of the methods of the library that the argument names."""
-
-    required_arguments = 1
-    final_argument_whitespace = True
-
-    def run(self) -> list[nodes.Node]:
-        """Return the parsed table."""
-        return self.parse_text_to_nodes(table(self.arguments[0]))
+def pages(here: Here, docname: str) -> str:
+    """Return links from a page to the pages of the methods."""
+    return ", ".join(to_method(docname, kind, name, name) for kind, name in methods(here)) or "-"
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the extension."""
-    app.add_directive("peer-methods", PeerMethods)
+    add_directive(app, "peer-methods", table)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

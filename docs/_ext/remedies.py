@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, get_args
 
-from sphinx.util.docutils import SphinxDirective
+from generated import add_directive, to_method
+from method_facts import REGISTRIES, names
 
-from balance import gradient_balancers, loss_balancers
 from balance.diagnosis.findings import CANCELLED, DOMINANT, IMBALANCE, UNEVEN_PACE, UNLEVEL
 from balance.diagnosis.statistics import NEGLIGIBLE, STABLE
 from balance.types import Remedy
 
 if TYPE_CHECKING:
-    from docutils import nodes
     from sphinx.application import Sphinx
-
-    from balance.rules.registry import Registry
 
 QUESTIONS: dict[Remedy, tuple[str, str]] = {  # title and sign of each problem
     "loss scale": (
@@ -52,38 +49,25 @@ QUESTIONS: dict[Remedy, tuple[str, str]] = {  # title and sign of each problem
 }
 
 
-def page() -> str:
+def cards(_: str, docname: str) -> str:
     """Return a card for each problem, in Markdown."""
-    return "\n".join(card(problem) for problem in get_args(Remedy))
+    return "\n".join(card(problem, docname) for problem in get_args(Remedy))
 
 
-def card(problem: Remedy) -> str:
+def card(problem: Remedy, docname: str) -> str:
     """Return the card of a problem: question, sign in the diagnosis, and methods."""
     title, sign = QUESTIONS[problem]
-    lists = [
-        f"**{registry.kind.capitalize()}s:** {methods(registry, problem)}" for registry in (loss_balancers, gradient_balancers)
-    ]
-    return "\n".join(
-        [f":::{{card}} {title}", f"*{problem.capitalize()}.* {sign}", "", lists[0], "", lists[1], ":::", ""],
-    )
+    lists = [f"**{registry.kind.capitalize()}s:** {methods(kind, problem, docname)}" for kind, registry in REGISTRIES.items()]
+    return "\n".join([f":::{{card}} {title}", f"*{problem.capitalize()}.* {sign}", "", lists[0], "", lists[1], ":::", ""])
 
 
-def methods(registry: Registry, problem: Remedy) -> str:
+def methods(kind: str, problem: Remedy, docname: str) -> str:
     """Return links to the pages of the methods against a problem."""
-    folder = f"../methods/{registry.kind.partition(' ')[0]}"
-    against = [name for name in registry.names() if problem in registry.traits(name).remedies]
-    return ", ".join(f"[`{name}`]({folder}/{name}.md)" for name in against) or "none"
-
-
-class Remedies(SphinxDirective):
-    """Cards of all problems."""
-
-    def run(self) -> list[nodes.Node]:
-        """Return the parsed cards."""
-        return self.parse_text_to_nodes(page())
+    against = [name for name in names(kind) if problem in REGISTRIES[kind].traits(name).remedies]
+    return ", ".join(to_method(docname, kind, name) for name in against) or "none"
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the extension."""
-    app.add_directive("remedies", Remedies)
+    add_directive(app, "remedies", cards)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
