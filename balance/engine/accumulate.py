@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.autograd.graph import _engine_run_backward
 
 from ..distributed.sharding import is_distributed_tensor
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from torch import Tensor
+
+_FEW = 1 << 16  # numbers, up to which a copy of all gradients is cheap
 
 LeafGradient = tuple["Tensor", "Tensor"]  # a leaf tensor, and the gradient to add to its ``.grad``
 
@@ -50,7 +53,8 @@ def surrogate_loss(pairs: Iterable[LeafGradient]) -> Tensor | None:
     live = [(leaf, gradient) for leaf, gradient in pairs if leaf.requires_grad]
     if not live:
         return None
-    gradients = [cast_to_leaf(gradient, leaf) for leaf, gradient in live]
+    # Each in a separate tensor, which the accumulation node can take over whatever the caller keeps
+    gradients = [cast_to_leaf(gradient.detach(), leaf) for leaf, gradient in live]
     leaves = [leaf for leaf, _ in live]
     del pairs, live
     with torch.enable_grad():
@@ -63,7 +67,16 @@ def accumulate(pairs: Iterable[LeafGradient]) -> None:
     Args:
         pairs: Leaf tensors, each once, and gradients of as many numbers. Frozen leaves are left out.
     """
+    pairs = list(pairs)
+    if sum(leaf.numel() for leaf, _ in pairs) <= _FEW and not any(gradient.is_sparse for _, gradient in pairs):
+        live = [(leaf, cast_to_leaf(gradient, leaf)) for leaf, gradient in pairs if leaf.requires_grad]
+        if live:
+            leaves, gradients = zip(*live, strict=True)
+            # A copy of each gradient costs less than the surrogate, and the checks of torch.autograd.backward more than both
+            _engine_run_backward(leaves, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)  # noqa: FBT003
+        return
     loss = surrogate_loss(pairs)
+    del pairs
     if loss is not None:
         loss.backward()  # type: ignore[no-untyped-call]
 
@@ -122,7 +135,10 @@ def leaf_gradients(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None])
 
 def cast_to_leaf(gradient: Tensor, leaf: Tensor) -> Tensor:
     """Return a gradient in the shape and dtype of a leaf, and on its device."""
-    gradient = gradient.detach().to(device=leaf.device, dtype=leaf.dtype)
+    if gradient.dtype != leaf.dtype or gradient.device != leaf.device:
+        gradient = gradient.to(device=leaf.device, dtype=leaf.dtype)
+    if gradient.requires_grad:
+        gradient = gradient.detach()
     return gradient if gradient.shape == leaf.shape else gradient.reshape(leaf.shape)
 
 
@@ -154,14 +170,18 @@ def cleared_grads(leaves: Iterable[Tensor]) -> Iterator[None]:
             leaf.grad = gradient
 
 
-@contextmanager
-def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Switch the hooks of tensors off in a context, and leave the gradients that they retain as they are.
+def without_hooks(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """Return a context in which tensors have no hooks, and keep the gradients that they retain.
 
     A gradient that is captured at a leaf has passed the leaf's hooks. So has a gradient with which a pass begins at a tensor.
     Without this context the hooks would act twice, or on every task's gradient instead of the final one.
     """
-    tensors = list(tensors)
+    affected = [tensor for tensor in tensors if tensor._backward_hooks or tensor.retains_grad]
+    return _without_hooks(affected) if affected else nullcontext()
+
+
+@contextmanager
+def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
     retained = [(tensor, tensor.grad) for tensor in tensors if tensor.retains_grad]
     paused = [(tensor._backward_hooks, dict(tensor._backward_hooks)) for tensor in tensors if tensor._backward_hooks]
     for hooks, _ in paused:

@@ -95,6 +95,11 @@ def input_place(node: Any, position: int, output: Shape, given: Shape, inner: in
     return place.inner * math.prod(given[axis + 1 :])
 
 
+def is_elementwise(node: Any, shape: Shape) -> bool:
+    """Return whether a node's operation treats every number separately, given the shape of its inputs."""
+    return kind(node) in _ELEMENTWISE and all(tuple(output.shape) == shape for output in node._input_metadata)
+
+
 def _broadcast(node: Any, output: Shape, given: Shape, axis: int) -> int | None:  # noqa: ARG001
     return axis - (len(output) - len(given))
 

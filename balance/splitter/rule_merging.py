@@ -87,7 +87,7 @@ def merge_by_rule(
     weights = G.new_full((len(G),), 0.0 if finite else math.nan)  # (K,)
     if finite and rule.sees == "gramian":
         weights[present] = _solved(rule, G[present][:, present], context, memory).to(weights)
-    local = weighting.rows(gradients.indices).pull_back(weights[gradients.tasks].to(weighting.matrix))
+    local = (weighting.matrix * weights.to(weighting.matrix))[gradients.indices]
     return Merged(gradients.combined(local), present, weights, G)
 
 

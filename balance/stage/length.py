@@ -27,6 +27,8 @@ def stretch_of_weights(scale: Scale, gramian: Gramian, weights: Weights) -> floa
         gramian: Shape (k, k).
         weights: Shape (k,).
     """
+    if scale != "norm":
+        return 1.0
     rounding = float(weights.abs() @ gramian.diagonal().clamp(min=0).sqrt()) ** 2 * _ROUNDING
     return stretch_of_direction(scale, gramian, float(weights @ gramian @ weights), rounding)
 
@@ -73,5 +75,5 @@ def stretch_of_trunk(
     if fixed:
         target = math.sqrt(max(float(weights @ gramian @ weights), 0.0))
     else:
-        target = gradients.trunk_length(weighting.matrix.sum(dim=0).tolist()) / unit
+        target = gradients.trunk_length(weighting.sums.tolist()) / unit
     return target / length if 0 < length < math.inf and math.isfinite(target) else stretch

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..engine.accumulate import without_hooks
+from ..engine.accumulate import are_finite, without_hooks
 from ..engine.gramian import loss_jacobian
-from ..engine.graph import leaves
+from ..engine.graph import trace
+from ..engine.nodes import LeafNode, has_hooks
+from ..engine.sample_axis import is_elementwise
 from .report import Report
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..engine.accumulate import LeafGradient
+    from ..engine.graph import Trace
     from ..rules.protocol import LossBalancer
     from ..types import Gramian, Losses, WeightedLosses, Weights
     from .arguments import StepLosses
@@ -27,23 +30,39 @@ class Weighting(NamedTuple):
 
     Attributes:
         matrix: Derivative of the weighted losses with respect to the losses. Shape (K, K), or its diagonal (K,).
+        is_identity: Whether the weighted losses are the losses; the diagonal is then 1.
     """
 
     matrix: Tensor
+    is_identity: bool = False
+
+    @property
+    def sums(self) -> Weights:
+        """Weight of each raw loss in the sum of the weighted losses. Shape (K,)."""
+        return self.matrix if self.matrix.ndim == 1 else self.matrix.sum(dim=0)
+
+    @property
+    def full_matrix(self) -> Tensor:
+        """The derivative as a matrix. Shape (K, K)."""
+        return self.matrix.diag() if self.matrix.ndim == 1 else self.matrix
 
     def gramian(self, gramian: Gramian) -> Gramian:
         """Return the Gramian of the weighted losses, given the Gramian of the raw losses. Shape (K, K)."""
+        if self.is_identity:
+            return gramian
         E = self.matrix
         if E.ndim == 2 and torch.equal(E, E.diagonal().diag()):  # the same numbers as the products of matrices
             E = E.diagonal()
         return E[:, None] * gramian * E if E.ndim == 1 else E @ gramian @ E.T
 
     def rows(self, positions: Tensor) -> Weighting:
-        """Return the map to the gradients of some weighted losses only. Shape (k,) -> a matrix (k, K)."""
-        return Weighting(self.matrix[positions])
+        """Return the map to the gradients of some weighted losses only, in ascending order. Shape (k,) -> a matrix (k, K)."""
+        return self if len(positions) == len(self.matrix) else Weighting(self.full_matrix[positions])
 
     def pull_back(self, weights: Weights) -> Weights:
         """Return weights of raw gradients with the direction of the given weights of weighted gradients. Shape (K,)."""
+        if self.is_identity:
+            return weights
         return weights * self.matrix if self.matrix.ndim == 1 else weights @ self.matrix
 
 
@@ -58,7 +77,7 @@ class WeightedStep(NamedTuple):
     @property
     def loss_weights(self) -> Weights:
         """Weight of each raw loss in the sum of the weighted losses. Shape (K,), float64."""
-        return self.weighting.matrix.sum(dim=0)
+        return self.weighting.sums
 
     def parameter_pairs(self, factor: float = 1.0) -> list[LeafGradient]:
         """Return the loss balancer's parameters and the gradients of the plain sum of the weighted losses, times a factor."""
@@ -103,11 +122,22 @@ def weighted_step(rule: LossBalancer, step: StepLosses) -> WeightedStep:
         losses = losses.double()  # the weight of a small loss overflows in half precision
     losses.requires_grad_()
     weighted = weighted_losses(rule, step, losses)
-    parameters = [tensor for tensor in leaves([weighted.sum()]) if tensor is not losses and tensor.requires_grad]
+    if weighted is losses:
+        ones = torch.ones(len(losses), dtype=torch.float64, device="cpu")
+        return WeightedStep(losses.detach(), Weighting(ones, is_identity=True), [], ())
+    graph = trace([weighted])
+    parameters = [tensor for tensor in graph.leaves if tensor is not losses and tensor.requires_grad]
     with without_hooks(parameters):  # these hooks act when the gradients are accumulated
-        gradients = torch.autograd.grad(weighted.sum(), parameters, retain_graph=True, allow_unused=True) if parameters else ()
-    E = loss_jacobian(weighted, losses).cpu()
-    return WeightedStep(weighted.detach(), Weighting(E), parameters, gradients)
+        E, *gradients = torch.autograd.grad(weighted.sum(), [losses, *parameters], retain_graph=True, allow_unused=True)
+    if E is None or not _is_separable(graph, losses):
+        E = loss_jacobian(weighted, losses)
+    return WeightedStep(weighted.detach(), Weighting(E.to("cpu", torch.float64)), parameters, gradients)
+
+
+def _is_separable(graph: Trace, losses: Losses) -> bool:
+    """Return whether each weighted loss depends on only one loss, so that the sum of them has all derivatives."""
+    operations = [node for node in graph.users if type(node) is not LeafNode]
+    return all(is_elementwise(node, losses.shape) and not has_hooks(node) for node in operations)
 
 
 def weighted_losses(rule: LossBalancer, step: StepLosses, losses: Losses) -> WeightedLosses:
@@ -126,12 +156,14 @@ def weighted_losses(rule: LossBalancer, step: StepLosses, losses: Losses) -> Wei
     """
     with torch.enable_grad():
         weighted = rule(losses, step.context)
+    if weighted is losses:  # which are finite
+        return weighted
     if not isinstance(weighted, torch.Tensor) or weighted.shape != losses.shape:
         actual = tuple(weighted.shape) if isinstance(weighted, torch.Tensor) else type(weighted).__name__
         raise ValueError(f"The loss balancer must return shape {tuple(losses.shape)}, one value per task, but got {actual}.")
     if not weighted.requires_grad:
         raise ValueError("The loss balancer must return losses that depend on the given ones, but they are detached.")
-    if not weighted.isfinite().all():
+    if not are_finite([weighted]):
         raise ValueError(
             f"The loss balancer must return finite losses, but got {weighted.tolist()} from the losses {losses.tolist()} "
             f"of {step.tasks}."

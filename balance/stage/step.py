@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
+from math import isfinite, sqrt
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,7 +49,7 @@ class BalancedStep(StepWriter):
         balanced = self._balanced(gradients, weighted, measured.gramian)
         self._remind(gradients)
         gramian = weighted.weighting.gramian(measured.gramian)
-        if gradients.jacobian is None or not self.parts.inputs:
+        if self.rule.sees == "gramian" or not self.parts.inputs:
             weights = self._weights(gradients, weighted, balanced, gramian)
             total = self._total_weights(weighted, balanced, weights)
             self._accumulate_weighted(gradients, weighted, weights, total, measured)
@@ -59,7 +61,7 @@ class BalancedStep(StepWriter):
     def _weighted(self) -> WeightedStep:
         """Return the weighted losses, whose gradients of the loss balancer's own parameters are finite."""
         weighted = weighted_step(self.stage.loss_balancer, self.step)
-        if not are_finite([gradient for _, gradient in weighted.parameter_pairs()]):
+        if weighted.parameters and not are_finite([gradient for _, gradient in weighted.parameter_pairs()]):
             raise NotFiniteError("Gradients of the loss balancer's parameters must be finite, but got infinite or NaN entries.")
         return weighted
 
@@ -68,19 +70,19 @@ class BalancedStep(StepWriter):
         if self.parts.inputs and not any(gradients.is_reached):
             raise ValueError(_unreached(self.stage.source, len(self.parts.inputs)))
         numbers = torch.cat([gradients.gramian, gradients.head_lengths()[None]]).cpu()
-        gradients.gramian, head_lengths = numbers[:-1], numbers[-1]
-        squares = gradients.gramian.diagonal()
-        finite, heads_finite = squares.isfinite().tolist(), head_lengths.isfinite().tolist()
+        gradients.gramian = numbers[:-1]
+        squares, head_lengths = gradients.gramian.diagonal().tolist(), numbers[-1].tolist()
         bad = [
             task
             for k, task in enumerate(self.step.tasks)
-            if not finite[k] or not (heads_finite[k] or gradients.heads_are_finite(k))
+            if not isfinite(squares[k]) or not (isfinite(head_lengths[k]) or gradients.heads_are_finite(k))
         ]
         if bad:
             raise NotFiniteError(
                 f"Gradients must be finite, but the gradients of {', '.join(bad)} are not. Look at the learning rate."
             )
-        return Measurement(gradients.gramian / self.seed.scale**2, squares.clamp(min=0).sqrt(), head_lengths)
+        unscaled = gradients.gramian if self.seed.scale == 1.0 else gradients.gramian / self.seed.scale**2
+        return Measurement(unscaled, [sqrt(max(square, 0.0)) for square in squares], head_lengths)
 
     def _balanced(self, gradients: TaskGradients, weighted: WeightedStep, gramian: Gramian) -> Tensor:
         """Return the positions of the tasks that the rule balances, because they reach the shared parameters. Shape (k,)."""
@@ -92,6 +94,8 @@ class BalancedStep(StepWriter):
         return _depending(weighted, reaching)
 
     def _unshared(self, balanced: Tensor) -> tuple[str, ...]:
+        if len(balanced) == len(self.step.tasks):
+            return ()
         positions = set(balanced.tolist())
         return tuple(task for k, task in enumerate(self.step.tasks) if k not in positions)
 
@@ -101,6 +105,8 @@ class BalancedStep(StepWriter):
 
     def _weights(self, gradients: TaskGradients, weighted: WeightedStep, balanced: Tensor, gramian: Gramian) -> Weights:
         """Return the weights of the gradients of all weighted losses; 1 for a task that takes no part. Shape (K,)."""
+        if self.parts.inputs and len(balanced) == len(gramian):
+            return self._solve(gradients, weighted.weighting, balanced, gramian)
         weights = torch.ones_like(gramian[0])
         if self.parts.inputs and len(balanced):
             G = gramian[balanced][:, balanced]
@@ -109,8 +115,10 @@ class BalancedStep(StepWriter):
 
     def _solve(self, gradients: TaskGradients, weighting: Weighting, balanced: Tensor, G: Gramian) -> Weights:
         """Apply the rule and the option ``scale`` to the balanced tasks. Shape (k,)."""
-        cross = None if self.cross is None else weighting.gramian(self.cross)
-        weights = self.rule(G, replace(self.step.context_of(balanced), cross=cross)).to(G)
+        context = self.step.context_of(balanced)
+        if self.cross is not None:
+            context = replace(context, cross=weighting.gramian(self.cross))
+        weights = self.rule(G, context).to(G)
         if self.stage.scale == "sum":
             return weights * stretch_to_sum(weights)
         stretch = stretch_of_weights(self.stage.scale, G, weights)
@@ -119,12 +127,12 @@ class BalancedStep(StepWriter):
         if is_partial and (fixed or self.stage.scale == "norm"):
             stretch = stretch_of_trunk(gradients, weighting, weights, G, self.seed.scale, stretch, fixed=fixed)
         self.stage.stretch.fill_(stretch)
-        return weights * stretch
+        return weights if stretch == 1.0 else weights * stretch
 
     def _direction(self, gradients: TaskGradients, weighted: WeightedStep, balanced: Tensor, gramian: Gramian) -> Direction:
         """Return the direction of a rule that sees the Jacobian of the weighted losses, with all factors. Shape (P,)."""
         assert gradients.jacobian is not None
-        multiply_rows(gradients.jacobian, weighted.weighting.matrix / self.seed.scale)
+        multiply_rows(gradients.jacobian, weighted.weighting.full_matrix / self.seed.scale)
         J = gradients.jacobian
         if len(balanced) < len(gramian):
             J = J[balanced.to(J.device)]
@@ -137,6 +145,8 @@ class BalancedStep(StepWriter):
         """Return the weights of the raw gradients in the direction of the shared parameters. Shape (K,), float64."""
         if not self.parts.inputs:
             return weights
+        if len(balanced) == len(weights):
+            return weighted.weighting.pull_back(weights)
         return weighted.weighting.rows(balanced).pull_back(weights[balanced])
 
     def _reused_weights(self, weighted: WeightedStep) -> tuple[Tensor, Weights] | None:
@@ -180,7 +190,16 @@ def _unreached(source: Source, count: int) -> str:
     )
 
 
+@functools.cache
+def _positions(count: int) -> Tensor:
+    return torch.arange(count, device="cpu")
+
+
 def _depending(weighted: WeightedStep, reaching: Sequence[bool]) -> Tensor:
     """Return the positions of the tasks whose weighted loss depends on a raw loss that reaches what the tasks share."""
+    E = weighted.weighting.matrix
+    if all(reaching) and (weighted.weighting.is_identity or (E.ndim == 1 and E.all())):
+        return _positions(len(reaching))
     R = torch.tensor(reaching, dtype=torch.float64, device="cpu")
-    return ((weighted.weighting.matrix != 0).double() @ R > 0).nonzero().flatten()
+    depends = (E != 0) & (R > 0) if E.ndim == 1 else (E != 0).double() @ R > 0
+    return depends.nonzero().flatten()

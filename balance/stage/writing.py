@@ -76,8 +76,8 @@ class Measurement(NamedTuple):
     """Inner products and lengths of the gradients of the raw losses, on the host."""
 
     gramian: Gramian  # without the factor of mixed precision. Shape (K, K)
-    shared_lengths: Tensor  # with that factor. Shape (K,)
-    head_lengths: Tensor  # with that factor. Shape (K,)
+    shared_lengths: list[float]  # with that factor. Length K
+    head_lengths: list[float]  # with that factor. Length K
 
 
 @dataclass
@@ -145,15 +145,15 @@ class StepWriter:
         """Accumulate the weighted sums of the tasks' gradients."""
         if self.is_trial:
             return
-        shared_weights, head_weights = self.factor * total, self._head_weights(weighted, weights)
+        shared_weights, head_weights = (self.factor * total).tolist(), self._head_weights(weighted, weights).tolist()
         others = [
-            *gradients.head_sums(head_weights.tolist()),
+            *gradients.head_sums(head_weights),
             *weighted.parameter_pairs(self.factor * self.seed.scale),
         ]
         bound = None
         if not gradients.needs_pass and self.stage.metric is None:  # lengths in another metric bound nothing
             bound = bound_of_sums((shared_weights, head_weights), (measured.shared_lengths, measured.head_lengths))
-        self._write(gradients, shared_weights.tolist(), others, bound)
+        self._write(gradients, shared_weights, others, bound)
 
     def _accumulate_direction(self, gradients: TaskGradients, weighted: WeightedStep, direction: Direction) -> None:
         """Accumulate a direction, of the parameters or of the features, and the gradients of the heads."""
@@ -248,7 +248,8 @@ class StepWriter:
             accumulate(pairs)
 
 
-def bound_of_sums(weights: Sequence[Tensor], lengths: Sequence[Tensor]) -> float:
+def bound_of_sums(weights: Sequence[Sequence[float]], lengths: Sequence[Sequence[float]]) -> float:
     """Return a bound on the entries of weighted sums of gradients of the given lengths; infinite if a length is NaN."""
-    bounds = [float(w.abs() @ length.nan_to_num(nan=math.inf)) for w, length in zip(weights, lengths, strict=True)]
+    pairs = zip(weights, lengths, strict=True)
+    bounds = [sum(abs(weight) * length for weight, length in zip(*pair, strict=True)) for pair in pairs]
     return math.inf if any(map(math.isnan, bounds)) else max(bounds)

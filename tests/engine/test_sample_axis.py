@@ -54,7 +54,7 @@ ALONG_THE_LAST = {
     "max": lambda x: x.max(-1).values,
     "logsumexp": lambda x: x.logsumexp(-1),
     "norm": lambda x: torch.linalg.vector_norm(x, dim=-1),
-    "variance": lambda x: x.var(-1) + x.std(-1),
+    "variance": lambda x: x.var(-1, correction=int(x.shape[-1] > 1)) + x.std(-1, correction=int(x.shape[-1] > 1)),
     "cumsum": lambda x: x.cumsum(-1),
     "glu": lambda x: functional.glu(x, -1),
     "sort": lambda x: x.sort(-1).values + x.topk(B, -1).values,

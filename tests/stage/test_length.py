@@ -41,6 +41,6 @@ def test_the_whole_trunk_gets_the_intended_length(lengths, fixed, factor):
     """The given factor remains if a length is zero or not finite."""
     remaining = list(lengths)
     gradients = SimpleNamespace(trunk_length=lambda weights: 10 * remaining.pop(0))
-    weighting = SimpleNamespace(pull_back=lambda weights: weights, matrix=torch.eye(2))
+    weighting = SimpleNamespace(pull_back=lambda weights: weights, sums=torch.ones(2))
     weights = torch.tensor([0.0, 1.0], dtype=torch.float64)
     assert stretch_of_trunk(gradients, weighting, weights, GRAMIAN, 10.0, 7.0, fixed=fixed) == pytest.approx(factor)
