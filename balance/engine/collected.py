@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..types import Gramian
     from .accumulate import LeafGradient
 
-_EMPTY = Trace([], {}, disjoint=True, functions=[], entrances=[])
+_EMPTY = Trace([], {}, disjoint=True, functions=[], entrances=[], owners={})
 
 
 class CollectedRows:

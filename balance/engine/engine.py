@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
-from ..messages import warn_caller
 from .accumulate import without_hooks
+from .batching import Batching
 from .custom_functions import FunctionChecks, with_explained_errors
-from .gramian import InnerProducts, TaskRows
-from .graph import Reachability, activation_count, last_uses, unpacks_saved_tensors
+from .gramian import HeadGradients, InnerProducts, TaskRows, to_vector
+from .graph import last_uses, unpacks_saved_tensors
+from .joint import can_join, joint_pass
 from .layers import MeasuredTensor, measured_tensors
+from .matrix_gradients import MatrixGradients, is_small, matrix_of_rows, matrix_of_stacks
 from .over_ranks import GlobalGradients, sum_passes
-from .passes import FeatureOutputs, LossOutputs, SampleOutputs, batched_passes, sequential_passes
+from .passes import FeatureOutputs, LossOutputs, SampleOutputs, sequential_passes
 from .per_sample import measure_samples
 from .task_gradients import TaskGradients, common_indices
 
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
     from ..distributed.ranks import Ranks
     from ..types import EngineChoice, Memory
-    from .gramian import HeadGradients
     from .graph import Root
     from .partition import Partition
     from .passes import Outputs
@@ -66,6 +67,7 @@ class _PassPlan(NamedTuple):
         batched: The passes of all tasks run in one batch, if possible.
         ranks: Ranks over which the gradients are summed; None: they stay on this rank.
         keeps_graph: The whole graph is retained, not only what a further pass of this step needs.
+        computed: By task, gradients of all tensors and heads that passes have computed; None: they are still to run.
     """
 
     outputs: Outputs
@@ -77,6 +79,7 @@ class _PassPlan(NamedTuple):
     batched: bool = False
     ranks: Ranks | None = None
     keeps_graph: bool = False
+    computed: Sequence[Sequence[Tensor | None]] | None = None
 
     def heads_of(self, number: int) -> Sequence[Tensor]:
         """Return the heads that are measured with a block, given by its number."""
@@ -104,8 +107,7 @@ class Engine:
     def __init__(self, choice: EngineChoice, memory: Memory) -> None:
         self.choice, self.memory = choice, memory
         self._function_checks = FunctionChecks()
-        self._batching_failed = False  # because of an operation
-        self._batchable: set[frozenset[type]] = set()  # kinds of nodes of graphs that have been batched
+        self._batching = Batching(choice)
 
     def __reduce__(self) -> tuple[type[Engine], tuple[EngineChoice, Memory]]:
         return Engine, (self.choice, self.memory)  # a copy checks its graphs anew
@@ -145,11 +147,16 @@ class Engine:
                 gradients = self._measured_at_features(outputs, partition, as_matrix=as_matrix, keeps_graph=retain_graph)
                 return gradients if ranks is None else GlobalGradients.of(gradients, ranks)
             storage: Storage = "matrix" if as_matrix else self._storage(partition)
+            batched = self._batching.is_chosen(outputs, partition)
+            is_plain = storage == "rows" and ranks is None and roots is None
+            if is_plain and is_small(partition, outputs.num_tasks, batched=batched):
+                return self._measured_small(outputs, partition, retain_graph=retain_graph, batched=batched)
             if as_matrix or ranks is not None or roots is not None:  # a layer's outputs on two ranks have no sum
                 tensors = _without_layers(partition.inputs, roots)
             else:
                 tensors = measured_tensors(partition.lower_graph, partition.inputs, outputs.num_tasks)
-            return self._measured_at_parameters(outputs, partition, tensors, storage, retain_graph=retain_graph, ranks=ranks)
+            plan = _PassPlan(outputs, partition, [], partition.heads, storage, retain_graph, batched, ranks, retain_graph)
+            return self._measured_at_parameters(plan, tensors)
 
     def guarded(self, outputs: LossOutputs, partition: Partition) -> ExitStack:
         """Return an open context for passes, in which leaf tensors have no hooks and custom functions are checked.
@@ -180,44 +187,69 @@ class Engine:
         least = min(num_tasks * max(int(_SHARE * _num_bytes(trunk)), largest), stored) if in_blocks else stored
         return Estimate(least if self.memory == "gramian" else stored, stored, least)
 
+    def _measured_small(self, outputs: Outputs, partition: Partition, *, retain_graph: bool, batched: bool) -> TaskGradients:
+        """Measure few gradients, which are kept in one matrix if they are dense."""
+        inputs, K = partition.inputs, outputs.num_tasks
+        plan = _PassPlan(outputs, partition, [], partition.heads, "rows", retain_graph, batched, keeps_graph=retain_graph)
+        heads = HeadGradients([])
+        if batched and partition.features:
+            plan, heads = self._below_features(plan)
+            stacks = self._batching.stacks(plan.outputs, partition, inputs, retain_graph=retain_graph)
+            if stacks is not None:
+                matrix = matrix_of_stacks(inputs, stacks.by_target, K)
+                return MatrixGradients.of(plan.outputs, partition, matrix, stacks.reached_by, heads)
+        computed = list(self._passes(plan, [*inputs, *plan.heads], retain_graph=retain_graph))
+        if any([gradient is not None and gradient.is_sparse for row in computed for gradient in row]):  # noqa: C419
+            return self._collected(plan._replace(blocks=[_without_layers(inputs)], computed=computed), heads)
+        for task, row in enumerate(computed):
+            heads.add(task, plan.heads, row[len(inputs) :])
+        reached_by = [[gradient is not None for gradient in by_task] for by_task in zip(*computed, strict=True)]
+        matrix = matrix_of_rows(inputs, computed)
+        return MatrixGradients.of(plan.outputs, partition, matrix, reached_by[: len(inputs)], heads)
+
     def _measured_at_features(
         self, outputs: Outputs, partition: Partition, *, as_matrix: bool, keeps_graph: bool
     ) -> TaskGradients:
         storage: Storage = "matrix" if as_matrix else "rows"
         block = _without_layers(partition.inputs)
         plan = _PassPlan(outputs, partition, [block], partition.heads, storage, retain_graph=True, keeps_graph=keeps_graph)
-        gradients = self._collected(plan)
+        heads = None
+        if can_join(outputs, partition):
+            assert isinstance(outputs, LossOutputs)
+            computed, heads = joint_pass(outputs, partition, retain_graph=keeps_graph)
+            plan = plan._replace(computed=computed, heads=[])
+        gradients = self._collected(plan, heads)
         if gradients.rows is not None and partition.features:
             gradients.outputs = FeatureOutputs(partition.features, gradients.rows)
         return gradients
 
-    def _measured_at_parameters(
-        self,
-        outputs: Outputs,
-        partition: Partition,
-        tensors: list[MeasuredTensor],
-        storage: Storage,
-        *,
-        retain_graph: bool,
-        ranks: Ranks | None,
-    ) -> TaskGradients:
-        blocks = [tensors] if storage == "matrix" else self._blocks(partition, tensors, storage)
-        batched = self._is_batched(partition, outputs.device)
-        plan = _PassPlan(outputs, partition, blocks, partition.heads, storage, retain_graph, batched, ranks, retain_graph)
-        if partition.features and (batched or (storage == "products" and _has_few_features(partition))):
+    def _measured_at_parameters(self, plan: _PassPlan, tensors: list[MeasuredTensor]) -> TaskGradients:
+        partition, storage = plan.partition, plan.storage
+        plan = plan._replace(blocks=[tensors] if storage == "matrix" else self._blocks(partition, tensors, storage))
+        if partition.features and (plan.batched or (storage == "products" and _has_few_features(partition))):
             return self._measured_through_features(plan)
         return self._collected(plan)
 
     def _measured_through_features(self, plan: _PassPlan) -> TaskGradients:
         """Run the passes of a plan in two parts: once down to the features, and from there."""
-        partition = plan.partition
-        at_features = partition._replace(inputs=partition.features)
-        upper = self._measured_at_features(plan.outputs, at_features, as_matrix=False, keeps_graph=plan.keeps_graph)
-        assert upper.rows is not None
-        gradients = self._collected(plan._replace(outputs=upper.outputs, heads=[]), upper.heads)
+        below, heads = self._below_features(plan)
+        gradients = self._collected(below, heads)
         if plan.storage != "products":
-            upper.rows.by_tensor.clear()
+            assert isinstance(below.outputs, FeatureOutputs)
+            below.outputs.rows.by_tensor.clear()
         return gradients
+
+    def _below_features(self, plan: _PassPlan) -> tuple[_PassPlan, HeadGradients]:
+        """Run the passes of a plan down to the features; return the plan for the rest, and the gradients of the heads."""
+        if can_join(plan.outputs, plan.partition):
+            assert isinstance(plan.outputs, LossOutputs)
+            computed, heads = joint_pass(plan.outputs, plan.partition, retain_graph=plan.keeps_graph)
+            by_feature = [[None if row is None else to_vector(row) for row in rows] for rows in zip(*computed, strict=True)]
+            rows = TaskRows(plan.outputs.num_tasks, by_feature)
+            return plan._replace(outputs=FeatureOutputs(plan.partition.features, rows), heads=[]), heads
+        at_features = plan.partition._replace(inputs=plan.partition.features)
+        upper = self._measured_at_features(plan.outputs, at_features, as_matrix=False, keeps_graph=plan.keeps_graph)
+        return plan._replace(outputs=upper.outputs, heads=[]), upper.heads
 
     def _storage(self, partition: Partition) -> Storage:
         if len(partition.inputs) < len(partition.trunk):
@@ -237,14 +269,6 @@ class Engine:
                 blocks.append([])
             blocks[-1].append(tensor)
         return blocks
-
-    def _is_batched(self, partition: Partition, device: torch.device) -> bool:
-        """Return whether all tasks run through the trunk in one pass: as chosen, or on an accelerator if they all fit."""
-        if self.choice != "auto":
-            return self.choice == "batched"
-        if device.type == "cpu" or not partition.features:
-            return False
-        return activation_count(partition.lower_graph) <= sum(p.numel() for p in partition.trunk)
 
     def _collected(self, plan: _PassPlan, heads: HeadGradients | None = None) -> TaskGradients:
         """Run the passes of a plan, block by block of its tensors.
@@ -311,63 +335,14 @@ class Engine:
         return GlobalGradients.of(gradients, ranks, sharded if plan.storage == "rows" else None)
 
     def _passes(self, plan: _PassPlan, targets: Sequence[Root], *, retain_graph: bool) -> Iterable[Sequence[Tensor | None]]:
-        if plan.batched and not self._batching_failed:
-            gradients = self._batched(plan, targets, retain_graph=retain_graph)
-            if gradients is not None:
-                reached_by = _tasks_reaching(plan.outputs, plan.partition, targets)
-                return [_without_zeros(row, [tasks[k] for tasks in reached_by]) for k, row in enumerate(gradients)]
+        if plan.computed is not None:
+            return plan.computed
+        if plan.batched and self._batching.can_run:
+            stacks = self._batching.stacks(plan.outputs, plan.partition, targets, retain_graph=retain_graph)
+            if stacks is not None:
+                return stacks.rows()
         passes = sequential_passes(plan.outputs, targets, retain_graph=retain_graph, disjoint=plan.is_disjoint)
         return with_explained_errors(passes)
-
-    def _batched(
-        self, plan: _PassPlan, targets: Sequence[Root], *, retain_graph: bool
-    ) -> Sequence[Sequence[Tensor | None]] | None:
-        """Run the passes in one batch.
-
-        Returns:
-            By task, its gradients; None, with a warning, if an operation cannot be batched.
-
-        Raises:
-            RuntimeError: If the graph may have been freed in part, so that no other passes can follow.
-        """
-        partition = plan.partition
-        kinds = frozenset(map(type, (*partition.upper_graph.users, *partition.lower_graph.users)))
-        is_known = kinds in self._batchable
-        try:
-            # A graph of unknown operations is retained, so that sequential passes can follow if one cannot be batched
-            gradients = batched_passes(plan.outputs, targets, retain_graph=retain_graph or not is_known)
-        except RuntimeError as error:
-            if is_known and not retain_graph:
-                raise RuntimeError(
-                    f"The backward passes of the tasks cannot be batched at this step, but could before: {error} "
-                    "Use engine='loop'."
-                ) from error
-            self._batching_failed = True
-            message = f"The backward passes of the tasks cannot be batched and run one after the other: {error}".splitlines()[0]
-            warn_caller(f"{message} Use engine='loop'.")
-            return None
-        self._batchable.add(kinds)
-        return gradients
-
-
-def _tasks_reaching(outputs: Outputs, partition: Partition, targets: Sequence[Root]) -> list[list[bool]]:
-    """Return for each target and each task whether the task reaches it."""
-    if isinstance(outputs, LossOutputs):
-        paths = Reachability(partition.upper_graph, outputs.roots)
-        return [paths.roots_reaching(target) for target in targets]
-    paths = Reachability(partition.lower_graph, outputs.features)
-    return [_tasks_through(paths.roots_reaching(target), outputs.rows) for target in targets]
-
-
-def _tasks_through(is_above: Sequence[bool], rows: TaskRows) -> list[bool]:
-    """Return for each task whether it reaches any of the features above a target."""
-    above = [by_task for selected, by_task in zip(is_above, rows.by_tensor, strict=True) if selected]
-    return [any(by_task[k] is not None for by_task in above) for k in range(rows.num_tasks)]
-
-
-def _without_zeros(gradients: Sequence[Tensor | None], is_reached: Sequence[bool]) -> list[Tensor | None]:
-    """Replace the zeros that a batched pass returns for a tensor that only other tasks reach by None."""
-    return [gradient if reached else None for gradient, reached in zip(gradients, is_reached, strict=True)]
 
 
 def _without_layers(tensors: Sequence[Tensor], roots: Sequence[Tensor] | None = None) -> list[MeasuredTensor]:

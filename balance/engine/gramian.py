@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..types import Direction, Gramian, Jacobian, Losses, WeightedLosses
     from .accumulate import LeafGradient
 
+_HALF = (torch.float16, torch.bfloat16)
 # Numbers that are in float64 at once, unless a share of all gradients is less
 _IN_DOUBLE = 1 << 19
 _IN_DOUBLE_ON_ACCELERATOR = 1 << 24
@@ -189,17 +190,14 @@ class HeadGradients:
 
     def lengths(self, device: torch.device) -> Tensor:
         """Return the length of each task's gradients, computed in float32 or wider. Shape (K,), float64."""
-        entries = [(k, _real_values(g)) for k, pairs in enumerate(self.by_task) for _, g in pairs]
-        squares = torch.zeros(len(self.by_task), dtype=torch.float64, device=device)
-        if entries:
-            tasks = torch.tensor([k for k, _ in entries], device=device)
-            dtypes = [torch.promote_types(g.dtype, torch.float32) for _, g in entries]
-            norms = [
-                torch.linalg.vector_norm(g, dtype=dtype).to(device, torch.float64)
-                for (_, g), dtype in zip(entries, dtypes, strict=True)
-            ]
-            squares.index_add_(0, tasks, torch.stack(norms).square())
-        return squares.sqrt()
+        counts = [len(pairs) for pairs in self.by_task]
+        if not any(counts):
+            return torch.zeros(len(counts), dtype=torch.float64, device=device)
+        norms = _norms([_real_values(g) for pairs in self.by_task for _, g in pairs], device)
+        if min(counts) == max(counts):
+            lengths: Tensor = torch.linalg.vector_norm(norms.view(len(counts), -1), dim=1)
+            return lengths
+        return torch.stack([torch.linalg.vector_norm(part) for part in torch.split(norms, counts)])
 
     def is_finite(self, task: int) -> bool:
         """Return whether all entries of a task's gradients are finite, which their length in float32 may not show."""
@@ -214,13 +212,16 @@ class HeadGradients:
         Returns:
             The heads that a task reaches, and the sums; at least float32, except for the unchanged gradient of one task.
         """
+        pairs = [pair for by_head in self.by_task for pair in by_head]
+        is_reached_once = len({id(head) for head, _ in pairs}) == len(pairs)
+        if not pairs or (is_reached_once and all(weight == 1.0 for weight in weights)):
+            return pairs
+        factors = [weight for weight, by_head in zip(weights, self.by_task, strict=True) for _ in by_head]
         sums: dict[int, LeafGradient] = {}
-        for weight, pairs in zip(weights, self.by_task, strict=True):
-            for head, gradient in pairs:
-                if weight != 1.0 or id(head) in sums:
-                    gradient = weight * gradient.to(torch.promote_types(gradient.dtype, torch.float32))  # noqa: PLW2901
-                before = sums.get(id(head))
-                sums[id(head)] = (head, gradient if before is None else gradient_sum(before[1], gradient))
+        for (head, gradient), weight, product in zip(pairs, factors, _products(pairs, factors), strict=True):
+            before = sums.get(id(head))
+            new = gradient if weight == 1.0 and before is None else product
+            sums[id(head)] = (head, new if before is None else gradient_sum(before[1], new))
         return list(sums.values())
 
 
@@ -344,6 +345,25 @@ def loss_jacobian(weighted: WeightedLosses, losses: Losses) -> Tensor:
         except RuntimeError:  # the rule has an operation that cannot be batched
             rows = torch.stack([torch.autograd.grad(weighted, losses, row, **options)[0] for row in rows.unbind()])
     return rows.detach().double()
+
+
+def _products(pairs: Sequence[LeafGradient], factors: Sequence[float]) -> Sequence[Tensor]:
+    """Return gradients times numbers, in float32 or wider."""
+    gradients = [gradient.float() if gradient.dtype in _HALF else gradient for _, gradient in pairs]
+    if any(gradient.is_sparse for gradient in gradients):
+        return [factor * gradient for factor, gradient in zip(factors, gradients, strict=True)]
+    products: Sequence[Tensor] = torch._foreach_mul(gradients, factors)
+    return products
+
+
+def _norms(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """Return the length of each gradient, computed in float32 or wider. Shape (n,), float64."""
+    kinds = {(g.dtype, g.device) for g in gradients}
+    if len(kinds) == 1 and kinds <= {(torch.float32, device), (torch.float64, device)}:
+        return torch.stack(torch._foreach_norm(gradients)).double()
+    dtypes = [torch.promote_types(g.dtype, torch.float32) for g in gradients]
+    norms = [torch.linalg.vector_norm(g, dtype=dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+    return torch.stack([norm.to(device, torch.float64) for norm in norms])
 
 
 def _real_values(gradient: Tensor) -> Tensor:

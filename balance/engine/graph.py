@@ -17,6 +17,22 @@ if TYPE_CHECKING:
 Root = Tensor | GradientEdge  # where a backward pass can begin
 
 
+class Entrance(NamedTuple):
+    """A use of a tensor at which a walk stops.
+
+    Attributes:
+        user: The node that uses it; None for a root that is such a tensor.
+        position: Number of that input of the node.
+        root: Number of the first root that reaches the node.
+        end: Node and output that compute the tensor.
+    """
+
+    user: Any
+    position: int
+    root: int
+    end: tuple[Any, int]
+
+
 class Trace(NamedTuple):
     """The graph below some roots, down to the tensors at which the walk stops.
 
@@ -25,14 +41,16 @@ class Trace(NamedTuple):
         users: By node, the nodes that take its output, each with the position of that input.
         disjoint: No two roots have a node in common, except for leaves.
         functions: Nodes that Python code defines.
-        entrances: Nodes that use a tensor at which the walk stops; None for a root that is such a tensor.
+        entrances: Uses of the tensors at which the walk stops.
+        owners: By node, the number of the first root that reaches it.
     """
 
     leaves: list[Tensor]
     users: dict[Any, list[tuple[Any, int]]]
     disjoint: bool
     functions: list[Any]
-    entrances: list[Any]
+    entrances: list[Entrance]
+    owners: dict[Any, int]
 
 
 def edge(root: Root) -> GradientEdge:
@@ -52,28 +70,27 @@ def trace(roots: Iterable[Root | None], stop: Iterable[Tensor] = ()) -> Trace:
     """
     free_released_graphs()
     ends = {(end.node, end.output_nr) for end in map(edge, stop)}
-    graph = Trace([], {}, disjoint=True, functions=[], entrances=[])
-    owners: dict[Any, int] = {}
+    graph = Trace([], {}, disjoint=True, functions=[], entrances=[], owners={})
     starts = []
     for number, root in enumerate(roots):
         if root is None or (isinstance(root, Tensor) and not root.requires_grad):
             continue
         start = edge(root)
         starts.append(start.node)
-        if _walk(start, number, ends, owners, graph):
+        if _walk(start, number, ends, graph):
             graph = graph._replace(disjoint=False)
     keep_if_deep(graph.users, starts)
     return graph
 
 
-def _walk(start: GradientEdge, number: int, ends: set[Any], owners: dict[Any, int], graph: Trace) -> bool:
+def _walk(start: GradientEdge, number: int, ends: set[Any], graph: Trace) -> bool:
     """Walk below one root; return whether a node, other than a leaf, belongs to an earlier root too."""
-    overlaps = False
+    overlaps, owners = False, graph.owners
     stack: list[tuple[Any, int, Any, int]] = [(start.node, start.output_nr, None, 0)]
     while stack:
         node, output, user, position = stack.pop()
         if ends and (node, output) in ends:
-            graph.entrances.append(user)
+            graph.entrances.append(Entrance(user, position, number, (node, output)))
             continue
         owner = owners.get(node)
         if owner is None:
@@ -134,9 +151,10 @@ class Reachability:
             Length R.
         """
         bits = 0
-        for node in (*(edge(tensor).node for tensor in tensors), *self._graph.entrances):
+        users = [entrance.user for entrance in self._graph.entrances]
+        for node in (*(edge(tensor).node for tensor in tensors), *users):
             bits |= self._bits(node)
-        if None in self._graph.entrances:  # a root is itself a tensor at which the walk stopped
+        if None in users:  # a root is itself a tensor at which the walk stopped
             bits |= sum(root_bits for node, root_bits in self._roots.items() if node not in self._graph.users)
         return self._as_list(bits)
 

@@ -79,7 +79,11 @@ class _Walk:
         self.losses, self.graph, self.at_features = losses, graph, at_features
         ends = [(end.node, end.output_nr) for end in map(edge, measured)]
         self.positions: dict[_End, int] = {end: i for i, end in enumerate(ends)}
-        starts: list[Any] = graph.entrances if at_features else [node for node, _ in ends if node in graph.users]
+        starts: list[Any] = (
+            [entrance.user for entrance in graph.entrances]
+            if at_features
+            else [node for node, _ in ends if node in graph.users]
+        )
         self.needed = self._above(starts)
         self.inner: dict[_End, int] = {}  # place of the samples, by node and output
         self.uses: dict[int, list[Use]] = {}

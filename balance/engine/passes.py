@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._vmap_internals import _vmap
+from torch.autograd.graph import _engine_run_backward
 
 from .accumulate import without_hooks
 from .gramian import TaskRows, from_vector
@@ -193,15 +193,19 @@ class _NodeInputs:
         self._edges = [(place, edge(target)) for place, target in inner]
         self._gradients: dict[int, Tensor | None] = {}  # by place among the targets
 
-    def recording(self) -> ExitStack:
+    def recording(self) -> AbstractContextManager[Any]:
         """Return a context in which the hooks are registered."""
+        if not self._edges:
+            return nullcontext()
         stack = ExitStack()
         for place, target in self._edges:
             stack.callback(target.node.register_prehook(self._recorder(place, target.output_nr)).remove)
         return stack
 
-    def corrected(self, captured: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def corrected(self, captured: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Return captured gradients, corrected for the nodes that have run, and forget the recorded gradients."""
+        if not self._gradients:
+            return captured
         gradients = [self._gradients.get(place, gradient) for place, gradient in enumerate(captured)]
         self._gradients.clear()
         return gradients
@@ -236,12 +240,12 @@ def sequential_passes(
             beginnings[k] = Cotangents([], [])  # gradients of features are large
             if targets and beginning.outputs:
                 retain = not disjoint and (retain_graph or k != last)
-                yield node_inputs.corrected(_gradients(beginning, targets, retain_graph=retain))
+                yield node_inputs.corrected(run_backward(beginning, targets, retain_graph=retain))
             else:
                 yield [None] * len(targets)
 
 
-def batched_passes(outputs: Outputs, targets: Sequence[Root], *, retain_graph: bool) -> list[Sequence[Tensor | None]]:
+def batched_passes(outputs: Outputs, targets: Sequence[Root], *, retain_graph: bool) -> list[Tensor | None]:
     """Run one batched pass for all tasks, which keeps K gradients of every tensor on its way.
 
     Args:
@@ -250,24 +254,30 @@ def batched_passes(outputs: Outputs, targets: Sequence[Root], *, retain_graph: b
         retain_graph: Retain the graph after the pass.
 
     Returns:
-        By task, its gradients with respect to ``targets``, None where no task reaches a target.
+        For each target the gradients of all tasks, of shape (K, ...), None where no task reaches it.
 
     Raises:
         RuntimeError: If an operation cannot be batched.
     """
     beginning = outputs.batched_cotangents()
     if not targets or not beginning.outputs:
-        return [[None] * len(targets) for _ in range(outputs.num_tasks)]
+        return [None] * len(targets)
     node_inputs = _NodeInputs(targets)
+    reached: list[int] = []  # targets
 
-    def run(values: list[Tensor]) -> tuple[Tensor | None, ...]:
-        gradients = _gradients(Cotangents(beginning.outputs, values), targets, retain_graph=retain_graph)
-        return tuple(node_inputs.corrected(gradients))
+    def run(values: list[Tensor]) -> list[Tensor]:
+        gradients = run_backward(Cotangents(beginning.outputs, values), targets, retain_graph=retain_graph)
+        pairs = [(i, gradient) for i, gradient in enumerate(node_inputs.corrected(gradients)) if gradient is not None]
+        reached.extend(i for i, _ in pairs)
+        return [gradient for _, gradient in pairs]
 
     with outputs.pass_context(), node_inputs.recording():
-        # As torch.autograd.grad(is_grads_batched=True), but the recorded gradients are inside of the batched pass
-        stacks = _vmap(run, 0, 0, allow_none_pass_through=True)(beginning.values)
-    return [[None if stack is None else stack[k] for stack in stacks] for k in range(outputs.num_tasks)]
+        # torch.autograd.grad(is_grads_batched=True) lacks the rules of torch.vmap for many operations, and runs them K times
+        stacks = torch.vmap(run)(beginning.values)
+    by_target: list[Tensor | None] = [None for _ in targets]
+    for i, stack in zip(reached, stacks, strict=True):
+        by_target[i] = stack
+    return by_target
 
 
 def weighted_pass(
@@ -290,15 +300,28 @@ def weighted_pass(
     if not beginning.outputs or not leaves:
         return [None] * len(leaves)
     with outputs.pass_context():
-        return list(_gradients(beginning, leaves, retain_graph=retain_graph))
+        return list(run_backward(beginning, leaves, retain_graph=retain_graph))
 
 
-def _gradients(beginning: Cotangents, targets: Sequence[Root], *, retain_graph: bool) -> Sequence[Tensor | None]:
-    gradients: Sequence[Tensor | None] = torch.autograd.grad(
-        beginning.outputs,  # type: ignore[arg-type]
-        targets,  # type: ignore[arg-type]
-        beginning.values,
-        retain_graph=retain_graph,
-        allow_unused=True,
+def run_backward(beginning: Cotangents, targets: Sequence[Root], *, retain_graph: bool) -> Sequence[Tensor | None]:
+    """Run one backward pass.
+
+    Args:
+        beginning: The outputs at which it begins.
+        targets: Tensors or edges to differentiate with respect to.
+        retain_graph: Retain the graph after the pass.
+
+    Returns:
+        The gradients with respect to ``targets``, None where the pass does not reach one.
+    """
+    # torch.autograd.grad would check every target in every pass, which costs as much as the pass of a tiny network
+    gradients: Sequence[Tensor | None] = _engine_run_backward(
+        tuple(beginning.outputs),
+        tuple(beginning.values),
+        retain_graph,
+        False,  # noqa: FBT003 - no graph of the gradients
+        tuple(targets),
+        allow_unreachable=True,
+        accumulate_grad=False,
     )
     return gradients

@@ -1,6 +1,8 @@
 """All engines compute equal gradients, whatever passes they run."""
 
 import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,17 +10,26 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from balance import Balancer
-from balance.engine.engine import Engine
+from balance.engine import engine as engine_module
+from balance.engine.batching import Batching
 from balance.engine.graph import trace
 from balance.engine.partition import partition_graph
 from tests.engine.definition import WAYS, Opaque, assert_close, grads, in_proportion, many_losses, reference, rows
 from tests.networks import NETWORKS, TASKS, Wide, named, network, thin_layer
 
 
+@pytest.fixture(params=["one matrix", "by tensor"])
+def storage(request, monkeypatch):
+    """Ways to keep the gradients of a small network."""
+    if request.param == "by tensor":
+        monkeypatch.setattr(engine_module, "is_small", lambda *_, **__: False)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(way.values()))
 @pytest.mark.parametrize("hint", [False, True], ids=["", "features"])
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.usefixtures("storage")
 def test_every_engine_computes_the_definition(name, hint, way):
     model = network(name)
     G, _ = reference(model)
@@ -98,19 +109,38 @@ def test_operation_that_cannot_be_batched_warns_once_and_runs_in_sequence(memory
 
 def test_automatic_engine_is_batched_on_an_accelerator_with_few_activations():
     """Batched on an accelerator, if features are given and the trunk has more parameters than activations."""
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for batch, hint, device, expected in [
-        (20, True, cuda, True),
-        (20, False, cuda, False),
-        (20, True, cpu, False),
-        (2000, True, cuda, False),
-    ]:
-        model = Wide(batch=batch)
-        z, losses = model.losses()
-        parts = partition_graph("parameters", list(losses.values()), model.trunk.parameters(), z if hint else None, None, [])
-        assert Engine("auto", "jacobian")._is_batched(parts, device) == expected
-        assert Engine("batched", "jacobian")._is_batched(parts, device)
-        assert not Engine("loop", "jacobian")._is_batched(parts, device)
+    for batch, hint, device, expected in [(20, True, "cuda", True), (20, False, "cuda", False), (2000, True, "cuda", False)]:
+        parts = parts_of(Wide(batch=batch), hint=hint)
+        assert chosen("auto", parts, device) == expected
+        assert chosen("batched", parts, device)
+        assert not chosen("loop", parts, device)
+
+
+@pytest.mark.parametrize(
+    ("num_tasks", "batch", "hint", "expected"),
+    [(8, 20, True, True), (7, 20, True, False), (8, 20, False, False), (8, 100, True, False)],
+)
+def test_automatic_engine_is_batched_on_a_cpu_with_many_tasks_and_small_operations(num_tasks, batch, hint, expected):
+    assert chosen("auto", parts_of(Wide(batch=batch, num_tasks=num_tasks), hint=hint), "cpu", num_tasks) == expected
+
+
+def test_automatic_engine_runs_functions_of_users_and_checkpoints_one_after_the_other():
+    model = Wide(batch=4)
+    z = checkpoint(model.trunk, model.x, use_reentrant=False)
+    losses = [head(z).sum() for head in model.heads]
+    assert not chosen("auto", partition_graph("parameters", losses, model.trunk.parameters(), z, None, []), "cpu")
+    z = Opaque.apply(model.trunk(model.x))
+    losses = [head(z).sum() for head in model.heads]
+    assert not chosen("auto", partition_graph("parameters", losses, model.trunk.parameters(), z, None, []), "cpu")
+
+
+def parts_of(model, *, hint):
+    z, losses = model.losses()
+    return partition_graph("parameters", list(losses.values()), model.trunk.parameters(), z if hint else None, None, [])
+
+
+def chosen(choice, parts, device, num_tasks=8):
+    return Batching(choice).is_chosen(SimpleNamespace(device=torch.device(device), num_tasks=num_tasks), parts)
 
 
 def test_batched_pass_of_plain_layers_does_not_warn():
@@ -137,7 +167,9 @@ def test_engine_on_checkpointed_and_compiled_trunks(how, way):
         else:
             z = torch.compile(trunk, backend="aot_eager")(x)
         losses = named([(k + 1) * head(z).square().mean() for k, head in enumerate(heads)])
-        Balancer(TASKS, gradient="imtl", **way).backward(losses, shared=trunk.parameters(), features=z)
+        is_refused = wrap and how == "compile" and way["engine"] == "batched"  # by torch.vmap
+        with pytest.warns(UserWarning, match="run one after the other") if is_refused else nullcontext():
+            Balancer(TASKS, gradient="imtl", **way).backward(losses, shared=trunk.parameters(), features=z)
         results.append([p.grad for module in (trunk, *heads) for p in module.parameters()])
     for plain, wrapped in zip(*results, strict=True):
         torch.testing.assert_close(wrapped, plain)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import balance
+from balance.engine import matrix_gradients
 from tests.fuzz import oracle
 from tests.fuzz.functions import changed
 from tests.fuzz.networks import TASKS, Built, build
@@ -40,6 +42,11 @@ def check(example: Example, mutate: Any = None) -> None:
         report = run(stage, example.call, net, expected.plan)
     except ValueError as error:
         if expected.net.precision == torch.float16 and "must be finite" in str(error):
+            raise oracle.Unusable from None
+        raise
+    except RuntimeError as error:
+        # A batched pass leaves an unusable gradient in an inner tensor that retains it, over which a later pass stumbles
+        if example.call.engine == "batched" and "escaped from inside a function being vmapped" in str(error):
             raise oracle.Unusable from None
         raise
     if mutate is not None:
@@ -115,7 +122,9 @@ def run(stage: balance.Balancer, call: Call, net: Built, plan: oracle.Plan) -> R
         arguments["scaler"] = torch.amp.GradScaler("cpu", init_scale=call.scaler)
     if call.factor is not None:
         arguments["factor"] = call.factor
-    with torch.no_grad() if call.no_grad else contextlib.nullcontext():
+    limit = matrix_gradients._SMALL_IN_A_BATCH if call.matrix else 0
+    limits = mock.patch.multiple(matrix_gradients, _SMALL=limit, _SMALL_IN_A_BATCH=limit)
+    with limits, torch.no_grad() if call.no_grad else contextlib.nullcontext():
         return stage.backward(losses, **arguments)
 
 

@@ -22,6 +22,7 @@ class Call(NamedTuple):
 
     engine: str = "loop"
     memory: str = "jacobian"
+    matrix: bool = True  # few gradients are kept in one matrix
     source: str = "parameters"
     hint: str = "none"  # features: "none", "z", "first" of them, "inner", "nested"
     measure: frozenset[int] | None = None  # places among the shared parameters
@@ -97,6 +98,7 @@ def _rule_choices(draw, nonlinear):
         "gradient": gradient,
         "memory": memory,
         "engine": draw(st.sampled_from(("loop", "batched", "auto"))),
+        "matrix": draw(st.booleans()),
         "heads": draw(st.sampled_from((None, "unweighted") if sees_jacobian else (None, "weighted", "unweighted"))),
         "scale": draw(st.sampled_from(("paper", "norm") if sees_jacobian else ("paper", "norm", "sum"))),
     }
