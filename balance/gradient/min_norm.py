@@ -70,6 +70,9 @@ def mgda(gramian: Gramian, *, normalization: Normalization = "none", losses: Ten
         value = None if losses is None else losses.tolist()
         raise ValueError(f"losses must be positive for normalization='{normalization}' of 'mgda', but got {value}.")
 
+    if normalization == "none":
+        return solve(min_norm_weights, gramian)
+
     def weights(G: Array) -> Array:
         divisor = np.ones(len(G))
         if normalization in ("l2", "loss+"):

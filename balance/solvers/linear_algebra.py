@@ -28,6 +28,11 @@ def gradient_norms(gramian: Array) -> Array:
     return np.sqrt(np.maximum(gramian.diagonal(), 0.0))
 
 
+def cosines(gramian: Array, norms: Array) -> Array:
+    """Return the inner products of the unit gradients, given lengths that are not zero. Shapes (K, K), (K,) -> (K, K)."""
+    return np.asarray(gramian / (norms[:, None] * norms))
+
+
 def square_root(gramian: Array, cutoff: float = -1.0) -> Array:
     """Return a matrix R of full row rank with RᵀR = G, to rounding: a pivoted Cholesky factor.
 
@@ -47,6 +52,8 @@ def square_root(gramian: Array, cutoff: float = -1.0) -> Array:
 def share_between_equals(weights: Array, gramian: Array) -> Array:
     """Give tasks with exactly the same gradient equal weights, without changing the direction. Shapes (K,), (K, K)."""
     squares = gramian.diagonal()
+    if len(set(squares.tolist())) == len(squares):
+        return weights  # equal gradients have equal squares
     equal = (gramian == squares[:, None]) & (gramian == squares)
     first = equal.argmax(axis=1)  # the first task with that gradient represents all of them
     total = np.bincount(first, weights, minlength=len(first))
@@ -76,17 +83,14 @@ def non_negative_minimum(M: Array, b: Array, passive: Mask) -> Array | None:
     fewest, grace = len(b) + 1, 3
     for _ in range(MAX_PIVOTS):
         free = passive.nonzero()[0]
-        x = b[:0]
-        if len(free):
-            factor, x, info = lapack.dposv(M[free[:, None], free], b[free], lower=1)
-            if info != 0 or factor.diagonal().min() < SMALLEST_PIVOT:
-                return None
-        infeasible = M[:, free] @ x < b - 1e-14 * max(1.0, x.sum())
-        infeasible[free] = x < 0
-        count = int(np.count_nonzero(infeasible))
+        solution = solve_on(M, b, free)
+        if solution is None:
+            return None
+        infeasible = solution < 0
+        if len(free) < len(b):
+            infeasible |= (M.dot(solution) < b - 1e-14 * max(1.0, float(solution.sum()))) & ~passive
+        count = np.count_nonzero(infeasible)
         if count == 0:
-            solution = np.zeros(len(b))
-            solution[free] = x
             return solution
         if count < fewest:
             fewest, grace = count, 3
@@ -96,6 +100,21 @@ def non_negative_minimum(M: Array, b: Array, passive: Mask) -> Array | None:
             infeasible[: infeasible.nonzero()[0][-1]] = False
         passive ^= infeasible
     return None
+
+
+def solve_on(M: Array, b: Array, free: Indices) -> Array | None:
+    """Return the x with (Mx)_k = b_k on the indices in ``free``, and x_k = 0 elsewhere; None if M is nearly singular there."""
+    if len(free) == len(b):
+        factor, x, info = lapack.dposv(M.T, b, lower=1)
+    elif len(free):
+        factor, x, info = lapack.dposv(M.take(free, axis=0).take(free, axis=1).T, b.take(free), lower=1, overwrite_a=1)
+    else:
+        return np.zeros(len(b))
+    if info != 0 or factor.diagonal().min() < SMALLEST_PIVOT:
+        return None
+    solution = np.zeros(len(b))
+    solution[free] = x
+    return solution
 
 
 def least_distance(root: Array, row: Array) -> Array:

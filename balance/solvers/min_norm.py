@@ -7,6 +7,7 @@ import numpy as np
 from .linear_algebra import (
     STATIONARY,
     Array,
+    cosines,
     gradient_norms,
     least_distance,
     non_negative_minimum,
@@ -36,24 +37,35 @@ def min_norm_weights(gramian: Array) -> Array:
         Désidéri, "Multiple-gradient descent algorithm", C. R. Acad. Sci. Paris 2012; least-distance programming as
         in Lawson & Hanson, "Solving Least Squares Problems", 1974, chapter 23.
     """
-    weights = share_between_equals(any_min_norm_weights(gramian), gramian)
-    weights /= weights.sum()
-    return weights
+    return share_between_equals(any_min_norm_weights(gramian), gramian)
 
 
 def any_min_norm_weights(gramian: Array) -> Array:
     """Return one of the optima of `min_norm_weights`. Shape (K, K) -> (K,)."""
     norms = gradient_norms(gramian)
-    shortest = norms.min()
-    if shortest == 0:
+    if norms.min() == 0:
         zero = norms == 0
         return np.asarray(zero / zero.sum())
-    C = gramian / norms[:, None] / norms
-    ones = shortest / norms
-    cosine_weights = non_negative_minimum(C + ones[:, None] * ones, ones, np.ones(len(C), dtype=bool))
-    if cosine_weights is None:
-        cosine_weights = least_distance(square_root(C), ones)
-    weights: Array = cosine_weights / norms
+    if len(gramian) == 2:
+        return np.array(_weights_of_two(*gramian.ravel().tolist()))
+    return unit_min_norm_weights(cosines(gramian, norms), norms)
+
+
+def _weights_of_two(square: float, product: float, _: float, other_square: float) -> tuple[float, float]:
+    """Return the weights of the shortest vector between two gradients, which are not zero."""
+    scale = max(square, other_square)  # against overflow of the sum below
+    first, second = max((other_square - product) / scale, 0.0), max((square - product) / scale, 0.0)
+    total = first + second
+    return (first / total, second / total) if total > 0 else (0.5, 0.5)
+
+
+def unit_min_norm_weights(C: Array, norms: Array) -> Array:
+    """Return one of the optima of `min_norm_weights`, given cosines and lengths that are not zero. Shapes (K, K), (K,)."""
+    ones = norms.min() / norms
+    unit_weights = non_negative_minimum(C + ones[:, None] * ones, ones, np.ones(len(C), dtype=bool))
+    if unit_weights is None:
+        unit_weights = least_distance(square_root(C), ones)
+    weights: Array = unit_weights / norms
     weights /= weights.sum()
     return weights
 
