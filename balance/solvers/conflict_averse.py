@@ -11,15 +11,19 @@ from scipy.optimize import nnls
 from .linear_algebra import (
     EPSILON,
     MAX_STEPS,
+    SMALLEST_PIVOT,
     STATIONARY,
     Array,
     Mask,
+    cosines,
     gradient_norms,
     least_distance,
     non_negative_minimum,
     square_root,
 )
-from .min_norm import any_min_norm_weights, min_norm_weights
+from .min_norm import min_norm_weights, unit_min_norm_weights
+
+FEW_PIVOTS = 8  # of the search that is tried first; it seldom needs more than four
 
 
 def conflict_averse_weights(gramian: Array, c: float, rounding: float = EPSILON) -> Array:
@@ -45,18 +49,37 @@ def conflict_averse_weights(gramian: Array, c: float, rounding: float = EPSILON)
         Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021, eq. (2) and (4).
     """
     K = len(gramian)
-    weights = np.zeros(K)
     norms = gradient_norms(gramian)
+    if norms.min() > 0:
+        return _unit_problem(gramian, norms, K, c, 2 + 2 * c, rounding)
+    weights = np.zeros(K)
     nonzero = norms.nonzero()[0]
-    C = gramian[nonzero[:, None], nonzero] / norms[nonzero, None] / norms[nonzero]
-    lengths = norms[nonzero] / norms.max()
-    products = C @ lengths / K  # of the unit gradients with the mean gradient
-    mean_square = float(lengths @ products) / K
-    if mean_square <= rounding * (lengths.sum() / K) ** 2:
-        return weights
+    if len(nonzero):
+        part = gramian[nonzero[:, None], nonzero]
+        highest = 0.0  # no direction increases a zero gradient's gain
+        weights[nonzero] = _unit_problem(part, norms[nonzero], K, c, highest, rounding)
+    return weights
+
+
+def _unit_problem(gramian: Array, norms: Array, num_tasks: int, c: float, highest: float, rounding: float) -> Array:
+    """Return the weights of `conflict_averse_weights` for the tasks whose gradient is not zero.
+
+    Args:
+        gramian: Shape (tasks, tasks).
+        norms: Lengths of the gradients. Shape (tasks,).
+        num_tasks: Number of all tasks, of which the mean is taken.
+        c: Radius of the search.
+        highest: A level that no direction reaches.
+        rounding: Relative error of the entries of ``gramian``.
+    """
+    C = cosines(gramian, norms)
+    lengths = norms / norms.max()
+    products = C.dot(lengths) / num_tasks  # of the unit gradients with the mean gradient
+    mean_square = float(lengths.dot(products)) / num_tasks
+    if mean_square <= rounding * (float(lengths.sum()) / num_tasks) ** 2:
+        return np.zeros(len(norms))
     mean = math.sqrt(mean_square)
-    highest = 0.0 if len(nonzero) < K else 2 + 2 * c  # no direction increases a zero gradient's gain
-    weights[nonzero] = mean / lengths * _beyond_the_mean(C, products / mean, lengths, c, highest, rounding)
+    weights: Array = mean / lengths * _beyond_the_mean(C, products / mean, lengths, c, highest, rounding)
     return weights
 
 
@@ -94,14 +117,51 @@ def _beyond_the_mean(C: Array, h: Array, lengths: Array, c: float, highest: floa
     Levels are relative to the shortest of these lengths, and at most ``highest``.
     """
     inverse = lengths.min() / lengths
+    smallest = max(STATIONARY, rounding)
+    level, x = pivot(C, h, inverse, c, rounding)
+    # no point of the convex hull is shorter than level * inverse.min() / (1 + c), relative to the lengths that it combines
+    if x is not None and level < highest and abs(level) * float(inverse.min()) > (1 + c) * math.sqrt(smallest):
+        return x
     lowest = float((h / inverse).min())  # the level of the mean gradient itself
-    level_0 = _project_on_dual_cone(C, h, lengths, rounding)
-    if c < 1 and level_0 @ C @ level_0 > c**2 * (1 + 1e-12):
+    level_0 = _project_on_dual_cone(C, h, lengths, rounding) if h.min() < 0 else np.zeros(len(h))
+    if c < 1 and level_0.dot(C).dot(level_0) > c**2 * (1 + 1e-12):
         return climb(C, h, inverse, c, (lowest, 0.0), np.zeros(len(h)), level_0 > 0, rounding)
-    shortest = any_min_norm_weights(C * lengths[:, None] * lengths) * lengths
-    if highest <= 0 or shortest @ C @ shortest <= max(STATIONARY, rounding) * shortest.sum() ** 2:
+    shortest = unit_min_norm_weights(C, lengths) * lengths
+    if highest <= 0 or shortest.dot(C).dot(shortest) <= smallest * float(shortest.sum()) ** 2:
         return level_0
     return climb(C, h, inverse, c, (max(0.0, lowest), highest), level_0, shortest > 0, rounding)
+
+
+def pivot(C: Array, h: Array, inverse: Array, c: float, rounding: float) -> tuple[float, Array | None]:
+    """Return the highest level of any direction at the distance c from the mean gradient, and its coefficients.
+
+    The active tasks are guessed: the task that gains least, and the tasks below its level in the best direction for it. Then
+    all tasks that violate the optimality conditions change sides, until no task does. The conditions are sufficient.
+
+    Args:
+        C: As in `climb`, like all arguments.
+        h: Shape (K,).
+        inverse: Shape (K,).
+        c: Distance.
+        rounding: Relative error of the cosines.
+
+    Returns:
+        The level and the coefficients, of shape (K,). The coefficients are None if the conditions are not met after a few
+        changes, as at Pareto-stationary points.
+    """
+    limit = c / math.sqrt(max(STATIONARY, rounding))
+    worst = int((h / inverse).argmin())
+    gains = h + c / math.sqrt(max(float(C[worst, worst]), EPSILON)) * C[worst]
+    active = gains < float(gains[worst]) / float(inverse[worst]) * inverse
+    active[worst] = True
+    for _ in range(FEW_PIVOTS):
+        level, x, infeasible = _at_distance(C, h, inverse, c, active, limit)
+        if x is None:
+            return level, None
+        if not np.count_nonzero(infeasible):
+            return level, x
+        active ^= infeasible
+    return math.nan, None
 
 
 def climb(
@@ -129,10 +189,12 @@ def climb(
     low, high = bracket
     limit = c / math.sqrt(max(STATIONARY, rounding))
     for _ in range(MAX_STEPS):
-        level = _level_at_distance(C, h, inverse, c, active, limit)
+        level, x, infeasible = _at_distance(C, h, inverse, c, active, limit)
         inside = low < level < high
-        if abs(level - low) <= EPSILON * x_low.sum():
+        if abs(level - low) <= EPSILON * x_low.sum() and ((x_low > 0) == active).all():
             return x_low  # no level between them differs from both
+        if inside and x is not None and not np.count_nonzero(infeasible):
+            return x
         if not inside:
             level = (low + high) / 2
         bounds = level * inverse - h
@@ -152,25 +214,35 @@ def climb(
     return x_low
 
 
-def _level_at_distance(C: Array, h: Array, inverse: Array, c: float, active: Mask, limit: float) -> float:
-    """Return the level at distance c, if exactly the active tasks are at the level; NaN where their gradients are dependent.
+def _at_distance(C: Array, h: Array, inverse: Array, c: float, active: Mask, limit: float) -> tuple[float, Array | None, Mask]:
+    """Return the level at distance c if exactly the active tasks are at the level, the coefficients, and the infeasible tasks.
 
-    If the sum of the coefficients reaches ``limit`` at a lower level, return that level.
+    Active tasks are infeasible if their coefficient is not positive, and all other tasks if they are below the level. If the
+    sum of the coefficients reaches ``limit`` at a lower level, the level is that level. If the gradients of the active tasks
+    are dependent, the level is NaN. If they are nearly dependent, the coefficients are None, and the mask has no meaning.
     """
     free = active.nonzero()[0]
     if len(free) == 0:
-        return math.nan
+        return math.nan, None, active
     a, b = right = np.array([inverse[free], h[free]])
-    _, solution, info = lapack.dposv(C[free[:, None], free], right.T, lower=1)
+    part = C if len(free) == len(h) else C.take(free, axis=0).take(free, axis=1)
+    factor, solution, info = lapack.dposv(part.T, right.T, lower=1)
     if info != 0:
-        return math.nan
+        return math.nan, None, active
     # x = level p - q at squared distance level^2 a.p - 2 level a.q + b.q, and the distance grows with the level
     p, q = solution.T
-    square, half, rest = float(a @ p), float(a @ q), float(b @ q) - c**2
+    square, half, rest = float(a.dot(p)), float(a.dot(q)), float(b.dot(q)) - c**2
     root = math.sqrt(max(half**2 - square * rest, 0.0))
     level = (half + root) / square if half >= 0 else rest / (half - root)
     growth = float(p.sum())
-    return min(level, (limit + float(q.sum())) / growth) if growth > 0 else level
+    level = min(level, (limit + float(q.sum())) / growth) if growth > 0 else level
+    if factor.diagonal().min() < SMALLEST_PIVOT:
+        return level, None, active
+    x = np.zeros(len(h))
+    x[free] = level * p - q
+    infeasible = C.dot(x) < level * inverse - h - 1e-14 * max(1.0, float(x.sum()))
+    infeasible[free] = x[free] <= 0
+    return level, x, infeasible
 
 
 def _project_on_dual_cone(C: Array, h: Array, lengths: Array, rounding: float) -> Array:

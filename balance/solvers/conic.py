@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from .conflict_averse import climb
-from .linear_algebra import EPSILON, STATIONARY, Array, gradient_norms, share_between_equals
+from .conflict_averse import climb, pivot
+from .linear_algebra import EPSILON, STATIONARY, Array, cosines, gradient_norms, share_between_equals
 from .min_norm import any_min_norm_weights, min_norm_weights
 
 
@@ -41,10 +41,10 @@ def conic_weights(gramian: Array, c: float, rounding: float = EPSILON) -> Array:
     if mean**2 <= rounding * lengths.mean() ** 2:
         return np.zeros(K)
     shortest = share_between_equals(any_min_norm_weights(G), G)
-    square = float(shortest @ G @ shortest)
-    if c == 1 or square <= max(STATIONARY, rounding) * float(shortest @ lengths) ** 2:
+    square = float(shortest.dot(G).dot(shortest))
+    if c == 1 or square <= max(STATIONARY, rounding) * float(shortest.dot(lengths)) ** 2:
         return np.full(K, 1 / K)
-    if float(shortest @ products) >= c * math.sqrt(square) * mean:
+    if float(shortest.dot(products)) >= c * math.sqrt(square) * mean:
         return np.asarray(shortest * mean / math.sqrt(square))
     return _on_the_boundary(G, lengths, products / mean, mean, c, rounding)
 
@@ -60,14 +60,17 @@ def _on_the_boundary(G: Array, lengths: Array, h: Array, mean: float, c: float, 
         c: Cosine of the half-angle.
         rounding: Relative error of the inner products.
     """
-    cosines = h / lengths
-    C = G / lengths[:, None] / lengths - cosines[:, None] * cosines
+    products = h / lengths  # of the unit gradients
+    C = cosines(G, lengths) - products[:, None] * products
     inverse = lengths.min() / lengths
-    levels = (float((cosines / inverse).min()), mean / float(lengths.min()))  # the level of the mean, and a bound
-    worst = cosines <= levels[0] * inverse
-    x = climb(C, cosines, inverse, math.sqrt(1 - c**2) / c, levels, np.zeros(len(h)), worst, rounding)
-    weights = max(1 - float(x @ cosines), 0.0) / (len(h) * mean) + x / lengths  # negative by rounding only
-    return np.asarray(weights * mean / math.sqrt(1 + max(float(x @ C @ x), 0.0)))
+    lowest, highest = float((products / inverse).min()), mean / float(lengths.min())  # levels of the mean, and of no direction
+    radius = math.sqrt(1 - c**2) / c
+    level, x = pivot(C, products, inverse, radius, rounding)
+    if x is None or not lowest < level < highest:
+        worst = products <= lowest * inverse
+        x = climb(C, products, inverse, radius, (lowest, highest), np.zeros(len(h)), worst, rounding)
+    weights = max(1 - float(x.dot(products)), 0.0) / (len(h) * mean) + x / lengths  # negative by rounding only
+    return np.asarray(weights * mean / math.sqrt(1 + max(float(x.dot(C).dot(x)), 0.0)))
 
 
 def conic_error(gramian: Array, weights: Array, c: float) -> float:

@@ -89,7 +89,7 @@ def non_negative_minimum(M: Array, b: Array, passive: Mask) -> Array | None:
         infeasible = solution < 0
         if len(free) < len(b):
             infeasible |= (M.dot(solution) < b - 1e-14 * max(1.0, float(solution.sum()))) & ~passive
-        count = np.count_nonzero(infeasible)
+        count = int(np.count_nonzero(infeasible))
         if count == 0:
             return solution
         if count < fewest:

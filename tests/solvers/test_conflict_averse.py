@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from balance.solvers import conflict_averse
 from balance.solvers.conflict_averse import conflict_averse_error, conflict_averse_weights
 from balance.solvers.min_norm import min_norm_weights
 from tests.strategies import SEEDS, jacobians, make_jacobian
@@ -125,6 +126,29 @@ def test_conflict_averse_weights_of_a_mean_that_is_zero():
     assert conflict_averse_weights(np.zeros((2, 2)), 0.4).tolist() == [0, 0]
     assert conflict_averse_weights(np.array([[1.0, -1.0], [-1.0, 1.0]]), 0.4).tolist() == [0, 0]
     assert conflict_averse_weights(np.array([[1.0, -1.0], [-1.0, 1.0]]) + 1e-17, 2.0).tolist() == [0, 0]
+
+
+def without_pivoting(monkeypatch):
+    monkeypatch.setattr(conflict_averse, "pivot", lambda *args: (np.nan, None))
+
+
+@pytest.mark.parametrize("c", [0.1, 0.4, 1.0, 5.0])
+@pytest.mark.parametrize("kind", ["generic", "duplicate", "opposite", "zero_row", "stationary"])
+def test_the_search_by_levels_takes_over_where_pivoting_fails(kind, c, monkeypatch):
+    gradients = [make_jacobian(1 + seed, kind, seed).numpy() for seed in range(12)]
+    expected = [conflict_averse_direction(J, c) for J in gradients]
+    without_pivoting(monkeypatch)
+    for J, d in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(conflict_averse_direction(J, c), d, atol=1e-9 * np.linalg.norm(J))
+
+
+@pytest.mark.parametrize("pivoting", [True, False])
+def test_the_mean_is_no_solution_where_a_wrong_set_of_tasks_reaches_its_level(pivoting, monkeypatch):
+    """By hand: (1, 0) gains less than (1, 1) at their mean (1, 1/2), and the direction moves from the mean along (1, 0)."""
+    if not pivoting:
+        without_pivoting(monkeypatch)
+    x = conflict_averse_weights(np.array([[1.0, 1.0], [1.0, 2.0]]), 0.4)
+    assert x == pytest.approx([0.4 * 1.25**0.5, 0])
 
 
 def test_conflict_averse_error_of_wrong_weights():

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from balance.solvers.conic import conic_error, conic_weights
+from balance.solvers.min_norm import min_norm_weights
 from tests.strategies import jacobians, make_jacobian
 
 
@@ -42,6 +43,20 @@ def test_an_independent_program_finds_the_direction(num_tasks, c):
         problem.solve(solver=cp.CLARABEL)
         if problem.value > 1e-3 * length:
             assert np.linalg.norm(conic_weights(J @ J.T, c) @ J - d.value) <= 1e-3 * length
+
+
+@pytest.mark.parametrize("num_tasks", [3, 7, 11, 16, 20])
+def test_a_direction_inside_the_cone_is_the_shortest_vector_s_whatever_the_lengths(num_tasks):
+    """Lengths differ by up to 20 decades, so that the certificate does not see the gains of the shortest gradients."""
+    for seed in range(60):
+        lengths = 10.0 ** np.random.default_rng(seed).uniform(-10, 10, (num_tasks, 1))
+        J = make_jacobian(num_tasks, "generic", seed).numpy() * lengths
+        d, mean, shortest = conic_weights(J @ J.T, 0.5) @ J, J.mean(axis=0), min_norm_weights(J @ J.T) @ J
+        assert cosine(d, mean) == pytest.approx(0.5) or cosine(d, shortest) == pytest.approx(1)
+
+
+def cosine(a, b):
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
 
 
 def test_no_direction_in_a_narrow_cone_helps_every_task_and_the_worst_off_loses_least():
