@@ -7,7 +7,7 @@ import math
 import numpy as np
 from scipy.linalg import lapack
 
-from .linear_algebra import STATIONARY, Array
+from .linear_algebra import EPSILON, STATIONARY, Array, cosines
 from .min_norm import any_min_norm_weights
 
 MAX_BARGAINING_STEPS = 500  # for small α, weights that grow without bound grow by the factor 1 + α in a step
@@ -19,8 +19,9 @@ def bargaining_weights(gramian: Array, alpha: float = 1.0) -> Array | None:
 
     With p = 1/α they minimise the convex function :math:`\tfrac12 w^\top G w - \sum_k w_k^{1-p} / (1-p)`, or
     :math:`\tfrac12 w^\top G w - \sum_k \log w_k` for p = 1. G is scaled to unit diagonal first. Newton's method solves for
-    the relative changes of the weights, so that weights of very different size are equally accurate. A step is halved until
-    the function decreases. `bargaining_error` is the certificate.
+    the relative changes of the weights, so that weights of very different size are equally accurate. The factorisation of a
+    step also gives its correction of second order. A step that is not much smaller than the step before is halved until the
+    function decreases. `bargaining_error` is the certificate.
 
     Args:
         gramian: Shape (K, K), positive semi-definite, finite, with a positive diagonal.
@@ -36,40 +37,92 @@ def bargaining_weights(gramian: Array, alpha: float = 1.0) -> Array | None:
         Multi-Task Learning", ICML 2024, eq. (6).
     """
     norms = np.sqrt(gramian.diagonal())
-    C = np.asfortranarray(gramian / norms[:, None] / norms)
+    C = cosines(gramian, norms)
     p = 1 / alpha
-    unit = math.exp(float(np.log(norms).mean()))  # gradients of this length and no conflict have weights near 1
-    prices = (p - 1) * np.log(norms / unit)  # logarithms of r in Cx = r / x^p, for the weights x of the unit gradients
-    x = np.exp(prices / (1 + p))  # the solution for orthogonal gradients
-    x *= (_shares(x, prices, p).sum() / max(float(x @ C @ x), 1e-3 * float(x @ x))) ** (1 / (1 + p))
-    previous = np.inf
+    logarithms = np.log(norms)
+    middle = float(logarithms.sum()) / len(norms)  # gradients of this length and no conflict have weights near 1
+    prices = (p - 1) * (logarithms - middle)  # logarithms of r in Cx = r / x^p, for the weights x of the unit gradients
+    x = _start(C, prices, p)
+    ones = np.ones(len(x))
+    previous = math.inf
     for _ in range(MAX_BARGAINING_STEPS):
-        change = _relative_change(C, x, _shares(x, prices, p), p)
-        if change is None or float(x @ C @ x) <= STATIONARY * float(x.sum()) ** 2:
+        products, shares = C.dot(x), ones if p == 1 else _shares(x, prices, p)
+        if float(x.dot(products)) <= STATIONARY * float(x.dot(ones)) ** 2:
             return None
-        size = float(np.abs(change)[x > NEGLIGIBLE * x.max()].max())
-        x = x * (1 + change * (1.0 if size < 1e-3 else _step_length(C, x, change, prices, p)))
-        x = np.maximum(x, NEGLIGIBLE * x.max())
-        if size < 1e-14 or 0.5 * previous <= size < 1e-7:  # converged, or down to rounding
+        changes = _relative_changes(C, x, products, shares / x, p)
+        if changes is None:
+            return None
+        change, corrected = changes
+        size = _size(change, x)
+        accuracy = math.inf
+        if size < 1e-3 or size < min(0.3, 0.5 * previous):
+            x, accuracy = x + x * corrected, _error_after(size, shares, p)
+        else:
+            x = x + x * change * _step_length(C, x, change, prices, p)
+            x = np.maximum(x, NEGLIGIBLE * x.max())
+        if accuracy < EPSILON or size < 1e-14 or 0.5 * previous <= size < 1e-7:  # converged, or down to rounding
             break
         previous = size
     # Gw = w^-p for lengths relative to the unit; the true weights are shorter by unit^(-2/(1+p))
-    weights: Array = x * (unit / norms) * unit ** (-2 / (1 + p))
+    weights: Array = x / norms * math.exp((p - 1) / (p + 1) * middle)
     return weights
+
+
+def _start(C: Array, prices: Array, p: float) -> Array:
+    """Return the solution for orthogonal gradients, scaled, after each task alone has moved towards its equation. Shape (K,)."""
+    x = np.exp(prices / (1 + p))
+    shares, products = _shares(x, prices, p), C.dot(x)
+    scale = (float(shares.sum()) / max(float(x.dot(products)), 1e-3 * float(x.dot(x)))) ** (1 / (1 + p))
+    quotients = x * products / shares  # at x times the scale all quotients times scale^(1+p) would be 1
+    start: Array = x * np.maximum(quotients, 0.1 * scale ** (-1 - p)) ** (-1 / (1 + p))
+    return start
 
 
 def _shares(x: Array, prices: Array, p: float) -> Array:
     """Return r x^(1-p), without overflow of the factors: the task's part of the direction's squared length. Shape (K,)."""
-    return np.asarray(np.exp(prices + (1 - p) * np.log(x)))
+    return np.ones(len(x)) if p == 1 else np.exp(prices + (1 - p) * np.log(x))
 
 
-def _relative_change(C: Array, x: Array, shares: Array, p: float) -> Array | None:
-    """Return Newton's relative change of x for Cx = r / x^p, or None if rounding makes the system indefinite. Shape (K,)."""
-    scale = x / np.sqrt(shares)
-    hessian = np.asfortranarray(C * scale[:, None] * scale)
-    hessian[np.diag_indices(len(x))] += p
-    _, solution, info = lapack.dposv(hessian, np.sqrt(shares) - scale * (C @ x), lower=1, overwrite_a=1)
-    return None if info != 0 else np.asarray(solution / np.sqrt(shares))
+def _relative_changes(C: Array, x: Array, products: Array, targets: Array, p: float) -> tuple[Array, Array] | None:
+    """Return Newton's relative change of x for Cx = r / x^p, and the change corrected by the terms of second order.
+
+    The error after the second is of third order.
+
+    Args:
+        C: Shape (K, K).
+        x: Shape (K,).
+        products: Cx, of shape (K,).
+        targets: r / x^p, of shape (K,).
+        p: Exponent.
+
+    Returns:
+        Two arrays of shape (K,), or None if rounding makes the system indefinite.
+    """
+    inverse = 1 / x
+    slopes = p * targets * inverse
+    hessian = C.copy()
+    hessian.ravel()[:: len(x) + 1] += slopes
+    residual = targets - products
+    factor, step, info = lapack.dposv(hessian.T, residual, lower=1, overwrite_a=1)
+    if info != 0:
+        return None
+    change = step * inverse
+    corrected, _ = lapack.dpotrs(factor, residual + (0.5 * p + 0.5) * slopes * step * change, lower=1)
+    return change, corrected * inverse
+
+
+def _size(change: Array, x: Array) -> float:
+    """Return the length of a relative change, or its greatest entry at a weight that is not negligible if it is long."""
+    length = math.sqrt(float(change.dot(change)))
+    return length if length < 1e-3 else float(abs(change)[x > NEGLIGIBLE * x.max()].max())
+
+
+def _error_after(size: float, shares: Array, p: float) -> float:
+    """Return a bound of the relative error of the weights after a corrected step of that size, to leading order."""
+    if size > 1e-4:
+        return math.inf
+    spread = len(shares) if p == 1 else float(shares.sum()) / float(shares.min())
+    return (p + 1) * (p + 2) * size**3 * math.sqrt(spread)
 
 
 def _step_length(C: Array, x: Array, change: Array, prices: Array, p: float) -> float:
