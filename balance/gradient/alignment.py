@@ -64,13 +64,19 @@ def aligned_mtl(
 
     def weights(G: Array) -> Array:
         p = preferences("aligned_mtl", preference, len(G), present, 1 / len(G))
-        values, vectors = np.linalg.eigh(G)
-        positive = values > max(values[-1], 0.0) * len(G) * rounding(gramian)
-        if not positive.any():
+        values, vectors = np.linalg.eigh(G)  # ascending
+        first = int(np.count_nonzero(values <= max(float(values[-1]), 0.0) * len(G) * rounding(gramian)))
+        if first == len(G):
             return np.zeros(len(G))
-        values, vectors = values[positive], vectors[:, positive]
-        scale = {"min": values[0], "median": values[(len(values) - 1) // 2], "rmse": values.mean()}[scale_mode]
-        balanced: Array = vectors @ (np.sqrt(scale / values) * (vectors.T @ p))
+        values, vectors = values[first:], vectors[:, first:]
+        balanced: Array = vectors.dot(np.sqrt(_scale(values, scale_mode) / values) * p.dot(vectors))
         return balanced
 
     return solve(weights, gramian)
+
+
+def _scale(values: Array, mode: ScaleMode) -> float:
+    """Return the common eigenvalue of the replaced gradients, given the positive eigenvalues in ascending order."""
+    if mode == "rmse":
+        return float(values.mean())
+    return float(values[0 if mode == "min" else (len(values) - 1) // 2])

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..rules.registry import gradient_balancers
 from ..solvers.dual_cone import projection_error, projection_of_sum, sum_of_projections, sum_of_projections_error
-from ..solvers.linear_algebra import gradient_norms, share_between_equals
+from ..solvers.linear_algebra import cosines, gradient_norms, share_between_equals
 from ._host import certificate, solve
 from ._preference import preferences
 
@@ -122,11 +122,14 @@ def _regularised(rule: str, G: Array, reg_eps: float) -> Array:
 def _project(coefficients: Callable[[Array, Array], Array], G: Array, p: Array) -> Array:
     """Return p plus the weights of the projection, which ``coefficients`` computes on unit gradients. Shape (K,)."""
     norms = gradient_norms(G)
+    if norms.min() > 0:
+        lengths = norms / norms.max()
+        return np.asarray(p + share_between_equals(coefficients(cosines(G, norms), p * lengths) / lengths, G))
     nonzero = norms.nonzero()[0]
     weights: Array = p.copy()
     if len(nonzero):
         lengths = norms[nonzero] / norms.max()
-        C = G[np.ix_(nonzero, nonzero)] / norms[nonzero, None] / norms[nonzero]
+        C = cosines(G[np.ix_(nonzero, nonzero)], norms[nonzero])
         extra = np.zeros(len(G))
         extra[nonzero] = coefficients(C, p[nonzero] * lengths) / lengths
         weights += share_between_equals(extra, G)

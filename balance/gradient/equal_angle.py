@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ..rules.registry import gradient_balancers
-from ..solvers.linear_algebra import DEPENDENT, equal_projection_error, equal_projection_weights
+from ..solvers.linear_algebra import DEPENDENT, cosines, equal_projection_error, equal_projections
 from ._host import certificate, rounding, solve, without_zero_gradients
 from ._preference import preferences
 
@@ -69,7 +69,8 @@ def imtl_g(gramian: Gramian, *, official: bool = False) -> Weights:
 
     def weights(G: Array) -> Array:
         cutoff = max(DEPENDENT, len(G) ** 0.5 * rounding(gramian))
-        w = equal_projection_weights(G, cutoff) / G.diagonal() ** 0.5
+        norms = np.sqrt(G.diagonal())
+        w = equal_projections(cosines(G, norms), cutoff, np.ones(len(G))) / norms
         total, size = float(w.sum()), float(abs(w).sum())
         if abs(total) <= cutoff**0.5 * size:  # a sum that is mostly rounding would make the weights arbitrarily large
             total = size or 1.0
@@ -136,6 +137,8 @@ def config(
 
     def weights(G: Array) -> Array:
         p = preferences("config", preference, len(G), present, 1.0)
+        if G.diagonal().min() > 0 and isinstance(length, str):
+            return _equal_angles(G, p, length, max(DEPENDENT, len(G) ** 0.5 * rounding(gramian)))
         tasks = np.arange(len(G)) if present is None else present.cpu().numpy()
         nonzero = np.flatnonzero(G.diagonal())
         w = np.zeros(len(G))
@@ -158,18 +161,21 @@ def _place(length: Length | int, tasks: Indices) -> Length | int:
 def _equal_angles(G: Array, p: Array, length: Length | int, cutoff: float) -> Array:
     """Return ConFIG's weights for gradients that are not zero; ``length`` is a name or an index of them. Shape (K,)."""
     norms = np.sqrt(G.diagonal())
-    x = equal_projection_weights(G, cutoff, p / p.max())
-    products = (G / norms[:, None] / norms) @ x  # of the unit gradients with the direction x of the unit gradients
-    square = float(x @ products)
+    C = cosines(G, norms)
+    x = equal_projections(C, cutoff, p / p.max())
+    products = C.dot(x)  # of the unit gradients with the direction x of the unit gradients
+    square = float(x.dot(products))
     if square <= 0:
         return np.zeros(len(G))
-    total: float = float(_lengths(norms, length) @ products) / square  # relative to the length of that direction
+    total: float = float(_lengths(norms, length).dot(products)) / square  # relative to the length of that direction
     weights: Array = x / norms * total
     return weights
 
 
 def _lengths(norms: Array, length: Length | int) -> Array:
     """Return the length of each gradient in the sum of projections. Shape (K,)."""
+    if length == "projection":
+        return norms
     if isinstance(length, int):
         return np.full(len(norms), norms[length])
     models: dict[Length, Callable[[], float]] = {
@@ -179,4 +185,4 @@ def _lengths(norms: Array, length: Length | int) -> Array:
         "arithmetic": norms.mean,
         "geometric": lambda: math.exp(float(np.log(norms).mean())),
     }
-    return np.full(len(norms), models[length]()) if length in models else norms
+    return np.full(len(norms), models[length]())

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..rules.generator import SeededGenerator
 from ..rules.registry import gradient_balancers
-from ..solvers.projection import align_in_turn, project_in_turn
+from ..solvers.projection import aligned_weights, projected_weights
 from ._host import solve
 
 if TYPE_CHECKING:
@@ -145,9 +145,8 @@ class GradVac(nn.Module):
             places = np.ix_(tasks, tasks)
             targets = self.targets.cpu().numpy().copy()
             orders = orders_of_visits(len(G), self.order, self.random)
-            coefficients, targets[places] = align_in_turn(G, orders.T, targets[places], self.beta)
+            total, targets[places] = aligned_weights(G, orders, targets[places], self.beta)
             self.targets.copy_(torch.from_numpy(targets))
-            total: Array = coefficients.sum(axis=0)
             return total
 
         return solve(weights, gramian)
@@ -155,10 +154,9 @@ class GradVac(nn.Module):
 
 def orders_of_visits(num_tasks: int, order: Order, random: SeededGenerator) -> Indices:
     """Return for every task the order in which it visits the other tasks. Shape (K, K - 1)."""
-    if order == "fixed":
-        tasks = np.tile(np.arange(num_tasks), (num_tasks, 1))
-    else:
-        tasks = random.permutations(num_tasks, num_tasks).numpy()
+    if order == "random":
+        return random.orders_of_others(num_tasks).numpy()
+    tasks = np.tile(np.arange(num_tasks), (num_tasks, 1))
     orders: Indices = tasks[tasks != np.arange(num_tasks)[:, None]].reshape(num_tasks, num_tasks - 1)
     return orders
 
@@ -173,6 +171,4 @@ def project_conflicts(gramian: Array, orders: Indices) -> Array:
     Returns:
         Shape (K,).
     """
-    K = len(gramian)
-    weights: Array = project_in_turn(gramian, orders.T, np.arange(K), np.eye(K)).sum(axis=0)
-    return weights
+    return projected_weights(gramian, orders)

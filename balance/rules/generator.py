@@ -38,6 +38,12 @@ class SeededGenerator(nn.Module):
         """Draw independent uniform permutations of 0..length-1. Shape (count, length)."""
         return torch.rand(count, length, generator=self._generator, dtype=torch.float64, device="cpu").argsort(dim=1)
 
+    def orders_of_others(self, count: int) -> Tensor:
+        """Draw the numbers of `permutations`, and return each permutation without its index. Shape (count, count - 1)."""
+        draws = torch.rand(count, count, generator=self._generator, dtype=torch.float64, device="cpu").numpy()
+        draws.ravel()[:: count + 1] = 2  # above all draws, so that each index comes last and is cut off
+        return torch.from_numpy(draws.argsort(axis=1, kind="stable")[:, :-1])
+
     def get_extra_state(self) -> Tensor:
         """Return the state of the generator, for state_dict."""
         return self._generator.get_state()

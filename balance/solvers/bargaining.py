@@ -69,7 +69,7 @@ def bargaining_weights(gramian: Array, alpha: float = 1.0) -> Array | None:
 
 
 def _start(C: Array, prices: Array, p: float) -> Array:
-    """Return the solution for orthogonal gradients, scaled, after each task alone has moved towards its equation. Shape (K,)."""
+    """Return the solution for orthogonal gradients, scaled, after a step of each task towards its own equation. Shape (K,)."""
     x = np.exp(prices / (1 + p))
     shares, products = _shares(x, prices, p), C.dot(x)
     scale = (float(shares.sum()) / max(float(x.dot(products)), 1e-3 * float(x.dot(x)))) ** (1 / (1 + p))

@@ -39,8 +39,10 @@ def dual_cone_coefficients(cosines: Array, vectors: Array | None = None) -> Arra
         `non_negative_minimum`; Lawson & Hanson, "Solving Least Squares Problems", 1974, chapter 23.
     """
     Q = cosines if vectors is None else cosines @ vectors
+    if not (Q < 0).any():
+        return np.zeros_like(Q)
     proximal = 0.0 if _is_regular(cosines) else PROXIMAL
-    M = cosines + proximal * np.eye(len(cosines))
+    M = cosines + proximal * np.eye(len(cosines)) if proximal else cosines
     X, stubborn = _complementary(M, Q, Q < 0 if len(cosines) <= FEW_TASKS or Q.shape[1] == 1 else _guess(cosines, Q))
     if proximal:
         for _ in range(2):
@@ -160,10 +162,11 @@ def _complementary(M: Array, Q: Array, passive: Mask) -> tuple[Array, Indices]:
         Q: Shape (K, m).
         passive: Guess of the positive coefficients. Shape (K, m).
     """
-    X = np.zeros_like(Q)
-    for column, free in enumerate(passive.T):
+    rows = np.zeros(Q.T.shape)
+    for row, q, free in zip(rows, Q.T, passive.T, strict=True):
         places = free.nonzero()[0]
-        X[places, column] = _solve(M, Q[:, column], places)
+        row[places] = _solve(M, q, places)
+    X = rows.T
     infeasible = np.where(passive, X < 0, -1e-14 * np.maximum(1, X.sum(axis=0)) > M @ X + Q)
     stubborn: list[int] = []
     for column in infeasible.any(axis=0).nonzero()[0].tolist():
@@ -190,6 +193,8 @@ def _solve(M: Array, q: Array, free: Indices) -> Array:
     """Return the solution of Mx + q = 0 on the indices in ``free``, infeasible where M is not positive definite."""
     if len(free) == 0:
         return q[:0]
+    if len(free) == 1:
+        return -q[free] / M[free, free]
     part = M.take(free, axis=0).take(free, axis=1)
-    _, x, info = lapack.dposv(part.T, -q[free], lower=1, overwrite_a=1, overwrite_b=1)
+    _, x, info = lapack.dposv(part.T, -q.take(free), lower=1, overwrite_a=1, overwrite_b=1)
     return np.asarray(x) if info == 0 else np.full(len(free), -1.0)

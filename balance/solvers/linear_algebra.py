@@ -153,9 +153,12 @@ def equal_projection_weights(gramian: Array, cutoff: float = DEPENDENT, projecti
     Returns:
         Shape (K,), of either sign; all zero where no combination has equal projections, as for opposite gradients.
     """
-    norms = np.sqrt(gramian.diagonal())
-    C = gramian / norms[:, None] / norms
-    ones = np.ones(len(C)) if projections is None else projections
+    ones = np.ones(len(gramian)) if projections is None else projections
+    return equal_projections(cosines(gramian, np.sqrt(gramian.diagonal())), cutoff, ones)
+
+
+def equal_projections(C: Array, cutoff: float, ones: Array) -> Array:
+    """Return the result of `equal_projection_weights`, given the cosines and the inner products. Shapes (K, K), (K,)."""
     factor, solution, info = lapack.dposv(C, ones, lower=1)
     if info == 0:
         reciprocal_condition, _ = lapack.dpocon(factor, float(len(C)), uplo="L")  # K is an upper bound of the 1-norm of C

@@ -32,6 +32,15 @@ def test_it_is_a_function_of_the_gramian(J, seed):
     torch.testing.assert_close(weights @ J, on_vectors(J, orders), rtol=1e-8, atol=1e-8 * float(J.norm()) + 1e-12)
 
 
+@pytest.mark.parametrize("kind", ["generic", "zero_row", "opposite"])
+@pytest.mark.parametrize("num_tasks", [8, 9, 40, 41])
+def test_many_tasks_take_their_turns_together(num_tasks, kind):
+    J = make_jacobian(num_tasks, kind, 0)
+    orders = orders_of_visits(num_tasks, "random", gradient_balancers.build("pcgrad").random)
+    weights = torch.from_numpy(project_conflicts((J @ J.T).numpy(), orders))
+    torch.testing.assert_close(weights @ J, on_vectors(J, orders), rtol=1e-8, atol=1e-8)
+
+
 @given(jacobians(min_tasks=2, max_tasks=2, kinds=("generic", "integer", "opposite")))
 def test_two_tasks_never_conflict_after_it(J):
     d = gradient_balancers.build("pcgrad")(J @ J.T) @ J
@@ -92,7 +101,7 @@ def vaccinated(J, orders, targets, beta):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("num_tasks", [2, 3, 8])
+@pytest.mark.parametrize("num_tasks", [2, 3, 8, 9, 50])
 def test_gradvac_follows_the_definition_over_steps(num_tasks, beta):
     rule, same = (gradient_balancers.build("gradvac", num_tasks=num_tasks, beta=beta, seed=3) for _ in range(2))
     targets = torch.zeros(num_tasks, num_tasks, dtype=torch.float64)

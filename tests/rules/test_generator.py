@@ -11,13 +11,23 @@ from tests.loss.defaults import CONTEXTS
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_seeded_generator_draws_the_same_numbers_whatever_the_defaults(context):
     def draw(generator):
-        return generator.normal(2, 3), generator.uniform(4), generator.permutations(2, 5)
+        orders = generator.permutations(2, 5), generator.orders_of_others(3)
+        return generator.normal(2, 3), generator.uniform(4), *orders
 
     expected = draw(SeededGenerator(3))
     with CONTEXTS[context]():
         drawn = draw(SeededGenerator(3))
-    assert [(t.dtype, t.device.type) for t in drawn] == [(torch.float64, "cpu"), (torch.float32, "cpu"), (torch.int64, "cpu")]
+    assert [t.dtype for t in drawn] == [torch.float64, torch.float32, torch.int64, torch.int64]
+    assert all(t.device.type == "cpu" for t in drawn)
     assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 20, 100])
+def test_orders_of_others_are_permutations_without_the_number_itself(count):
+    generator, same = SeededGenerator(3), SeededGenerator(3)
+    for _ in range(3):
+        expected = [[j for j in order if j != i] for i, order in enumerate(same.permutations(count, count).tolist())]
+        assert generator.orders_of_others(count).tolist() == expected
 
 
 def test_seeded_generator_starts_again_with_another_seed():
