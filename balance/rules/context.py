@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..types import Losses
+
+
+@lru_cache(maxsize=8)
+def all_indices(num_tasks: int) -> Tensor:
+    """Return the indices of all tasks, one tensor for all steps, which nobody changes. Shape (K,), int64, on the host."""
+    with torch.inference_mode(mode=False):  # it is used in later steps too
+        return torch.arange(num_tasks, device="cpu")
 
 
 class TaskError(ValueError):
@@ -54,7 +62,7 @@ class Context:
     @classmethod
     def of_all(cls, num_tasks: int, losses: Losses | None = None) -> Context:
         """Return the context of a step at which all tasks are present."""
-        return cls(torch.arange(num_tasks, device="cpu"), num_tasks, losses)
+        return cls(all_indices(num_tasks), num_tasks, losses)
 
     @classmethod
     def of(cls, present: Tensor | None, num_tasks: int, losses: Losses | None = None) -> Context:

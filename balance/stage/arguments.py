@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
+from functools import cached_property
 from numbers import Integral
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ..distributed.wrappers import is_inside_forward
 from ..engine.graph import unstacked_roots
 from ..engine.passes import LossOutputs, SampleOutputs
 from ..messages import unknown
-from ..rules.context import Context
+from ..rules.context import Context, all_indices
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
@@ -31,28 +31,72 @@ Counts: TypeAlias = Mapping[str, "float | Tensor"] | Sequence["float | Tensor"] 
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class StepLosses(NamedTuple):
-    """Losses of one step, of the K tasks that are present."""
+@dataclass(eq=False)
+class StepLosses:
+    """Losses of one step, of the K tasks that are present.
+
+    Most steps need few of the properties, so that each is computed when it is first used.
+
+    Attributes:
+        tasks: Their names.
+        num_tasks: Number of all tasks.
+        losses: With their graphs; over several ranks their means, detached, float64.
+        given: The losses one by one, or the vector of losses, with their graphs; not used where ``roots`` is known.
+        known: Values of the properties below that are at hand, by name.
+        shares: This rank's shares of the samples; None: all of them. Length K.
+        vector: With one loss per sample: the losses of all samples, with their graph. Shape (B,).
+        present: Indices of the samples that are present; None: all. Shape (K,).
+    """
 
     tasks: tuple[str, ...]
-    indices: Tensor  # of these tasks among all tasks. Shape (K,)
-    num_tasks: int  # of all tasks
-    roots: list[Root | None]  # node or tensor of each loss in the graph; None for a loss without a graph
-    losses: Losses  # with their graphs; over several ranks their means, detached, float64
-    host: Losses  # their values, detached, float64, on the host
-    counts: tuple[float, ...]  # numbers of samples that these losses are means of. Length K
-    one: Tensor  # the number 1 in the dtype and on the device of the losses of this rank. Shape ()
-    shares: tuple[float, ...] | None = None  # this rank's shares of the samples; None: all of them. Length K
-    idle: Mapping[int, Root] = MappingProxyType(
-        {}
-    )  # by index among all tasks, losses in the graph of tasks without samples on this rank
-    vector: Tensor | None = None  # with one loss per sample: the losses of all samples, with their graph. Shape (B,)
-    present: Tensor | None = None  # indices of the samples that are present; None: all. Shape (K,)
+    num_tasks: int
+    losses: Losses
+    given: Sequence[Tensor] | Tensor = ()
+    known: InitVar[Mapping[str, Any] | None] = None
+    shares: tuple[float, ...] | None = None
+    vector: Tensor | None = None
+    present: Tensor | None = None
+
+    def __post_init__(self, known: Mapping[str, Any] | None) -> None:
+        if known:
+            vars(self).update(known)
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """Indices of these tasks among all tasks; given unless all are present. Shape (K,), int64, on the host."""
+        return all_indices(self.num_tasks)
+
+    @cached_property
+    def roots(self) -> list[Root | None]:
+        """Node or tensor of each loss in the graph; None for a loss without a graph."""
+        # Views, so that no root is a leaf tensor, and two tasks with one loss have two roots
+        given = self.given
+        return list(map(_root, (unstacked_roots(given) or given.unbind()) if isinstance(given, Tensor) else given))
+
+    @cached_property
+    def host(self) -> Losses:
+        """Values of the losses, detached, float64, on the host. Shape (K,)."""
+        return self.losses.detach().to("cpu", torch.float64)
+
+    @cached_property
+    def counts(self) -> tuple[float, ...]:
+        """Numbers of samples that these losses are means of. Length K."""
+        return (1.0,) * len(self.tasks)
+
+    @cached_property
+    def idle(self) -> Mapping[int, Root]:
+        """By index among all tasks, losses in the graph of tasks without samples on this rank."""
+        return {}
+
+    @cached_property
+    def one(self) -> Tensor:
+        """The number 1 in the dtype and on the device of the losses of this rank. Shape ()."""
+        return torch.ones((), dtype=self.losses.dtype, device=self.losses.device)
 
     @property
     def context(self) -> Context:
-        """The context of a rule that is applied to these tasks."""
-        return Context(self.indices, self.num_tasks, self.host, self.tasks)
+        """The context of a loss balancer that is applied to these tasks."""
+        return Context(self.indices, self.num_tasks, None, self.tasks)
 
     @property
     def starts(self) -> Sequence[Root | None]:
@@ -68,17 +112,20 @@ class StepLosses(NamedTuple):
     @property
     def is_half(self) -> bool:
         """True if a loss is of half precision, in which the weight of a small loss can overflow."""
-        return any(isinstance(root, Tensor) and root.dtype in _HALF for root in self.roots) or self.one.dtype in _HALF
+        known = vars(self)
+        given = () if isinstance(self.given, Tensor) else self.given
+        tensors = (*given, *known.get("roots", ()), known.get("one", self.losses))
+        return any(isinstance(tensor, Tensor) and tensor.dtype in _HALF for tensor in tensors)
 
     def not_finite(self) -> dict[str, float]:
         """Return the losses that are infinite or NaN, by task."""
-        pairs = zip(self.tasks, self.host.tolist(), self.host.isfinite().tolist(), strict=True)
-        return {task: value for task, value, finite in pairs if not finite}
+        pairs = zip(self.tasks, self.losses.tolist(), strict=True)
+        return {task: value for task, value in pairs if not math.isfinite(value)}
 
     def context_of(self, positions: Tensor) -> Context:
-        """Return the context of a rule that is applied to some of these tasks, given by their positions. Shape (k,)."""
+        """Return the context of a gradient balancer that is applied to some tasks, given by their positions. Shape (k,)."""
         if len(positions) == len(self.tasks):
-            return self.context
+            return replace(self.context, losses=self.host)
         tasks = tuple(self.tasks[k] for k in positions.tolist())
         return Context(self.indices[positions], self.num_tasks, self.host[positions], tasks)
 
@@ -100,7 +147,7 @@ def task_names(tasks: Sequence[str] | int) -> tuple[str, ...]:
     return names
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class StepArguments:
     """Arguments of `Balancer.backward` as given.
 
@@ -176,27 +223,48 @@ def read_losses(
         ValueError: If a loss has the wrong shape or name, or a count is wrong.
         TypeError: If a loss is not a tensor of floats.
     """
-    by_task, stacked_roots = _by_task(losses, tasks, nan)
-    _check_scalars(by_task, tasks)
-    indices = [k for k, task in enumerate(tasks) if task in by_task]
-    numbers = None if counts is None else _read_counts(counts, tasks, by_task)
-    scalars = [by_task[tasks[k]].reshape(()) for k in indices]
-    roots = stacked_roots or [scalar if scalar.requires_grad else None for scalar in scalars]
-    stacked = torch.stack(scalars) if scalars else torch.zeros(0)
-    host = stacked.detach().to("cpu", torch.float64)
-    absent, idle = _absent(host, nan, zero), {}
+    if isinstance(losses, Tensor):
+        _check_vector(losses, tasks, nan)
+        if counts is None and zero == "present":
+            return StepLosses(tasks, len(tasks), losses.view_as(losses), losses)  # a tensor that only this step can change
+        losses = dict(zip(tasks, losses.unbind(), strict=True))
+    present = _checked_tasks(losses, tasks)
+    scalars = [loss if loss.ndim == 0 else loss.reshape(()) for loss in map(losses.__getitem__, present)]
+    numbers = None if counts is None else _read_counts(counts, tasks, losses)
+    if numbers is None and nan == "error" and zero == "present":
+        return _step(tasks, present, scalars)
+    host = torch.stack(scalars).tolist() if scalars else []
+    absent = [(nan == "absent" and math.isnan(x)) or (zero == "absent" and x == 0) for x in host]
+    idle = {}
     if numbers is not None:
-        idle = {k: root for k, root in zip(indices, roots, strict=True) if numbers[tasks[k]] == 0 and root is not None}
-        absent |= torch.tensor([numbers[tasks[k]] == 0 for k in indices], dtype=torch.bool, device="cpu")
-    if absent.any():
-        present = (~absent).nonzero().flatten().tolist()
-        indices, roots, host = [indices[k] for k in present], [roots[k] for k in present], host[present]
-        stacked = torch.stack([scalars[k] for k in present]) if present else stacked[:0]
-    names = tuple(tasks[k] for k in indices)
-    present_counts = tuple(1.0 if numbers is None else numbers[task] for task in names)
-    positions = torch.tensor(indices, dtype=torch.int64, device="cpu")
-    one = torch.ones((), dtype=stacked.dtype, device=stacked.device)
-    return StepLosses(names, positions, len(tasks), roots, stacked, host, present_counts, one, idle=idle)
+        idle = {
+            tasks.index(task): root
+            for task, scalar in zip(present, scalars, strict=True)
+            if numbers[task] == 0 and (root := _root(scalar)) is not None
+        }
+        absent = [is_absent or numbers[task] == 0 for task, is_absent in zip(present, absent, strict=True)]
+    scalars = [scalar for scalar, is_absent in zip(scalars, absent, strict=True) if not is_absent]
+    present = tuple(task for task, is_absent in zip(present, absent, strict=True) if not is_absent)
+    step = _step(tasks, present, scalars)
+    if numbers is not None:
+        step.counts, step.idle = tuple(map(numbers.__getitem__, present)), idle
+    return step
+
+
+def _step(tasks: tuple[str, ...], present: tuple[str, ...], scalars: Sequence[Tensor]) -> StepLosses:
+    """Return the step of the present tasks, given their losses."""
+    stacked = torch.stack(scalars) if scalars else torch.zeros(0)
+    if len(present) == len(tasks):
+        return StepLosses(tasks, len(tasks), stacked, scalars)
+    indices = torch.tensor([tasks.index(task) for task in present], dtype=torch.int64, device="cpu")
+    return StepLosses(present, len(tasks), stacked, scalars, {"indices": indices})
+
+
+def _root(loss: Root | None) -> Root | None:
+    """Return the place at which the backward pass of one loss begins; None for a loss without a graph."""
+    if not isinstance(loss, Tensor):
+        return loss
+    return loss.reshape(()) if loss.requires_grad else None
 
 
 def require_present(step: StepLosses, losses: object, tasks: tuple[str, ...]) -> None:
@@ -236,31 +304,6 @@ def _read_counts(counts: Counts, tasks: tuple[str, ...], losses: Mapping[str, Te
     return numbers
 
 
-def _by_task(
-    losses: Mapping[str, Tensor] | Tensor, tasks: tuple[str, ...], nan: NanPolicy
-) -> tuple[Mapping[str, Tensor], list[Root | None] | None]:
-    """Return the losses by task, and for a vector the roots that ``torch.stack`` made it of, where it did."""
-    if isinstance(losses, Tensor):
-        _check_vector(losses, tasks, nan)
-        return dict(zip(tasks, losses.unbind(), strict=True)), unstacked_roots(losses)
-    if not isinstance(losses, Mapping):
-        raise TypeError(
-            f"losses must be a dict by task or a tensor of shape ({len(tasks)},), but got {type(losses).__name__}. "
-            "Use torch.stack([loss_a, loss_b]), or {name: loss}."
-        )
-    return losses, None
-
-
-def _absent(host: Tensor, nan: NanPolicy, zero: ZeroPolicy) -> Tensor:
-    """Return for each loss whether its value marks the task as absent. Shape (K,), bool."""
-    absent = torch.zeros_like(host, dtype=torch.bool)
-    if nan == "absent":
-        absent |= host.isnan()
-    if zero == "absent":
-        absent |= host == 0
-    return absent
-
-
 def _check_vector(losses: Tensor, tasks: tuple[str, ...], nan: NanPolicy) -> None:
     if losses.shape != (len(tasks),):
         raise ValueError(
@@ -274,7 +317,13 @@ def _check_vector(losses: Tensor, tasks: tuple[str, ...], nan: NanPolicy) -> Non
         )
 
 
-def _check_scalars(losses: Mapping[str, Any], tasks: tuple[str, ...]) -> None:
+def _checked_tasks(losses: Any, tasks: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the tasks that have a loss, in the order of all tasks, after a check of the losses by task."""
+    if not isinstance(losses, Mapping):
+        raise TypeError(
+            f"losses must be a dict by task or a tensor of shape ({len(tasks)},), but got {type(losses).__name__}. "
+            "Use torch.stack([loss_a, loss_b]), or {name: loss}."
+        )
     for task, loss in losses.items():
         if task not in tasks:
             raise ValueError(unknown("task", task if isinstance(task, str) else f"{task!r} ({type(task).__name__})", tasks))
@@ -284,3 +333,4 @@ def _check_scalars(losses: Mapping[str, Any], tasks: tuple[str, ...]) -> None:
             raise TypeError(f"Loss of task '{task}' must be a tensor of floats, but got {loss!r}.{hint}")
         if loss.numel() != 1:
             raise ValueError(f"Loss of task '{task}' must be a scalar, but has shape {tuple(loss.shape)}. Use its .mean().")
+    return tasks if len(losses) == len(tasks) else tuple(task for task in tasks if task in losses)

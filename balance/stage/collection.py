@@ -213,9 +213,9 @@ class Collection:
         means = (self._sums[0] / counts)[indices]
         names = tuple(self._owner.tasks[k] for k in indices.tolist())
         one = torch.ones((), device="cpu") if self._seed is None else self._seed.unit
-        return StepLosses(
-            names, indices, len(counts), [None] * len(names), means.to(one.device), means, tuple(counts[indices].tolist()), one
-        )
+        known = {"indices": indices, "roots": [None] * len(names), "host": means, "one": one}
+        known["counts"] = tuple(counts[indices].tolist())
+        return StepLosses(names, len(counts), means.to(one.device), known=known)
 
     def _heads(self) -> list[Tensor]:
         ids = {id(leaf) for leaf in self._trunk}

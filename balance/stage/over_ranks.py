@@ -147,17 +147,16 @@ def _global_step(
     means = (totals[0] / totals[1])[indices]
     shares = (counts / totals[1])[indices]
     roots = dict(idle) | dict(zip(step.indices.tolist(), step.roots, strict=True))
-    return StepLosses(
-        tasks=tuple(tasks[k] for k in indices.tolist()),
-        indices=indices,
-        num_tasks=step.num_tasks,
-        roots=[roots.get(k) for k in indices.tolist()],
-        losses=means.to(step.one.device, torch.float32 if step.one.device.type == "mps" else torch.float64),
-        host=means,
-        counts=tuple(totals[1][indices].tolist()),
-        one=step.one,
-        shares=tuple(shares.tolist()),
-    )
+    known = {
+        "indices": indices,
+        "roots": [roots.get(k) for k in indices.tolist()],
+        "host": means,
+        "counts": tuple(totals[1][indices].tolist()),
+        "one": step.one,
+    }
+    losses = means.to(step.one.device, torch.float32 if step.one.device.type == "mps" else torch.float64)
+    names = tuple(tasks[k] for k in indices.tolist())
+    return StepLosses(names, step.num_tasks, losses, known=known, shares=tuple(shares.tolist()))
 
 
 def _refuse_wrapped_balancer(model: Model, parameters: Iterable[Tensor]) -> None:

@@ -117,22 +117,18 @@ def read_sample_losses(given: StepArguments, zero: ZeroPolicy) -> StepLosses:
         raise ValueError(f"{_HINT}, so that further batches have no losses of the same tasks. Leave further out.")
     if given.counts is not None:
         raise ValueError(f"{_HINT}, but counts are numbers of samples by task. Leave counts out.")
-    host = losses.detach().to("cpu", torch.float64)
-    present = (host != 0).nonzero().flatten() if zero == "absent" else None
-    if present is None or len(present) == len(host):
-        return _step(losses, host, None, sample_names(len(host)))
-    names = sample_names(len(host))
-    return _step(losses, host[present], present, tuple(names[i] for i in present.tolist()))
+    names = sample_names(len(losses))
+    present = losses.detach().cpu().nonzero().flatten() if zero == "absent" else None
+    if present is None or len(present) == len(losses):
+        return _step(losses, None, names)
+    return _step(losses, present, tuple(names[i] for i in present.tolist()))
 
 
-def _step(losses: Tensor, host: Tensor, present: Tensor | None, names: tuple[str, ...]) -> StepLosses:
+def _step(losses: Tensor, present: Tensor | None, names: tuple[str, ...]) -> StepLosses:
     """Return a step of the present samples, given by their indices; None: all."""
-    K = len(host)
     stacked = unstacked_roots(losses)
     chosen = range(len(losses)) if present is None else present.tolist()
-    roots: list[Any] = [losses] * K if stacked is None else [stacked[i] for i in chosen]
-    one = torch.ones((), dtype=losses.dtype, device=losses.device)
+    roots: list[Any] = [losses] * len(names) if stacked is None else [stacked[i] for i in chosen]
     values = losses.view_as(losses) if present is None else losses[present.to(losses.device)]
     vector = losses if stacked is None else None
-    positions = torch.arange(K, device="cpu")
-    return StepLosses(names, positions, K, roots, values, host, (1.0,) * K, one, vector=vector, present=present)
+    return StepLosses(names, len(names), values, known={"roots": roots}, vector=vector, present=present)
