@@ -25,21 +25,23 @@ class Moments(NamedTuple):
     mean_square: Tensor
     steps: Tensor
 
-    def step(self, values: Tensor, tasks: Tensor, gradient: Tensor, lr: float) -> None:
+    def step(self, values: Tensor, tasks: Tensor | slice, gradient: Tensor, lr: float, chosen: Tensor | None = None) -> None:
         """Take one step for some tasks, in place.
 
         Args:
             values: The numbers that are learned. Shape (K,).
-            tasks: Indices of the tasks that take the step. Shape (k,).
+            tasks: Index of the tasks that may take the step.
             gradient: Their gradient. Shape (k,).
             lr: Learning rate.
+            chosen: Whether each of them takes the step; None: all do. Shape (k,).
         """
-        self.steps[tasks] += 1
-        self.mean[tasks] += (1 - BETA1) * (gradient - self.mean[tasks])
-        self.mean_square[tasks] += (1 - BETA2) * (gradient**2 - self.mean_square[tasks])
-        mean = self.mean[tasks] / (1 - BETA1 ** self.steps[tasks])
-        mean_square = self.mean_square[tasks] / (1 - BETA2 ** self.steps[tasks])
-        values[tasks] -= lr * mean / (mean_square.sqrt() + EPSILON)
+        steps = self.steps[tasks] + 1
+        mean = self.mean[tasks] + (1 - BETA1) * (gradient - self.mean[tasks])
+        mean_square = self.mean_square[tasks] + (1 - BETA2) * (gradient**2 - self.mean_square[tasks])
+        unbiased, unbiased_square = mean / (1 - BETA1**steps), mean_square / (1 - BETA2**steps)
+        moved = values[tasks] - lr * unbiased / (unbiased_square.sqrt() + EPSILON)
+        for state, new in zip((values, *self), (moved, mean, mean_square, steps), strict=True):
+            state[tasks] = new if chosen is None else torch.where(chosen, new, state[tasks])
 
 
 def register_moments(rule: nn.Module, num_tasks: int) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from ..rules.checks import are_delayed, beside, require
 from ..rules.context import TaskError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from ..types import Losses, WeightedLosses
+
+Rule = TypeVar("Rule", bound="Callable[..., Tensor]")
 
 # Reasons and remedies of `require_above`
 LOGARITHM = "takes its logarithm"
@@ -26,8 +31,12 @@ _REMEDY_OF_ZERO = (
 
 
 def values(losses: Losses) -> Tensor:
-    """Return the values of the losses, for a rule's weights and state: detached, float64, on the host. Shape (K,)."""
-    return losses.detach().to("cpu", torch.float64)
+    """Return the values of the losses, for a rule's weights and state: detached, float64. Shape (K,).
+
+    They are on the host, or on the device of the losses if the checks of the rule are delayed.
+    """
+    losses = losses.detach()
+    return losses.to(torch.float64) if are_delayed() else losses.to("cpu", torch.float64)
 
 
 def widened(losses: Losses) -> Losses:
@@ -38,7 +47,7 @@ def widened(losses: Losses) -> Losses:
 def weigh(losses: Losses, weights: Tensor) -> WeightedLosses:
     """Multiply losses by constant weights, in the losses' dtype and on their device. Shape (K,)."""
     wide = widened(losses)  # weights of small losses exceed the range of float16
-    return (wide * weights.to(wide)).to(losses.dtype)
+    return (wide * beside(weights, wide)).to(losses.dtype)
 
 
 def softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -46,9 +55,20 @@ def softmax(logits: Tensor, temperature: float) -> Tensor:
     return ((logits - logits.max()) / temperature).softmax(dim=0)
 
 
-def indices(present: Tensor | None, num_tasks: int) -> Tensor:
-    """Return the indices of the present tasks. Shape (k,), int64, on the host."""
-    return torch.arange(num_tasks, device="cpu") if present is None else present
+def masked_softmax(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Return the softmax over the chosen numbers only; zero for other numbers, and NaN if none is chosen. Shape (K,)."""
+    return torch.where(chosen, logits, -torch.inf).softmax(dim=0)
+
+
+def members(present: Tensor | None, state: Tensor) -> Tensor | slice:
+    """Return an index of the present tasks in a tensor with one entry for each task, on the device of that tensor."""
+    return slice(None) if present is None else beside(present, state, present.dtype)
+
+
+def stays_on_device(rule: Rule) -> Rule:
+    """Declare that a function of losses never waits for their device, see `balance.rules.checks`; return it unchanged."""
+    vars(rule)["stays_on_device"] = True
+    return rule
 
 
 def numbers_by_task(
@@ -98,12 +118,16 @@ def require_above(
         TaskError: For the first task whose loss is not above its minimum, or is NaN. For a loss of exactly 0 the message
             also names the likely cause.
     """
-    bounds = torch.as_tensor(minimum, dtype=torch.float64, device="cpu").expand_as(losses)
-    for task, (loss, bound) in enumerate(zip(losses.tolist(), bounds.tolist(), strict=True)):
-        if not loss > bound:
-            advice = _REMEDY_OF_ZERO + remedy if loss == 0 else remedy[0].upper() + remedy[1:]
-            rule = f"must be above {bound:g}, because '{method}' {reason}"
-            raise TaskError(task, f"{quantity} of task {{task}} is {loss:.6g}, but {rule}. {advice}")
+    above = losses > (beside(minimum, losses) if isinstance(minimum, torch.Tensor) else minimum)
+
+    def error() -> TaskError:
+        task = above.tolist().index(False)
+        loss, bound = float(losses[task]), float(torch.as_tensor(minimum).expand_as(losses)[task])
+        advice = _REMEDY_OF_ZERO + remedy if loss == 0 else remedy[0].upper() + remedy[1:]
+        rule = f"must be above {bound:g}, because '{method}' {reason}"
+        return TaskError(task, f"{quantity} of task {{task}} is {loss:.6g}, but {rule}. {advice}")
+
+    require(above, error)
 
 
 def lower_bounds(min_losses: list[float] | None, count: int, present: Tensor | None) -> Tensor:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..rules.context import all_indices
 from ..rules.registry import loss_balancers
-from ._checks import ADD_CONSTANT, DIVISION, indices, require_above, values, weigh
+from ._checks import ADD_CONSTANT, DIVISION, members, require_above, values, weigh
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +68,7 @@ class CoBa(nn.Module):
     """
 
     needs_validation = True
+    stays_on_device = True
 
     first: Tensor
     ratios: Tensor
@@ -98,9 +100,8 @@ class CoBa(nn.Module):
         Returns:
             Shape (K,).
         """
-        weights = values(self.weights[indices(present, len(self.weights))])
-        unknown = weights.isnan()
-        weights = torch.ones_like(weights) if unknown.all() else torch.where(unknown, weights.nanmean(), weights)
+        weights = values(self.weights[members(present, self.weights)])
+        weights = torch.where(weights.isnan(), weights.nanmean().nan_to_num(nan=1.0), weights)
         return weigh(losses, weights / weights.sum())
 
     def observe_validation(self, losses: Losses, present: Tensor | None = None) -> None:
@@ -113,7 +114,7 @@ class CoBa(nn.Module):
         Raises:
             TaskError: If a loss is not positive; the state is then as before.
         """
-        tasks = indices(present, len(self.weights))
+        tasks = all_indices(len(self.weights)) if present is None else present
         L = values(losses)
         require_above(L, 0, "coba", DIVISION, ADD_CONSTANT, quantity="Validation loss")
         known = ~values(self.first[tasks]).isnan()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..rules.registry import loss_balancers
-from ._checks import ADD_CONSTANT, DIVISION, require_above, values, weigh
+from ._checks import ADD_CONSTANT, DIVISION, members, require_above, values, weigh
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +51,8 @@ class DynamicWeightAverage(nn.Module):
         placeholders of one as losses. Weights sum to K as in the paper, not to 1.
     """
 
+    stays_on_device = True
+
     history: Tensor
 
     def __init__(self, num_tasks: int, temperature: float = 2.0, mode: Mode = "epoch", window: int = 25) -> None:
@@ -79,14 +81,15 @@ class DynamicWeightAverage(nn.Module):
         Raises:
             TaskError: If the older mean of a loss is not positive.
         """
-        tasks = torch.arange(self.history.shape[1], device="cpu") if present is None else present
+        tasks = members(present, self.history)
         history = self.history[:, tasks]
         if self.mode == "window":
             history = torch.cat([history[1:], values(losses).to(history)[None]])
         old, new = values(history).chunk(2)
-        weights = len(tasks) * (_ratio(new.mean(dim=0), old.mean(dim=0)) / self.temperature).softmax(dim=0)
+        weights = len(losses) * (_ratio(new.mean(dim=0), old.mean(dim=0)) / self.temperature).softmax(dim=0)
         weighted = weigh(losses, weights)
-        self.history[:, tasks] = history
+        if self.mode == "window":
+            self.history[:, tasks] = history
         return weighted
 
     def end_epoch(self, mean_losses: Tensor) -> None:
@@ -96,8 +99,9 @@ class DynamicWeightAverage(nn.Module):
             mean_losses: Mean raw loss of every task over the epoch, NaN for a task that was never present. Shape (K,).
         """
         if self.mode == "epoch":
-            seen = mean_losses.isfinite().nonzero().flatten().cpu()
-            self.history[:, seen] = torch.stack([self.history[1, seen], mean_losses.to(self.history)[seen]])
+            means = mean_losses.to(self.history)
+            rows = torch.stack([self.history[1], means])
+            self.history.copy_(torch.where(means.isfinite(), rows, self.history))
 
 
 def _ratio(new: Tensor, old: Tensor) -> Tensor:

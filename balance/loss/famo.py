@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from ..rules.checks import beside, require
+from ..rules.context import all_indices
 from ..rules.registry import loss_balancers
 from ._adam import Moments, register_moments
-from ._checks import GIVE_BOUNDS, LOGARITHM, indices, require_above, values, weigh, widened
+from ._checks import GIVE_BOUNDS, LOGARITHM, masked_softmax, members, require_above, values, weigh, widened
 from ._user_logits import UserLogits
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 LogitOptimizer = Literal["inner", "user"]
 GAMMA, LR = 1e-3, 0.025
+_ORDER = "'famo' observes losses once after each backward, of the tasks that backward was given."
 
 
 @loss_balancers.register(
@@ -94,6 +97,7 @@ class FAMO(nn.Module):
         self.needs_observation = not next_batch
         zeros = torch.zeros(num_tasks, dtype=torch.float64, device="cpu")
         self.user_logits = UserLogits(num_tasks) if optimizer == "user" else None
+        self.stays_on_device = optimizer == "inner"
         if self.user_logits is None:
             self.register_buffer("logits", zeros.clone())
             register_moments(self, num_tasks)
@@ -114,18 +118,17 @@ class FAMO(nn.Module):
         Raises:
             TaskError: If a loss is below its lower bound.
         """
-        tasks = indices(present, len(self.previous_losses))
+        tasks = members(present, self.previous_losses)
         L = values(losses)
         distance = self._distance(L, tasks)
-        previous = torch.full_like(self.previous_losses, torch.nan)
-        previous[tasks] = L.to(previous)
         if not self.needs_observation:
-            again = ~values(self.previous_losses[tasks]).isnan()
-            self._learn(tasks[again], L[again])
-        self.previous_losses.copy_(previous)
+            self._learn(present, distance)
+        if present is not None:
+            self.previous_losses.fill_(torch.nan)
+        self.previous_losses[tasks] = L.to(self.previous_losses)
         z = self._values(tasks).softmax(dim=0)
         wide = widened(losses)  # 1e-8 is zero in half precision
-        logarithms = (wide - self.min_losses[tasks].to(wide) + 1e-8).log()
+        logarithms = (wide - beside(self.min_losses[tasks], wide) + 1e-8).log()
         weighted = weigh(logarithms, z / (z / distance).sum())
         if self.user_logits is not None:
             weighted = weighted + self.user_logits.pending().to(weighted) / len(weighted)
@@ -142,31 +145,33 @@ class FAMO(nn.Module):
             TaskError: If a loss is below its lower bound; the logits are then as before.
             RuntimeError: If the step's losses were not weighed before.
         """
-        tasks = indices(present, len(self.previous_losses))
-        previous = self.previous_losses[tasks]
-        if previous.isnan().any() or self.previous_losses.isfinite().sum() != len(tasks):
-            raise RuntimeError("'famo' observes losses once after each backward, of the tasks that backward was given.")
-        self._learn(tasks, values(losses))
+        tasks = members(present, self.previous_losses)
+        is_same_step = self.previous_losses[tasks].isfinite().all() & (self.previous_losses.isfinite().sum() == len(losses))
+        require(is_same_step, lambda: RuntimeError(_ORDER))
+        self._learn(present, self._distance(values(losses), tasks))
         self.previous_losses.fill_(torch.nan)
 
-    def _learn(self, tasks: Tensor, after: Tensor) -> None:
-        """Take one Adam step, or write a gradient, for tasks whose losses changed from ``previous_losses`` to ``after``."""
-        delta = self._distance(values(self.previous_losses[tasks]), tasks).log() - self._distance(after, tasks).log()
-        z = self._values(tasks).softmax(dim=0)
+    def _learn(self, present: Tensor | None, after: Tensor) -> None:
+        """Take one Adam step, or write a gradient, for tasks with a loss in ``previous_losses`` and a distance ``after``."""
+        tasks = members(present, self.previous_losses)
+        before = values(self.previous_losses[tasks])
+        again = ~before.isnan()
+        delta = torch.where(again, self._distance(torch.where(again, before, torch.inf), tasks).log() - after.log(), 0.0)
+        z = masked_softmax(self._values(tasks), again)
         gradient = z * (delta - (z * delta).sum())
         if self.user_logits is not None:
-            self.user_logits.set_gradient(tasks, gradient)
+            numbers = all_indices(len(self.previous_losses)) if present is None else present
+            self.user_logits.set_gradient(numbers[again], gradient[again])
             return
         decayed = gradient.to(self.logits) + self.gamma * self.logits[tasks]
-        Moments(self.mean, self.mean_square, self.steps).step(self.logits, tasks, decayed, self.lr)
+        moments = Moments(self.mean, self.mean_square, self.steps)
+        moments.step(self.logits, tasks, decayed, self.lr, again.to(self.logits.device))
 
-    def _values(self, tasks: Tensor) -> Tensor:
-        """Return the logits of some tasks. Shape (k,), float64, on the host."""
-        if self.user_logits is not None:
-            return self.user_logits.values()[tasks]
-        return values(self.logits[tasks])
+    def _values(self, tasks: Tensor | slice) -> Tensor:
+        """Return the logits of some tasks. Shape (k,), float64."""
+        return self.user_logits.values()[tasks] if self.user_logits is not None else values(self.logits[tasks])
 
-    def _distance(self, losses: Tensor, tasks: Tensor) -> Tensor:
+    def _distance(self, losses: Tensor, tasks: Tensor | slice) -> Tensor:
         bounds = values(self.min_losses[tasks])
         require_above(losses, bounds - 1e-8, "famo", LOGARITHM, GIVE_BOUNDS)
         return losses - bounds + 1e-8

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..rules.generator import SeededGenerator
 from ..rules.registry import loss_balancers
-from ._checks import numbers_by_task, weigh
+from ._checks import numbers_by_task, stays_on_device, weigh
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     label="LS",
     invariances=("loss_permutation_equivariant", "separable"),
 )
+@stays_on_device
 def ls(losses: Losses) -> WeightedLosses:
     """Return the losses as they are: linear scalarisation with equal weights, which minimises their plain sum.
 
@@ -57,6 +58,8 @@ class ConstantWeights:
     Source:
         The weighted sum of losses, as tuned by hand or by a grid search in most papers before 2018.
     """
+
+    stays_on_device = True
 
     def __init__(self, num_tasks: int, weights: list[float] | None = None) -> None:
         given = numbers_by_task(weights, num_tasks, "weights", "constant")
@@ -100,6 +103,8 @@ class LinearSchedule(nn.Module):
     Source:
         Curricula by hand, such as the warm-up of an auxiliary loss or the annealing of a KL term.
     """
+
+    stays_on_device = True
 
     step: Tensor
 
@@ -151,6 +156,8 @@ class SingleTask:
         The baseline against which delta_m is measured.
     """
 
+    stays_on_device = True
+
     def __init__(self, num_tasks: int, main_task: int = 0) -> None:
         if not 0 <= main_task < num_tasks:
             raise ValueError(f"main_task of 'stl' must be in 0..{num_tasks - 1}, but got {main_task}.")
@@ -193,6 +200,8 @@ class RandomLossWeighting(nn.Module):
         Lin et al., "Reasonable Effectiveness of Random Weighting", TMLR 2022, section 3.1. Differs: draws come from a
         separate generator, on the host.
     """
+
+    stays_on_device = True
 
     def __init__(self, scale: float = 1.0, seed: int = 0) -> None:
         super().__init__()

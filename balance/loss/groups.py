@@ -10,12 +10,11 @@ from torch import nn
 
 from ..rules.registry import loss_balancers
 from ..solvers.kmeans import k_means_1d
-from ._checks import ADD_CONSTANT, DIVISION, require_above, values, weigh
+from ._checks import ADD_CONSTANT, DIVISION, members, require_above, values, weigh
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..solvers.linear_algebra import Array, Indices
     from ..types import Losses, WeightedLosses
 
 Grouping = Literal["kmeans", "spectral", "sdp"]
@@ -72,6 +71,7 @@ class GO4Align(nn.Module):
         self.num_groups = num_groups
         self.step_size = step_size
         self.grouping = grouping
+        self.stays_on_device = grouping == "kmeans"
         self.register_buffer("cumulative_losses", torch.zeros(num_tasks, dtype=torch.float64, device="cpu"))
 
     def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
@@ -89,12 +89,12 @@ class GO4Align(nn.Module):
         """
         L = values(losses)
         require_above(L, 0, "go4align", DIVISION, ADD_CONSTANT)
-        tasks = torch.arange(len(self.cumulative_losses), device="cpu") if present is None else present
+        tasks = members(present, self.cumulative_losses)
         cumulative = values(self.cumulative_losses[tasks]) + L
         q = (-self.step_size * cumulative).softmax(dim=0)
         indicators = q * (L.sum() / L)
-        groups = _GROUPINGS[self.grouping](indicators.numpy(), self.num_groups)
-        weighted = weigh(losses, group_means(indicators, torch.from_numpy(groups)))
+        groups = _GROUPINGS[self.grouping](indicators, self.num_groups)
+        weighted = weigh(losses, group_means(indicators, groups))
         # Last, because a grouping can raise an error: its library is missing, or its solver fails
         self.cumulative_losses[tasks] = cumulative.to(self.cumulative_losses)
         return weighted
@@ -102,30 +102,30 @@ class GO4Align(nn.Module):
 
 def group_means(indicators: Tensor, groups: Tensor) -> Tensor:
     """Return the group mean of every number. Shapes (K,), (K,) -> (K,)."""
-    sums = torch.zeros_like(indicators).index_add_(0, groups, indicators)
-    return (sums / groups.bincount(minlength=len(indicators)).clamp(min=1))[groups]
+    together = (groups[:, None] == groups).to(indicators)
+    return (together @ indicators) / together.sum(dim=1)
 
 
-def spectral(points: Array, num_groups: int) -> Indices:
+def spectral(indicators: Tensor, num_groups: int) -> Tensor:
     """Group numbers by spectral clustering, with the affinity exp(-(x - y)² / variance). Shape (K,)."""
     from sklearn.cluster import SpectralClustering  # noqa: PLC0415 - an option, not a dependency
 
+    points = indicators.numpy()
     if len(np.unique(points)) <= num_groups or num_groups == 1:
-        return k_means_1d(points, num_groups)
+        return k_means_1d(indicators, num_groups)
     distances = (points[:, None] - points) / points.std()
     affinity = np.exp(-(distances**2)) + 1e-9  # zero affinities would disconnect the graph
     clustering = SpectralClustering(num_groups, affinity="precomputed", assign_labels="cluster_qr", random_state=0)
-    labels: Indices = clustering.fit_predict(affinity).astype(np.intp)
-    return labels
+    return torch.from_numpy(clustering.fit_predict(affinity).astype(np.int64))
 
 
-def semidefinite(points: Array, num_groups: int) -> Indices:
+def semidefinite(indicators: Tensor, num_groups: int) -> Tensor:
     """Group numbers by the semi-definite relaxation of k-means.
 
     The relaxation is tight if the groups are well separated. Otherwise it can return fewer groups than ``num_groups``.
 
     Args:
-        points: Shape (K,).
+        indicators: Shape (K,), on the host.
         num_groups: Number of groups, at least 1.
 
     Returns:
@@ -137,15 +137,15 @@ def semidefinite(points: Array, num_groups: int) -> Indices:
     import cvxpy as cp  # noqa: PLC0415 - an option, not a dependency
     from scipy.sparse.csgraph import connected_components  # noqa: PLC0415
 
+    points = indicators.numpy()
     K = len(points)
     if num_groups >= K:
-        return np.arange(K)
+        return torch.arange(K, device="cpu")
     distances = (points[:, None] - points) ** 2
     Z = cp.Variable((K, K), PSD=True)
     constraints = [Z >= 0, cp.sum(Z, axis=1) == 1, cp.trace(Z) == num_groups]
     cp.Problem(cp.Minimize(cp.sum(cp.multiply(distances / max(distances.max(), 1e-300), Z))), constraints).solve()
-    labels: Indices = connected_components(Z.value > 0.5 / K, directed=False)[1].astype(np.intp)
-    return labels
+    return torch.from_numpy(connected_components(Z.value > 0.5 / K, directed=False)[1].astype(np.int64))
 
 
 _GROUPINGS = {"kmeans": k_means_1d, "spectral": spectral, "sdp": semidefinite}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..rules.registry import loss_balancers
-from ._checks import ADD_CONSTANT, DIVISION, LOGARITHM, require_above, values, weigh
+from ._checks import ADD_CONSTANT, DIVISION, LOGARITHM, masked_softmax, members, require_above, values, weigh
 from ._sac import Agent
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class IGBv1(nn.Module):
     """
 
     needs_epochs = True
+    stays_on_device = True
 
     def __init__(self, num_tasks: int, base_epoch: int = 1) -> None:
         super().__init__()
@@ -101,10 +102,9 @@ class IGBv1(nn.Module):
         """
         L = values(losses)
         require_above(L, 0, "igbv1", LOGARITHM, ADD_CONSTANT)
-        base = values(self.reference.base if present is None else self.reference.base[present])
+        base = values(self.reference.base[members(present, self.reference.base)])
         known = ~base.isnan()
-        weights = torch.ones_like(L)
-        weights[known] = known.sum() * (L[known] / base[known]).softmax(dim=0)
+        weights = torch.where(known, known.sum() * masked_softmax(L / base, known), 1.0)
         return weigh(losses.log(), weights)
 
     def end_epoch(self, mean_losses: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..rules.registry import loss_balancers
 from ._adam import Moments, register_moments
-from ._checks import ADD_CONSTANT, indices, require_above, values, weigh
+from ._checks import ADD_CONSTANT, members, require_above, values, weigh
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +54,8 @@ class Minimax(nn.Module):
         since weights could become negative.
     """
 
+    stays_on_device = True
+
     weights: Tensor
     mean: Tensor
     mean_square: Tensor
@@ -85,16 +87,16 @@ class Minimax(nn.Module):
         Raises:
             TaskError: If a loss is negative.
         """
-        tasks = indices(present, len(self.weights))
+        tasks = members(present, self.weights)
         L = values(losses)
         require_above(torch.where(L == 0, 1.0, L), 0, "minimax", "multiplies it by a weight that grows with it", ADD_CONSTANT)
-        weighted = weigh(losses, self.weights[tasks])
+        weighted = weigh(losses, self.weights[tasks].clone())  # not a view, since the weights climb below
         if int(self.calls) % self.every == 0:
             self._climb(tasks, L.to(self.weights))
         self.calls += 1
         return weighted
 
-    def _climb(self, tasks: Tensor, losses: Tensor) -> None:
+    def _climb(self, tasks: Tensor | slice, losses: Tensor) -> None:
         if self.ascent == "gradient":
             self.weights[tasks] += self.lr * losses
         else:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from ..rules.checks import beside
 from ..rules.generator import SeededGenerator
 from ..rules.registry import loss_balancers
 from ._adam import Moments, register_moments
-from ._checks import ADD_CONSTANT, DIVISION, indices, require_above, softmax, values, weigh
+from ._checks import ADD_CONSTANT, DIVISION, members, require_above, softmax, values, weigh
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +64,8 @@ class SoftAdapt(nn.Module):
         denominator.
     """
 
+    stays_on_device = True
+
     history: Tensor
 
     def __init__(
@@ -91,7 +94,7 @@ class SoftAdapt(nn.Module):
         Raises:
             TaskError: If a loss is not positive and weights are proportional to it.
         """
-        tasks = indices(present, self.history.shape[1])
+        tasks = members(present, self.history)
         L = values(losses)
         if self.variant == "loss_weighted":
             require_above(L, 0, "softadapt", "weighs in proportion to it", ADD_CONSTANT)
@@ -102,11 +105,12 @@ class SoftAdapt(nn.Module):
 
     def _logits(self, history: Tensor) -> Tensor:
         """Return the logarithms of the weights, up to a constant, given losses of shape (window, K). Shape (K,)."""
-        slopes = (self.coefficients @ history).nan_to_num(nan=0.0)
-        scale = (self.coefficients.abs() @ history.abs()).nan_to_num(nan=0.0)
+        coefficients = beside(self.coefficients, history)
+        slopes = (coefficients @ history).nan_to_num(nan=0.0)
+        scale = (coefficients.abs() @ history.abs()).nan_to_num(nan=0.0)
         slopes = torch.where(slopes.abs() > ROUNDING * scale, slopes, 0.0)
-        if self.variant == "normalized" and slopes.any():
-            slopes = slopes / slopes.abs().sum()
+        if self.variant == "normalized":
+            slopes = (slopes / slopes.abs().sum()).nan_to_num(nan=0.0)  # all slopes can be zero
         logits = self.beta * slopes
         return logits + history.nanmean(dim=0).log() if self.variant == "loss_weighted" else logits
 
@@ -168,6 +172,8 @@ class ReLoBRaLo(nn.Module):
         is added to a denominator, so that a loss of zero is an error.
     """
 
+    stays_on_device = True
+
     first: Tensor
     previous: Tensor
     weights: Tensor
@@ -200,7 +206,7 @@ class ReLoBRaLo(nn.Module):
         Raises:
             TaskError: If a loss is not positive.
         """
-        tasks = indices(present, len(self.weights))
+        tasks = members(present, self.weights)
         L = values(losses)
         require_above(L, 0, "relobralo", DIVISION, ADD_CONSTANT)
         first, previous = (_filled(values(buffer[tasks]), L) for buffer in (self.first, self.previous))
@@ -253,6 +259,8 @@ class ResidualNormalization(nn.Module):
         zero.
     """
 
+    stays_on_device = True
+
     logits: Tensor
     first: Tensor
     mean: Tensor
@@ -283,7 +291,7 @@ class ResidualNormalization(nn.Module):
         Raises:
             TaskError: If a loss is not positive.
         """
-        tasks = indices(present, len(self.logits))
+        tasks = members(present, self.logits)
         L = values(losses)
         require_above(L, 0, "resnorm", DIVISION, ADD_CONSTANT)
         first = _filled(values(self.first[tasks]), L)

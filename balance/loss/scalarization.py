@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from ..rules.checks import beside
 from ..rules.registry import loss_balancers
 from ._checks import (
     ADD_CONSTANT,
     LOGARITHM,
+    members,
     numbers_by_task,
     require_above,
     softmax,
@@ -52,13 +54,13 @@ class Preference:
         """Return the preferences of the present tasks. Shape (K,) -> (K,)."""
         if self.preference is None:
             return torch.full_like(losses, 1 / len(losses))
-        return self.preference if present is None else self.preference[present]
+        return beside(self.preference if present is None else self.preference[present], losses)
 
     def shifted(self, losses: Tensor, present: Tensor | None) -> Tensor:
         """Return the losses of the present tasks minus their reference points. Shape (K,) -> (K,)."""
         if self.reference is None:
             return losses
-        return losses - (self.reference if present is None else self.reference[present])
+        return losses - beside(self.reference if present is None else self.reference[present], losses)
 
 
 @loss_balancers.register(
@@ -103,6 +105,8 @@ class SmoothTchebycheff(nn.Module):
         Logarithms, factor K and warm-up are as in the authors' multi-task code and in LibMTL. Differs: no
         1e-20 inside of the logarithms, so that a loss of zero is an error. The value of the sum is not the scalarisation.
     """
+
+    stays_on_device = True
 
     def __init__(
         self,
@@ -149,11 +153,10 @@ class SmoothTchebycheff(nn.Module):
             p = softmax(preference * self.target.shifted(L, present), self.mu)
             return weigh(losses, preference * p)
         require_above(L, 0, "stch", LOGARITHM, ADD_CONSTANT)
-        nadir = values(self.nadir.base if present is None else self.nadir.base[present])
+        nadir = values(self.nadir.base[members(present, self.nadir.base)])
         known = ~nadir.isnan()
-        factors = torch.ones_like(nadir)
-        if known.any():
-            factors[known] = known.sum() * softmax(L[known].log() - nadir[known].log(), self.mu)
+        relative = torch.where(known, L.log() - nadir.log(), -torch.inf)
+        factors = torch.where(known, known.sum() * softmax(relative, self.mu), 1.0)
         return weigh(widened(losses).log(), factors).to(losses.dtype)
 
     def end_epoch(self, mean_losses: Tensor) -> None:
@@ -197,6 +200,8 @@ class Tchebycheff:
         augmented as by Steuer & Choo, Math. Program. 1983, modified as by Kaliszewski, Comput. Oper. Res. 1987. Differs: no
         absolute values, so that a loss below its reference point counts as small.
     """
+
+    stays_on_device = True
 
     def __init__(
         self,
@@ -258,6 +263,8 @@ class Cosmos:
         draws r from a Dirichlet distribution at every step and makes it an input of the network. Here r is fixed.
     """
 
+    stays_on_device = True
+
     def __init__(self, num_tasks: int, preference: list[float] | None = None, penalty: float = 1.0) -> None:
         if not 0 <= penalty < float("inf"):
             raise ValueError(f"penalty of 'cosmos' must be a finite number, not negative, but got {penalty}.")
@@ -277,11 +284,10 @@ class Cosmos:
         L = values(losses)
         r = self.target.weights(L, present)
         lengths = r.norm(), L.norm()
-        if min(lengths) == 0:  # no direction, so no cosine
-            return weigh(losses, r)
         r_unit, L_unit = r / lengths[0], L / lengths[1]
         cosine_derivative = (r_unit - (r_unit @ L_unit) * L_unit) / lengths[1]
-        return weigh(losses, r - self.penalty * cosine_derivative)
+        has_cosine = torch.minimum(*lengths) > 0  # else a direction is missing
+        return weigh(losses, r - torch.where(has_cosine, self.penalty * cosine_derivative, 0.0))
 
 
 @loss_balancers.register(
@@ -315,6 +321,8 @@ class PenaltyBoundaryIntersection:
         section II, with θ = 5. Differs from TorchJD: no 1e-12 inside of the square root.
     """
 
+    stays_on_device = True
+
     def __init__(
         self,
         num_tasks: int,
@@ -339,11 +347,8 @@ class PenaltyBoundaryIntersection:
         """
         L = values(losses)
         w, distance = self.target.weights(L, present), self.target.shifted(L, present)
-        if not w.any():  # all present tasks have preference zero: no direction, so no second distance
-            return weigh(losses, w)
-        w = w / w.norm()
+        w = (w / w.norm()).nan_to_num(nan=0.0)  # zero if all present tasks have preference zero
         across = distance - (distance @ w) * w
         length = across.norm()
-        if length > ROUNDING * distance.norm():
-            w = w + self.theta * across / length
-        return weigh(losses, w)
+        has_second_distance = (length > ROUNDING * distance.norm()) & w.any()
+        return weigh(losses, w + torch.where(has_second_distance, self.theta * across / length, 0.0))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..rules.checks import beside
 from ..rules.registry import loss_balancers
-from ._checks import ADD_CONSTANT, GIVE_BOUNDS, LOGARITHM, lower_bounds, require_above, values, weigh, widened
+from ._checks import ADD_CONSTANT, GIVE_BOUNDS, LOGARITHM, lower_bounds, require_above, stays_on_device, values, weigh, widened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     needs=("positive losses",),
     invariances=("loss_permutation_equivariant", "gradient_unchanged_by_scaling_a_loss", "separable"),
 )
+@stays_on_device
 def scaleinvls(losses: Losses, *, min_losses: list[float] | None = None, present: Tensor | None = None) -> WeightedLosses:
     r"""Take the logarithm of every loss: scale-invariant linear scalarisation.
 
@@ -50,7 +52,7 @@ def scaleinvls(losses: Losses, *, min_losses: list[float] | None = None, present
     if not min_losses:
         return losses.log()
     wide = widened(losses)
-    return (wide - bounds.to(wide)).log().to(losses.dtype)
+    return (wide - beside(bounds, wide)).log().to(losses.dtype)
 
 
 @loss_balancers.register(
@@ -61,6 +63,7 @@ def scaleinvls(losses: Losses, *, min_losses: list[float] | None = None, present
     needs=("positive losses",),
     invariances=("loss_permutation_equivariant", "gradient_unchanged_by_scaling_a_loss", "separable"),
 )
+@stays_on_device
 def gls(losses: Losses) -> WeightedLosses:
     r"""Minimise the geometric mean of the losses.
 

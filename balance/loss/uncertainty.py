@@ -54,6 +54,8 @@ class UncertaintyWeighting(nn.Module):
         published code, all tasks have the regression form; the paper has no factor 1/2 before a classification loss.
     """
 
+    stays_on_device = True
+
     def __init__(self, num_tasks: int, init: float = 0.0) -> None:
         super().__init__()
         self.log_variances = scalars(num_tasks, init)
@@ -98,6 +100,8 @@ class ImpartialLosses(nn.Module):
         Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, on loss balance. The paper allows any base above one; as
         in its experiments the base is e. The published method IMTL is this rule with the gradient balancer imtl.
     """
+
+    stays_on_device = True
 
     def __init__(self, num_tasks: int, init: float = 0.0) -> None:
         super().__init__()

@@ -33,6 +33,8 @@ class Chain(nn.Module):
         needs_observation: Whether the first rule must observe the losses after each step.
         needs_epochs: Whether a rule needs the mean losses of epochs.
         needs_validation: Whether a rule needs losses of validation data.
+        uses_epochs: Whether a rule uses the mean losses of epochs.
+        stays_on_device: Whether no rule waits for the device of the losses.
 
     Raises:
         ValueError: If there is no rule, or one that observes is not the first.
@@ -52,6 +54,8 @@ class Chain(nn.Module):
         self.needs_observation = adapted[0].needs_observation
         self.needs_epochs = any(rule.needs_epochs for rule in adapted)
         self.needs_validation = any(rule.needs_validation for rule in adapted)
+        self.uses_epochs = any(rule.uses_epochs for rule in adapted)
+        self.stays_on_device = all(rule.stays_on_device for rule in adapted)
 
     def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
         """Apply all rules. Shape (K,) -> (K,)."""

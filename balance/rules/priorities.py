@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from ..messages import unknown
+from .checks import beside
 from .compose import names_inside
 from .protocol import AdaptedGradientBalancer, AdaptedLossBalancer
 from .registry import gradient_balancers
@@ -100,7 +101,8 @@ class _PrioritisedLosses(AdaptedLossBalancer):
     def forward(self, losses: Losses, context: Context) -> WeightedLosses:
         """Return the weighted losses with priorities. Shape (K,) -> (K,)."""
         weighted = super().forward(losses, context)
-        return weighted * self.priorities[context.indices].to(weighted)
+        priorities = self.priorities if context.present is None else self.priorities[context.present]
+        return weighted * beside(priorities, weighted)
 
 
 class _PrioritisedGradients(AdaptedGradientBalancer):

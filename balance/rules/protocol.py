@@ -7,6 +7,7 @@ An author writes a rule in the simplest form: a function of one tensor. A rule m
     cross=        gradient balancers: inner products of the gradients of these tasks on two further batches
     observe(losses), end_epoch(mean_losses)      loss balancers that learn between steps
     observe_validation(losses)                   loss balancers that learn from validation data
+    stays_on_device                              loss balancers whose calls, but for observe_validation, never wait for a device
     reuse(present)                               gradient balancers that use weights of earlier steps
 
 `adapt_loss_balancer` and `adapt_gradient_balancer` read that form once, when a stage is built. All other code calls rules
@@ -40,10 +41,17 @@ class LossBalancer(Protocol):
         needs_epochs: Whether `end_epoch` must be called after every epoch.
         needs_validation: Whether `observe_validation` must be called every few steps.
         learns: Whether steps can change the rule's state.
+        uses_epochs: Whether `end_epoch` has an effect.
+        stays_on_device: Whether the rule computes on the device of the losses while its checks are delayed, see
+            `balance.rules.checks`. Its buffers of floats follow the losses; the rest of its state stays on the host.
     """
 
     @property
     def learns(self) -> bool: ...  # noqa: D102 - see the class
+    @property
+    def uses_epochs(self) -> bool: ...  # noqa: D102
+    @property
+    def stays_on_device(self) -> bool: ...  # noqa: D102
     @property
     def observes(self) -> bool: ...  # noqa: D102
     @property
@@ -191,10 +199,16 @@ class _Adapted(nn.Module):
         Raises:
             ValueError: If tasks are absent and the rule keeps state by task without a keyword ``present``. Also if a value
                 of a task lies outside the rule's domain; the message names the task.
+            TaskError: For such a value where names of the tasks are not available.
         """
-        keywords |= self._present(context)
-        with _Naming(context):
+        if context.present is not None:
+            keywords |= self._present(context)
+        try:
             return self.rule(data, **keywords)
+        except TaskError as error:
+            if context.tasks is None:
+                raise
+            raise ValueError(error.naming(context.tasks[error.task])) from None
 
     def _losses(self, context: Context) -> dict[str, Tensor]:
         return {} if context.losses is None or "losses" not in self._keywords else {"losses": context.losses}
@@ -223,12 +237,18 @@ class AdaptedLossBalancer(_Adapted):
         super().__init__(rule)
         self.observes = hasattr(rule, "observe")
         self.needs_epochs = bool(getattr(rule, "needs_epochs", False))
+        self.uses_epochs = bool(getattr(rule, "uses_epochs", hasattr(rule, "end_epoch")))
         self.observes_validation = hasattr(rule, "observe_validation")
 
     @property
     def learns(self) -> bool:
         """True if steps can change the rule's state."""
         return isinstance(self.rule, nn.Module) or self.needs_observation
+
+    @property
+    def stays_on_device(self) -> bool:
+        """True if the rule says so, or the function that it binds options to."""
+        return bool(getattr(getattr(self.rule, "func", self.rule), "stays_on_device", False))
 
     @property
     def needs_observation(self) -> bool:
@@ -260,8 +280,12 @@ class AdaptedLossBalancer(_Adapted):
 
     def _pass_on(self, observe: Callable[..., None], losses: Losses, context: Context) -> None:
         present = context.present
-        with _Naming(context):
+        try:
             observe(losses, **({"present": present} if present is not None and "present" in _keywords(observe) else {}))
+        except TaskError as error:
+            if context.tasks is None:
+                raise
+            raise ValueError(error.naming(context.tasks[error.task])) from None
 
     def end_epoch(self, mean_losses: Tensor) -> None:
         """Pass the mean losses of an epoch to a rule that uses them. Shape (all tasks,)."""
@@ -329,20 +353,6 @@ class AdaptedJacobianBalancer(_Adapted):
         if not isinstance(direction, torch.Tensor) or direction.shape != length or not direction.isfinite().all():
             raise ValueError(f"The gradient balancer must return a finite direction ({length[0]},), but got {direction}.")
         return direction.detach()
-
-
-class _Naming:
-    """A context in which a `TaskError` of a rule is raised again with the name of the task."""
-
-    def __init__(self, context: Context) -> None:
-        self._tasks = context.tasks
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, TaskError) and self._tasks is not None:
-            raise ValueError(error.naming(self._tasks[error.task])) from None
 
 
 def takes(rule: Callable[..., object], keyword: str) -> bool:

@@ -19,18 +19,21 @@ class Snapshot:
 
     Args:
         rules: Rules; those that are no modules have no state that could be restored.
+        stage: A module of which only its own buffers count, not its children.
     """
 
-    def __init__(self, *rules: object) -> None:
-        modules = [module for rule in rules if isinstance(rule, nn.Module) for module in rule.modules()]
+    def __init__(self, *rules: object, stage: nn.Module | None = None) -> None:
+        modules = modules_of(*rules)
         self._buffers = [
             (module, name, buffer, None if buffer is None else buffer.detach().clone())
-            for module in modules
+            for module in (modules if stage is None else [*modules, stage])
+            if module._buffers
             for name, buffer in module._buffers.items()
         ]
         self._parameters = [
             (parameter, parameter.detach().clone())
             for module in modules
+            if module._parameters
             for parameter in module._parameters.values()
             if parameter is not None
         ]
@@ -38,16 +41,28 @@ class Snapshot:
             (module, module.get_extra_state()) for module in modules if _has_extra_state(module)
         ]
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Set everything back, in the same tensors."""
+        self.restore_learned()
+        with torch.no_grad():
+            for parameter, value in self._parameters:
+                _copy(parameter, value)
+
+    @torch.no_grad()
+    def restore_learned(self) -> None:
+        """Set everything back except for parameters, which an optimizer may have changed since."""
         for module, name, buffer, value in self._buffers:
             module._buffers[name] = buffer
             _copy(buffer, value)
-        for parameter, value in self._parameters:
-            _copy(parameter, value)
         for module, state in self._extra:
             module.set_extra_state(state)
+
+    @torch.no_grad()
+    def restore_unless(self, passed: Tensor) -> None:
+        """Set the buffers of floats back if a value on their device is false, without reading it on the host. Shape ()."""
+        for _, _, buffer, value in self._buffers:
+            if buffer is not None and value is not None and buffer.is_floating_point() and buffer.device == passed.device:
+                buffer.copy_(torch.where(passed, buffer, value))
 
 
 @contextmanager
@@ -59,6 +74,32 @@ def restored_on_error(*rules: object) -> Iterator[None]:
     except BaseException:
         snapshot.restore()
         raise
+
+
+def modules_of(*roots: object) -> list[nn.Module]:
+    """Return the modules among some objects, with all their children, each once: `nn.Module.modules` without the names."""
+    found: dict[int, nn.Module] = {}
+    stack = [root for root in reversed(roots) if isinstance(root, nn.Module)]
+    while stack:
+        module = stack.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            stack += [child for child in reversed(module._modules.values()) if child is not None]
+    return list(found.values())
+
+
+def parameters_of(*roots: object) -> list[nn.Parameter]:
+    """Return the parameters of some modules and of all their children, each once, as `nn.Module.parameters` does."""
+    parameters = [p for module in modules_of(*roots) if module._parameters for p in module._parameters.values()]
+    return list({id(p): p for p in parameters if p is not None}.values())
+
+
+def move_buffers(device: torch.device, *modules: nn.Module) -> None:
+    """Move the buffers of floats to a device. Other buffers are counters that rules read on the host."""
+    for module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(device, non_blocking=buffer.device.type == "cpu")
 
 
 def _has_extra_state(module: nn.Module) -> bool:

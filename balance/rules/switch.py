@@ -138,6 +138,16 @@ class SwitchedLosses(_Turns):
     """Loss balancers that take turns; see `switch`."""
 
     @property
+    def uses_epochs(self) -> bool:
+        """True if a rule uses the mean losses of epochs."""
+        return any(cast("LossBalancer", rule).uses_epochs for rule in self.rules)
+
+    @property
+    def stays_on_device(self) -> bool:
+        """True if no rule waits for the device of the losses."""
+        return all(cast("LossBalancer", rule).stays_on_device for rule in self.rules)
+
+    @property
     def needs_observation(self) -> bool:
         """True if the rule of the last step must observe the losses after it."""
         return cast("LossBalancer", self.active).needs_observation

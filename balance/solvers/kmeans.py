@@ -2,58 +2,77 @@
 
 from __future__ import annotations
 
-import numpy as np
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from .linear_algebra import Array, Indices
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def k_means_1d(points: Array, num_clusters: int) -> Indices:
+def k_means_1d(points: Tensor, num_clusters: int) -> Tensor:
     """Return the clusters of numbers with the least sum of squared distances to their cluster's mean: the exact optimum.
 
     In one dimension the clusters are runs of the sorted points, so a dynamic programme over the last run finds them, in
     O(num_clusters K²). Equal numbers stay in one cluster. Of equally good clusterings, the result is the clustering with the
-    smallest last split. It is deterministic and does not depend on the order of the points.
+    smallest last split. It is deterministic and does not depend on the order of the points. No number is read on the host.
 
     Args:
-        points: Shape (K,), finite.
+        points: Shape (K,), finite, float64, on any device.
         num_clusters: At least 1. More clusters than distinct numbers are never used.
 
     Returns:
-        Cluster of every point, counted from the smallest mean. Shape (K,).
+        Cluster of every point, counted from the smallest mean. Shape (K,), int64, on the device of the points.
     """
-    values, inverse, counts = np.unique(points, return_inverse=True, return_counts=True)
-    m = len(values)
-    values = values / max(float(np.abs(values).max()), 1e-300)  # against under- and overflow of the squares
-    error = _spreads(values, counts)  # [a, j]: squared distances within the run values[a..j]
+    K = len(points)
+    ascending, order = points.sort()
+    if min(num_clusters, K) == 1:
+        return torch.zeros_like(order)
+    ascending = ascending / ascending.abs().max().clamp(min=1e-300)  # against under- and overflow of the squares
+    is_larger = ascending[1:] > ascending[:-1]  # than the point before: only there a run can start
+    error = _spreads(ascending)
+    starts = torch.where(is_larger[:, None], error[1:], torch.inf)  # [a - 1, j]: error of the run a..j, if a run starts at a
 
-    best = error[0]  # [j]: least error of values[0..j] in as many clusters as so far
-    splits: list[Indices] = []
-    for _ in range(min(num_clusters, m) - 1):
-        total = np.concatenate([[np.inf], best[:-1]])[:, None] + error  # [a, j]: the last run starts at a
-        splits.append(total.argmin(axis=0))
-        best = total.min(axis=0)
+    best = error[0]  # [j]: least error of the points 0..j in as many clusters as so far
+    splits = []
+    for _ in range(min(num_clusters, K) - 1):
+        best, split = (best[:-1, None] + starts).min(dim=0)
+        splits.append(split)
 
-    labels, end = np.zeros(m, dtype=np.intp), m
-    for split in reversed(splits):
-        begin = split[end - 1]
-        labels[begin:end] = len(splits)
-        splits = splits[:-1]
-        end = begin
-    return labels[inverse]
+    labels = torch.zeros_like(order)
+    distinct, end = is_larger.sum(), torch.full_like(order[:1], K - 1)
+    for level in range(len(splits), 0, -1):
+        is_used = distinct >= level
+        begin = splits[level - 1].gather(0, end) + 1
+        labels[1:] += is_used & (_places(K, points.device) >= begin)
+        end = torch.where(is_used, begin - 1, end)
+    return torch.zeros_like(order).scatter_(0, order, labels)
 
 
-def _spreads(values: Array, counts: Indices) -> Array:
-    """Return the sums of squared distances to the mean in every run a..j of the values, infinite for j < a. Shape (m, m).
+def _spreads(ascending: Tensor) -> Tensor:
+    """Return the sums of squared distances to the mean in every run a..j of the points, infinite for j < a. Shape (K, K).
 
-    By Welford's update, one value more at a time for all starts at once: sums of squares would cancel.
+    Such a sum is the sum of the squared distances of all pairs over the size of the run. No term is negative, so that nothing
+    cancels.
     """
-    m = len(values)
-    spreads = np.full((m, m), np.inf)
-    size, mean, spread = np.zeros(m), np.zeros(m), np.zeros(m)  # of the runs that start at a
-    for j, (value, count) in enumerate(zip(values, counts, strict=True)):
-        size[: j + 1] += count
-        distance = value - mean[: j + 1]
-        mean[: j + 1] += distance * count / size[: j + 1]
-        spread[: j + 1] += count * distance * (value - mean[: j + 1])
-        spreads[: j + 1, j] = spread[: j + 1]
-    return spreads
+    pairs = (ascending[:, None] - ascending).square().triu()
+    sums = pairs.cumsum(dim=1).flip(0).cumsum(dim=0).flip(0)  # [a, j]: over all pairs with a <= i <= k <= j
+    sizes, outside = _sizes(len(ascending), ascending.device)
+    return sums / sizes + outside
+
+
+@lru_cache(maxsize=8)
+def _places(K: int, device: torch.device) -> Tensor:
+    """Return the places 1, ..., K - 1."""
+    with torch.inference_mode(mode=False):  # they are used in later steps too
+        return torch.arange(1, K, device=device)
+
+
+@lru_cache(maxsize=8)
+def _sizes(K: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the sizes of all runs a..j, and infinity for j < a, else zero. Shapes (K, K)."""
+    with torch.inference_mode(mode=False):
+        places = torch.arange(K, dtype=torch.float64, device=device)
+        sizes = places - places[:, None] + 1
+        return sizes.clamp(min=1), torch.zeros_like(sizes).masked_fill_(sizes < 1, torch.inf)

@@ -251,7 +251,7 @@ def read_losses(
     return step
 
 
-def _step(tasks: tuple[str, ...], present: tuple[str, ...], scalars: Sequence[Tensor]) -> StepLosses:
+def _step(tasks: tuple[str, ...], present: tuple[str, ...], scalars: list[Tensor]) -> StepLosses:
     """Return the step of the present tasks, given their losses."""
     stacked = torch.stack(scalars) if scalars else torch.zeros(0)
     if len(present) == len(tasks):

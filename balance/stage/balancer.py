@@ -15,10 +15,9 @@ from ..rules.build import build_gradient_balancer, build_loss_balancer, check_so
 from ..rules.casting import preserving
 from ..rules.options import describe
 from ..rules.priorities import read_priorities
-from ..rules.task_names import check_tasks, encode_tasks
 from ..types import EngineChoice, GradientRule, Heads, LossRule, Memory, Scale, Source
 from .arguments import Counts, NanPolicy, StepArguments, ZeroPolicy, listed, task_names
-from .choices import check_choices, check_jacobian_balancer, check_metric
+from .choices import Checks, check_choices, check_jacobian_balancer, check_metric
 from .collection import Collection, collecting
 from .deferred import deferred_loss
 from .execution import execute, prepare
@@ -37,13 +36,12 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
 
-    from ..rules.protocol import GradientBalancer, JacobianBalancer
     from .plain_step import Outcome
     from .report import Report
 
     Features = Tensor | Sequence[Any] | Mapping[str, Any]
 
-_DEFAULTS = {"source": "parameters", "scale": "paper", "nan": "error", "zero": "present"}
+_DEFAULTS = {"source": "parameters", "scale": "paper", "nan": "error", "zero": "present", "checks": "auto"}
 
 
 class Balancer(LearningStage):
@@ -90,6 +88,12 @@ class Balancer(LearningStage):
             RMSprop or Adagrad; SGD has the identity. The direction is a combination of the gradients themselves. Lengths of
             directions are lengths in this metric. Can be set later, as ``balancer.metric = optimizer``.
         process_group: The data-parallel processes that train together; None: all processes of torch.distributed.
+        checks: Time at which values of losses that are not finite or out of a rule's domain are errors. ``"auto"``: at once on
+            the host. On an accelerator a step with ``gradient=None`` does not wait for the device. Its error is raised by the
+            next call, or by `check`; its gradients are zero, and no rule learns from it. ``"now"``: always at once. A step
+            waits even so with a gradient balancer, with ``"absent"`` losses, over several processes, with losses of half
+            precision, and with a GradScaler if the rule has state. It also waits for rules of your own, igbv2,
+            famo(optimizer="user"), other groupings than k-means, and learned scales that are on another device.
 
     Raises:
         ValueError: If a name, an option or a choice is unknown, or the task names are not distinct.
@@ -117,9 +121,10 @@ class Balancer(LearningStage):
         memory: Memory = "jacobian",
         metric: Optimizer | None = None,
         process_group: ProcessGroup | None = None,
+        checks: Checks = "auto",
     ) -> None:
-        check_choices(source, heads, scale, nan, zero, engine, memory)
-        super().__init__(() if tasks is None else task_names(tasks), nan, zero, Ranks(process_group, is_shared=True))
+        check_choices(source, heads, scale, nan, zero, engine, memory, checks)
+        super().__init__(() if tasks is None else task_names(tasks), nan, zero, Ranks(process_group, is_shared=True), checks)
         self.source, self.scale = source, scale
         self.methods = methods_of(loss, loss_options, gradient, gradient_options)
         self._descriptions = describe(loss, loss_options), describe(gradient, gradient_options)
@@ -128,7 +133,7 @@ class Balancer(LearningStage):
             check_sample_rules(loss, gradient, weights)
         self.priorities = read_priorities(weights, self.tasks)
         self.loss_balancer = build_loss_balancer(loss, loss_options, K, 2 * seed, self.priorities)
-        self.gradient_balancer: GradientBalancer | JacobianBalancer | None = None
+        self.gradient_balancer = None
         if gradient is not None:
             self.gradient_balancer = build_gradient_balancer(gradient, gradient_options, K, 2 * seed + 1, self.priorities)
         elif gradient_options:
@@ -145,7 +150,6 @@ class Balancer(LearningStage):
         warn_of_pairing(loss, gradient, K)
         # Factor of ``scale`` on the last direction, for steps that reuse its weights
         self.register_buffer("stretch", torch.ones((), dtype=torch.float64, device="cpu"))
-        self._report: Report | None = None
         self.own_gradients = OwnGradients()
         self.collection: Collection | None = None
 
@@ -328,21 +332,24 @@ class Balancer(LearningStage):
     @property
     def report(self) -> Report | None:
         """Record of the last step; None before the first."""
-        return self._report
+        return self.last.report
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # tracing the stage is slow and fails
-    @torch.enable_grad()  # as loss.backward(), which works inside no_grad() too
     def _run(self, given: StepArguments, *, is_trial: bool = False) -> Report:
+        if not torch.is_grad_enabled():  # as loss.backward(), which works inside no_grad() too
+            with torch.enable_grad():
+                return self._run(given, is_trial=is_trial)
+        self.check()
         given.check()
         if self.collection is not None and not is_trial:
             return self.collection.add(given)
         if not is_trial:
-            self._skipped = False
+            self.last.skipped = False
         outcome = execute(self, given, prepare(self, given), is_trial=is_trial)
         return outcome.report if is_trial else self._finish(outcome)
 
     def _finish(self, outcome: Outcome) -> Report:
-        self._skipped, self._report = outcome.skipped, outcome.report
+        self.last.skipped, self.last.report = outcome.skipped, outcome.report
         return outcome.report
 
     def estimate(
@@ -373,18 +380,6 @@ class Balancer(LearningStage):
             trunk = read_shared(shared)
             inputs = trunk if measure is None else read_shared(measure, "measure")
         return self.engine.estimate(inputs, trunk, len(self.tasks), in_blocks=self.source == "parameters")
-
-    def get_extra_state(self) -> Tensor:
-        """Return the names of the tasks, so that a checkpoint is not loaded into a stage for others. Shape (n,), uint8."""
-        return encode_tasks(self.tasks)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Check the tasks of a checkpoint.
-
-        Raises:
-            ValueError: If they differ from the tasks of this stage.
-        """
-        check_tasks(state, self.tasks, "Balancer")
 
     def __repr__(self) -> str:
         loss, gradient = self._descriptions

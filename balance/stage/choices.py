@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ..rules.options import check_type
 from ..types import EngineChoice, Heads, Memory, Scale, Source
@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from ..rules.protocol import GradientBalancer, JacobianBalancer
 
 
+#: Time of errors in the values of losses: at once on the host and one call later on an accelerator, or always at once
+Checks: TypeAlias = Literal["auto", "now"]
+
+
 def check_choices(
-    source: object, heads: object, scale: object, nan: object, zero: object, engine: object, memory: object
+    source: object, heads: object, scale: object, nan: object, zero: object, engine: object, memory: object, checks: object
 ) -> None:
     """Check the choices of a balancer.
 
@@ -27,6 +31,7 @@ def check_choices(
     check_type("zero", zero, ZeroPolicy)
     check_type("engine", engine, EngineChoice)
     check_type("memory", memory, Memory)
+    check_type("checks", checks, Checks)
     if heads is not None:
         check_type("heads", heads, Heads)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
 
@@ -13,8 +13,10 @@ from ..engine.fully_sharded import sharded_partition
 from ..engine.graph import leaves
 from ..engine.over_ranks import sum_gradients
 from ..engine.partition import partition_graph, read_features, read_shared
-from ..rules.snapshot import Snapshot
+from ..rules.checks import beside
+from ..rules.snapshot import Snapshot, parameters_of
 from .arguments import read_losses, require_present
+from .delayed import DelayedCall, not_finite_error
 from .further_batches import check_further, cross_gramian
 from .loss_weighting import weighted_step
 from .ordinary_backward import NotFiniteError, require_finite
@@ -27,6 +29,7 @@ from .plain_step import (
     plain_report,
     seed_of,
     take_plain_step,
+    without_autocast,
 )
 from .plain_step_over_ranks import take_plain_step_over_ranks
 from .samples import read_sample_losses, require_one_process
@@ -34,15 +37,16 @@ from .step import BalancedStep
 from .writing import Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ..engine.accumulate import LeafGradient
     from ..engine.partition import Partition
     from ..engine.task_gradients import TaskGradients
     from ..rules.protocol import GradientBalancer, JacobianBalancer
     from .arguments import NanPolicy, StepArguments, StepLosses
+    from .learning import LastCall
     from .over_ranks import Agreed
     from .own_gradients import OwnGradients
     from .plain_step import Seed
@@ -58,6 +62,7 @@ class Owner(Stage, Protocol):
         loss_sums: Sums of the losses of the epoch. Shape (tasks,)
         loss_counts: Numbers of the steps of the epoch. Shape (tasks,)
         own_gradients: Gradients that steps have left in the balancer's parameters.
+        last: Record of the last call.
     """
 
     tasks: tuple[str, ...]
@@ -66,6 +71,7 @@ class Owner(Stage, Protocol):
     loss_sums: Tensor
     loss_counts: Tensor
     own_gradients: OwnGradients
+    last: LastCall
 
     @property
     def collection(self) -> object | None:
@@ -73,6 +79,9 @@ class Owner(Stage, Protocol):
 
     def parameters(self) -> Iterator[Tensor]:
         """Return the balancer's parameters."""
+
+    def delays(self, losses: Tensor) -> bool:
+        """Return whether the checks of a call with these losses are read one call later."""
 
 
 class Prepared(NamedTuple):
@@ -122,10 +131,11 @@ def prepare(owner: Owner, given: StepArguments) -> Prepared:
     else:
         require_one_process(owner.ranks)
         step = read_sample_losses(given, owner.zero)
-    parameters = list(owner.parameters())
+    parameters: list[Tensor] = [*parameters_of(owner)]
     parts = read_partition(owner, step, given, parameters)
     if owner.ranks.size == 1:
-        require_present(step, given.losses, owner.tasks)
+        if not step.tasks:
+            require_present(step, given.losses, owner.tasks)
         return Prepared(parameters, step, parts)
     agreed = agree(step, owner.tasks, _leaves(step, parts, given), parameters, owner.ranks, extra=given.extra is not None)
     require_present(agreed.step, given.losses, owner.tasks)
@@ -190,29 +200,54 @@ def execute(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial:
 
 
 def _checked_step(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial: bool) -> Outcome:
-    step, scaler = prepared.step, given.enabled_scaler
-    if bad := step.not_finite():
-        if scaler is None or is_trial:
-            raise ValueError(
-                f"Losses must be finite, but got {bad}. Look at the data and the learning rate. If NaN marks a task without "
-                'labels, give Balancer(..., nan="absent").'
-            )
+    step, delays = prepared.step, not is_trial and _delays(owner, given, prepared)
+    if not delays and step.not_finite():
+        if given.enabled_scaler is None or is_trial:
+            raise not_finite_error(step.tasks, step.losses.tolist())
         return _left_to_scaler(given, prepared)
     if prepared.agreed is None and prepared.collected is None and not step.losses.requires_grad:
         raise ValueError("No loss requires a gradient. Compute the losses with gradients enabled and do not detach them.")
-    return _take(owner, given, prepared, is_trial=is_trial)
+    return _take_delayed(owner, given, prepared) if delays else _take(owner, given, prepared, is_trial=is_trial)
+
+
+def _delays(owner: Owner, given: StepArguments, prepared: Prepared) -> bool:
+    """Return whether the host reads the checks of a step one call later."""
+    step = prepared.step
+    if not owner.delays(step.losses) or prepared.collected is not None or step.is_half:
+        return False
+    return given.enabled_scaler is None or not owner.loss_balancer.learns
+
+
+def _take_delayed(owner: Owner, given: StepArguments, prepared: Prepared) -> Outcome:
+    """Take a step without a gradient balancer, and without waiting for the device of the losses."""
+    step, rule = prepared.step, owner.loss_balancer
+    delayed = DelayedCall(cast("nn.Module", owner), rule, step.losses.device, step.tasks)
+    gradients = owner.own_gradients.clear_used(prepared.parameters, are_all_present=len(step.tasks) == step.num_tasks)
+    try:
+        with without_autocast(step.losses.device):
+            outcome = take_plain_step(rule, step, given.enabled_scaler, given.factor, given.extra, delayed)
+            if rule.uses_epochs:
+                _note_losses(owner, step, step.losses.detach())
+    except BaseException:
+        delayed.restore()
+        restore(gradients)
+        raise
+    delayed.restore_unless_passed()
+    owner.last.delayed = delayed
+    owner.reminders.after_step(rule, prepared.parameters)
+    return outcome
 
 
 def _take(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial: bool) -> Outcome:
-    step, scaler = prepared.step, given.enabled_scaler
-    state, stretch = Snapshot(owner.loss_balancer, owner.gradient_balancer), owner.stretch.clone()
+    step, rule = prepared.step, owner.loss_balancer
+    state, stretch = Snapshot(rule, owner.gradient_balancer), None if owner.gradient_balancer is None else owner.stretch.clone()
     gradients = owner.own_gradients.clear_used(prepared.parameters)
     try:
-        with torch.autocast(step.losses.device.type, enabled=False):  # half precision is too coarse for the direction
+        with without_autocast(step.losses.device):  # half precision is too coarse for the direction
             outcome = _outcome(owner, given, prepared, is_trial=is_trial)
     except BaseException as error:
         _restore(owner, state, stretch, gradients)
-        if scaler is None or is_trial or not isinstance(error, NotFiniteError):
+        if given.enabled_scaler is None or is_trial or not isinstance(error, NotFiniteError):
             raise
         return _left_to_scaler(given, prepared)
     if is_trial:
@@ -220,23 +255,27 @@ def _take(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial: b
     elif outcome.skipped:  # no rule must learn from such a step
         state.restore()
     else:
-        owner.reminders.after_step(owner.loss_balancer, owner.parameters())
-        _note_losses(owner, step)
+        owner.reminders.after_step(rule, prepared.parameters)
+        if rule.uses_epochs:
+            _note_losses(owner, step, step.host)
     return outcome
 
 
-def _note_losses(owner: Owner, step: StepLosses) -> None:
-    """Add the losses of a step to the sums of the epoch, unless they are losses of single samples."""
-    if owner.tasks:
-        present = step.context.present
-        tasks = slice(None) if present is None else present  # a slice is faster than indices
-        owner.loss_sums[tasks] += step.host.to(owner.loss_sums)
-        owner.loss_counts[tasks] += 1
+def _note_losses(owner: Owner, step: StepLosses, losses: Tensor) -> None:
+    """Add the losses of a step to the sums of the epoch. Shape (K,)."""
+    present = step.context.present
+    if present is None:
+        owner.loss_sums.add_(losses.to(owner.loss_sums))
+        owner.loss_counts.add_(1)
+    else:
+        owner.loss_sums[beside(present, owner.loss_sums, present.dtype)] += losses.to(owner.loss_sums)
+        owner.loss_counts[present] += 1
 
 
-def _restore(owner: Owner, state: Snapshot, stretch: Tensor, gradients: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+def _restore(owner: Owner, state: Snapshot, stretch: Tensor | None, gradients: Sequence[tuple[Tensor, Tensor | None]]) -> None:
     state.restore()
-    owner.stretch.copy_(stretch)
+    if stretch is not None:
+        owner.stretch.copy_(stretch)
     restore(gradients)
 
 
@@ -371,7 +410,14 @@ def _over_ranks(owner: Owner, parts: Partition, agreed: Agreed, parameters: Sequ
 def _check_unused(given: StepArguments) -> None:
     """Check arguments that only a gradient balancer uses, so that a gradient balancer added later raises no new error."""
     for name, parameters in (("shared", given.shared), ("measure", given.measure)):
-        if parameters is not None:
+        if parameters is not None and not _are_leaves(parameters):
             read_shared(parameters, name, measured=False)
     if given.features is not None:
         read_features(given.features)
+
+
+def _are_leaves(parameters: Iterable[Tensor]) -> bool:
+    """Return whether parameters are a list that `read_shared` would not refuse; faster than reading it."""
+    if not isinstance(parameters, list) or not parameters:
+        return False
+    return all(isinstance(parameter, torch.Tensor) and parameter.is_leaf for parameter in parameters)

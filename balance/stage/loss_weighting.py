@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..engine.accumulate import are_finite, without_hooks
+from ..engine.accumulate import without_hooks
 from ..engine.gramian import loss_jacobian
 from ..engine.graph import trace
 from ..engine.nodes import LeafNode, has_hooks
 from ..engine.sample_axis import is_elementwise
 from .report import Report
+from .weighted import weighted_losses
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -138,34 +139,3 @@ def _is_separable(graph: Trace, losses: Losses) -> bool:
     """Return whether each weighted loss depends on only one loss, so that the sum of them has all derivatives."""
     operations = [node for node in graph.users if type(node) is not LeafNode]
     return all(is_elementwise(node, losses.shape) and not has_hooks(node) for node in operations)
-
-
-def weighted_losses(rule: LossBalancer, step: StepLosses, losses: Losses) -> WeightedLosses:
-    """Apply a loss balancer and check its output.
-
-    Args:
-        rule: The loss balancer.
-        step: The tasks of the step.
-        losses: Losses that require a gradient. Shape (K,).
-
-    Returns:
-        The weighted losses. Shape (K,).
-
-    Raises:
-        ValueError: If the rule does not return one finite value per task that depends on the losses.
-    """
-    with torch.enable_grad():
-        weighted = rule(losses, step.context)
-    if weighted is losses:  # which are finite
-        return weighted
-    if not isinstance(weighted, torch.Tensor) or weighted.shape != losses.shape:
-        actual = tuple(weighted.shape) if isinstance(weighted, torch.Tensor) else type(weighted).__name__
-        raise ValueError(f"The loss balancer must return shape {tuple(losses.shape)}, one value per task, but got {actual}.")
-    if not weighted.requires_grad:
-        raise ValueError("The loss balancer must return losses that depend on the given ones, but they are detached.")
-    if not are_finite([weighted]):
-        raise ValueError(
-            f"The loss balancer must return finite losses, but got {weighted.tolist()} from the losses {losses.tolist()} "
-            f"of {step.tasks}."
-        )
-    return weighted

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+from ..rules.checks import waits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +19,7 @@ class _Record(NamedTuple):
 
     gradient: int  # id of its ``.grad``
     version: int
-    value: Tensor
+    value: Any  # a number, where it is one on the host, or a tensor
     skipped: bool  # whether the scaler was to skip the step
 
 
@@ -31,11 +33,13 @@ class OwnGradients:
     def __init__(self) -> None:
         self._records: dict[int, _Record] = {}  # by id of the parameter
 
-    def clear_used(self, parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    def clear_used(self, parameters: Sequence[Tensor], *, are_all_present: bool = False) -> list[tuple[Tensor, Tensor | None]]:
         """Set used gradients to None.
 
         Args:
             parameters: The balancer's parameters.
+            are_all_present: Whether the step has all tasks, so that every parameter will get a gradient. Then a gradient on an
+                accelerator is multiplied by zero in place of a wait for the device.
 
         Returns:
             The parameters and their ``.grad`` before, for `restore`.
@@ -45,16 +49,27 @@ class OwnGradients:
             record = self._records.get(id(parameter))
             if gradient is None or record is None or record.gradient != id(gradient):
                 continue
+            if record.skipped or record.version != parameter._version:
+                parameter.grad = None
             # Fused optimizers do not count as a new version, so the values decide
-            if record.skipped or record.version != parameter._version or not torch.equal(record.value, parameter):
+            elif are_all_present and waits(parameter.device):
+                parameter.grad = torch.where((record.value == parameter.detach()).all(), gradient, 0.0)
+            elif not _is_equal(parameter, record.value):
                 parameter.grad = None
         return before
 
     def remember(self, parameters: Sequence[Tensor], *, skipped: bool) -> None:
         """Remember the parameters as a step has left them."""
-        self._records = {
-            id(p): _Record(id(p.grad), p._version, p.detach().clone(), skipped) for p in parameters if p.requires_grad
-        }
+        self._records = {id(p): _Record(id(p.grad), p._version, _value(p), skipped) for p in parameters if p.requires_grad}
+
+
+def _value(parameter: Tensor) -> Any:
+    is_number = parameter.numel() == 1 and not waits(parameter.device)
+    return parameter.item() if is_number else parameter.detach().clone()
+
+
+def _is_equal(parameter: Tensor, value: Any) -> bool:
+    return torch.equal(value, parameter) if isinstance(value, torch.Tensor) else bool(parameter.item() == value)
 
 
 def restore(before: Sequence[tuple[Tensor, Tensor | None]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,11 +20,14 @@ from ..engine.accumulate import (
 from ..engine.gramian import HeadGradients
 from ..engine.graph import leaves
 from ..engine.passes import sequential_passes
-from .loss_weighting import WeightedStep, weighted_losses, weighted_step
+from ..rules.snapshot import parameters_of
+from .loss_weighting import WeightedStep, weighted_step
 from .report import Report
+from .weighted import weighted_losses
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
     from torch.amp.grad_scaler import GradScaler
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from ..engine.accumulate import LeafGradient
     from ..rules.protocol import LossBalancer
     from .arguments import StepLosses
+    from .delayed import DelayedCall
 
 
 class Outcome(NamedTuple):
@@ -56,7 +61,12 @@ def seed_of(step: StepLosses, scaler: GradScaler | None) -> Seed:
 
 
 def take_plain_step(
-    rule: LossBalancer, step: StepLosses, scaler: GradScaler | None, factor: float, extra: Tensor | None
+    rule: LossBalancer,
+    step: StepLosses,
+    scaler: GradScaler | None,
+    factor: float,
+    extra: Tensor | None,
+    delayed: DelayedCall | None = None,
 ) -> Outcome:
     """Run one ordinary backward pass of the sum of the weighted losses.
 
@@ -66,6 +76,7 @@ def take_plain_step(
         scaler: The gradient scaler, if any.
         factor: Factor on all gradients that are added to ``.grad``.
         extra: A loss that is added to the weighted losses.
+        delayed: The call, if its checks are delayed.
 
     Returns:
         The record of the step, and whether the scaler will skip the step.
@@ -75,23 +86,48 @@ def take_plain_step(
     """
     if step.is_half:
         return _take_half_precision_step(rule, step, scaler, factor, extra)
-    step.losses.retain_grad()  # the backward pass also computes the weights of the losses
-    weighted = weighted_losses(rule, step, step.losses)
+    losses = step.losses if delayed is None else delayed.finite(step.losses, skips=scaler is not None)
+    if delayed is None:
+        weighted = weighted_losses(rule, step, losses)
+    else:
+        with delayed.checks:
+            weighted = weighted_losses(rule, step, losses, delayed)
+        delayed.close()
     total = weighted.sum() if extra is None else weighted.sum() + extra.reshape(()).to(weighted)
     total = total if factor == 1.0 else factor * total
-    (total if scaler is None else scaler.scale(total)).backward()  # type: ignore[no-untyped-call]
-    loss_weights = step.losses.grad
-    if loss_weights is None:
-        raise ValueError("The loss balancer must return losses that depend on the given ones, but they do not.")
-    loss_weights = loss_weights / (factor * (1.0 if scaler is None else scaler.get_scale()))
+    if weighted is not losses:
+        losses.retain_grad()  # the backward pass also computes the weights of the losses
+    if delayed is not None:
+        delayed.backward(total if scaler is None else scaler.scale(total), [losses, *parameters_of(rule)])
+    else:
+        (total if scaler is None else scaler.scale(total)).backward()  # type: ignore[no-untyped-call]
+    report = _report(step, losses, weighted, factor, scaler)
     skipped = False
     if scaler is not None and rule.learns:  # its state must not change at a step that the scaler will skip
         gradients = [leaf.grad for leaf in leaves([step.losses, extra]) if leaf.grad is not None]
         skipped = not are_finite(gradients)
-    weighted = weighted.detach()
-    ones, loss_weights = torch.ones_like(weighted), loss_weights.detach()
-    report = Report(step.tasks, step.losses.detach(), weighted, loss_weights, ones, total_weights=loss_weights)
     return Outcome(report, skipped)
+
+
+def _report(step: StepLosses, losses: Tensor, weighted: Tensor, factor: float, scaler: GradScaler | None) -> Report:
+    """Return the record of a step after its backward pass."""
+    raw = step.losses.detach()
+    ones = torch.ones_like(raw)
+    if weighted is losses:  # with weights that need no backward pass
+        return Report(step.tasks, raw, raw, ones, ones, total_weights=ones)
+    loss_weights = losses.grad
+    if loss_weights is None:
+        raise ValueError("The loss balancer must return losses that depend on the given ones, but they do not.")
+    if factor != 1.0 or scaler is not None:
+        loss_weights = loss_weights / (factor if scaler is None else scaler.scale(factor * step.one))
+    loss_weights = loss_weights.detach()
+    return Report(step.tasks, raw, weighted.detach(), loss_weights, ones, total_weights=loss_weights)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context without autocast, whose half precision is too coarse for weights and directions."""
+    is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
 
 
 def _take_half_precision_step(

@@ -35,7 +35,7 @@ class Reminders:
         self._description = description
         self._silent_steps = dict.fromkeys(_SILENT_STEPS, 0)  # -1: called, or warned of
         self._steps = 0  # with the same parameters of the balancer; -1: they have changed, or been warned of
-        self._first_parameters: list[Tensor] = []
+        self._first_parameters: list[tuple[Tensor, int]] = []  # values and versions
         self._warned_of_single_reach = False
 
     def observed(self) -> None:
@@ -57,13 +57,13 @@ class Reminders:
             rule: The loss balancer.
             parameters: Parameters of the stage.
         """
-        self._check_parameters(parameters)
-        needs = {"observation": rule.needs_observation, "epochs": rule.needs_epochs, "validation": rule.needs_validation}
-        for kind, needed in needs.items():
-            if not needed or self._silent_steps[kind] < 0:
+        if self._steps >= 0:
+            self._check_parameters(parameters)
+        for kind, steps in self._silent_steps.items():
+            if steps < 0 or not getattr(rule, f"needs_{kind}"):
                 continue
-            self._silent_steps[kind] += 1
-            if self._silent_steps[kind] == _SILENT_STEPS[kind]:
+            self._silent_steps[kind] = steps + 1
+            if steps + 1 == _SILENT_STEPS[kind]:
                 self._silent_steps[kind] = -1
                 warn_caller(
                     f"The loss balancer {self._description} needs balancer.{_CALLS[kind]}, but {_SILENT_STEPS[kind]} steps "
@@ -72,11 +72,9 @@ class Reminders:
 
     def _check_parameters(self, parameters: Iterable[Tensor]) -> None:
         """Warn of parameters that have the values of the first step: they are probably in no optimizer."""
-        if self._steps < 0:
-            return
-        trained = [parameter.detach() for parameter in parameters if parameter.requires_grad]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
         if self._steps == 0:
-            self._first_parameters = [values.clone() for values in trained]
+            self._first_parameters = [(values.detach().clone(), values._version) for values in trained]
         self._steps += 1
         if trained and self._steps <= _UNCHANGED_STEPS:
             return
@@ -109,5 +107,9 @@ class Reminders:
             )
 
 
-def _is_unchanged(values: Tensor, first: Tensor) -> bool:
-    return values.shape == first.shape and torch.equal(values.to(first.device), first)
+def _is_unchanged(parameter: Tensor, first: tuple[Tensor, int]) -> bool:
+    values, version = first
+    # Most optimizers leave a new version, which needs no look at the values
+    if parameter._version != version or parameter.shape != values.shape:
+        return False
+    return torch.equal(parameter.detach().to(values.device), values)

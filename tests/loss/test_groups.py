@@ -17,7 +17,7 @@ def test_go4align_sums(L, groups):
     assert (indicators * L).sum().item() == pytest.approx(L.sum().item())
     weights = effective(loss_balancers.build("go4align", num_tasks=len(L), num_groups=groups), L)
     assert weights.sum().item() == pytest.approx(indicators.sum().item())
-    labels = k_means_1d(indicators.numpy(), groups)
+    labels = k_means_1d(indicators, groups).numpy()
     for group in set(labels.tolist()):
         assert weights[labels == group].tolist() == pytest.approx(
             [indicators[labels == group].mean().item()] * (labels == group).sum()

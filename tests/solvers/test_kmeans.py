@@ -2,11 +2,16 @@ from itertools import combinations_with_replacement, product
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balance.solvers.kmeans import k_means_1d
+from balance.solvers import kmeans
 from tests.strategies import SEEDS
+
+
+def k_means_1d(points, num_clusters):
+    return kmeans.k_means_1d(torch.from_numpy(points), num_clusters).numpy()
 
 
 def squared_error(points, labels):
