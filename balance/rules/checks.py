@@ -1,14 +1,14 @@
 """Checks of the values that a rule gets: at once, or on an accelerator, so that no step waits for the device.
 
-A rule that reads a value on the host waits until the device has computed it. So the stage can make a step of a loss balancer
-with `DelayedChecks`: the rule then stays on the device of the losses, its checks are tensors, and the host reads their result
-one step later.
+A rule that reads a value on the host waits until the device has computed it. So the stage can run a loss balancer with
+`DelayedChecks`. The rule then stays on the device of the losses, and its checks are tensors. The host reads their result one
+call later.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -45,8 +45,10 @@ class DelayedChecks:
         """
         self._made.append((passed, error))
 
-    def close(self) -> Tensor:
+    def close(self, device: torch.device) -> Tensor:
         """Return whether all checks have passed, on the device, and send the result to the host. Shape ()."""
+        if not self._made:
+            return torch.ones((), dtype=torch.bool, device=device)
         passed = torch.cat([passed.reshape(-1) for passed, _ in self._made]).all()
         self._arrival = Arrival(passed)
         return passed
@@ -67,14 +69,15 @@ class Arrival:
     """
 
     def __init__(self, flag: Tensor) -> None:
-        self._flag = flag.to("cpu", non_blocking=True)  # to pinned memory
-        self._event: Any = None
-        if flag.device.type != "cpu":
+        self._flag, self._event = flag, None
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None and accelerator.type == flag.device.type:
+            self._flag = flag.to("cpu", non_blocking=True)  # to pinned memory
             self._event = torch.Event(flag.device)
             self._event.record(torch.accelerator.current_stream(flag.device))
 
     def value(self) -> bool:
-        """Return the value. The work after it goes on."""
+        """Return the value. The device continues with later work meanwhile."""
         if self._event is not None:
             self._event.synchronize()
         return bool(self._flag)

@@ -91,9 +91,9 @@ class Balancer(LearningStage):
         checks: Time at which values of losses that are not finite or out of a rule's domain are errors. ``"auto"``: at once on
             the host. On an accelerator a step with ``gradient=None`` does not wait for the device. Its error is raised by the
             next call, or by `check`; its gradients are zero, and no rule learns from it. ``"now"``: always at once. A step
-            waits even so with a gradient balancer, with ``"absent"`` losses, over several processes, with losses of half
-            precision, and with a GradScaler if the rule has state. It also waits for rules of your own, igbv2,
-            famo(optimizer="user"), other groupings than k-means, and learned scales that are on another device.
+            also waits with a gradient balancer, ``"absent"`` losses, several processes or losses of half precision. It waits
+            with a GradScaler if the rule has state. So do rules of your own, igbv2, famo(optimizer="user"), groupings other
+            than k-means, and learned scales on another device or with absent tasks. Call ``balancer.to(device)``.
 
     Raises:
         ValueError: If a name, an option or a choice is unknown, or the task names are not distinct.

@@ -13,8 +13,9 @@ from ..engine.graph import leaves
 from ..engine.over_ranks import sum_gradients
 from ..engine.passes import LossOutputs, sequential_passes
 from .arguments import StepArguments, StepLosses, read_losses, require_present
-from .execution import Owner, Prepared, execute, read_partition
+from .execution import execute, read_partition
 from .over_ranks import agree
+from .owner import Owner, Prepared
 from .plain_step import Outcome, Seed, extra_gradients, seed_of, unknown_report
 
 if TYPE_CHECKING:

@@ -47,7 +47,7 @@ class DelayedCall:
     def __init__(self, stage: nn.Module, rule: LossBalancer, device: torch.device, tasks: Sequence[str]) -> None:
         move_buffers(device, stage, *modules_of(rule))
         self._state = Snapshot(rule, stage=stage)
-        self._tasks, self._replacement = tasks, 0.0
+        self._device, self._tasks, self._replacement = device, tasks, 0.0
         self.checks = DelayedChecks()
 
     def finite(self, losses: Tensor, *, skips: bool = False) -> Tensor:
@@ -65,7 +65,7 @@ class DelayedCall:
 
     def close(self) -> None:
         """Add up the checks, and send the result to the host."""
-        self.passed = self.checks.close()
+        self.passed = self.checks.close(self._device)
 
     def restore_unless_passed(self) -> None:
         """Set the buffers back where a check has failed; nothing is read on the host."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,15 +13,16 @@ from ..engine.fully_sharded import sharded_partition
 from ..engine.graph import leaves
 from ..engine.over_ranks import sum_gradients
 from ..engine.partition import partition_graph, read_features, read_shared
-from ..rules.checks import beside
 from ..rules.snapshot import Snapshot, parameters_of
 from .arguments import read_losses, require_present
-from .delayed import DelayedCall, not_finite_error
+from .delayed import not_finite_error
+from .delayed_step import note_losses, take_delayed_step
 from .further_batches import check_further, cross_gramian
 from .loss_weighting import weighted_step
 from .ordinary_backward import NotFiniteError, require_finite
 from .over_ranks import agree
 from .own_gradients import restore
+from .owner import Owner, Prepared
 from .plain_step import (
     Outcome,
     extra_gradients,
@@ -34,74 +35,17 @@ from .plain_step import (
 from .plain_step_over_ranks import take_plain_step_over_ranks
 from .samples import read_sample_losses, require_one_process
 from .step import BalancedStep
-from .writing import Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from ..engine.accumulate import LeafGradient
     from ..engine.partition import Partition
-    from ..engine.task_gradients import TaskGradients
-    from ..rules.protocol import GradientBalancer, JacobianBalancer
-    from .arguments import NanPolicy, StepArguments, StepLosses
-    from .learning import LastCall
+    from .arguments import StepArguments, StepLosses
     from .over_ranks import Agreed
-    from .own_gradients import OwnGradients
     from .plain_step import Seed
-
-
-class Owner(Stage, Protocol):
-    """A balancer, whose step is executed.
-
-    Attributes:
-        tasks: Names of all tasks; empty with one loss per sample.
-        nan: Meaning of a loss of NaN.
-        gradient_balancer: Rule of the gradients; None: one ordinary backward pass.
-        loss_sums: Sums of the losses of the epoch. Shape (tasks,)
-        loss_counts: Numbers of the steps of the epoch. Shape (tasks,)
-        own_gradients: Gradients that steps have left in the balancer's parameters.
-        last: Record of the last call.
-    """
-
-    tasks: tuple[str, ...]
-    nan: NanPolicy
-    gradient_balancer: GradientBalancer | JacobianBalancer | None
-    loss_sums: Tensor
-    loss_counts: Tensor
-    own_gradients: OwnGradients
-    last: LastCall
-
-    @property
-    def collection(self) -> object | None:
-        """The open collection of micro-batches; None if there is none."""
-
-    def parameters(self) -> Iterator[Tensor]:
-        """Return the balancer's parameters."""
-
-    def delays(self, losses: Tensor) -> bool:
-        """Return whether the checks of a call with these losses are read one call later."""
-
-
-class Prepared(NamedTuple):
-    """A step that is ready to be taken.
-
-    Attributes:
-        parameters: Parameters of the balancer.
-        step: The losses; over several ranks their means.
-        parts: Leaf tensors of the graph; None without a gradient balancer.
-        agreed: Agreement of the ranks; None with one process, and if gradients have been collected.
-        collected: Gradients of the tasks that have been computed before.
-        extras: Gradients of the extra losses that have been computed before, with all factors.
-    """
-
-    parameters: list[Tensor]
-    step: StepLosses
-    parts: Partition | None
-    agreed: Agreed | None = None
-    collected: TaskGradients | None = None
-    extras: Sequence[LeafGradient] = ()
 
 
 def prepare(owner: Owner, given: StepArguments) -> Prepared:
@@ -207,7 +151,7 @@ def _checked_step(owner: Owner, given: StepArguments, prepared: Prepared, *, is_
         return _left_to_scaler(given, prepared)
     if prepared.agreed is None and prepared.collected is None and not step.losses.requires_grad:
         raise ValueError("No loss requires a gradient. Compute the losses with gradients enabled and do not detach them.")
-    return _take_delayed(owner, given, prepared) if delays else _take(owner, given, prepared, is_trial=is_trial)
+    return take_delayed_step(owner, given, prepared) if delays else _take(owner, given, prepared, is_trial=is_trial)
 
 
 def _delays(owner: Owner, given: StepArguments, prepared: Prepared) -> bool:
@@ -216,26 +160,6 @@ def _delays(owner: Owner, given: StepArguments, prepared: Prepared) -> bool:
     if not owner.delays(step.losses) or prepared.collected is not None or step.is_half:
         return False
     return given.enabled_scaler is None or not owner.loss_balancer.learns
-
-
-def _take_delayed(owner: Owner, given: StepArguments, prepared: Prepared) -> Outcome:
-    """Take a step without a gradient balancer, and without waiting for the device of the losses."""
-    step, rule = prepared.step, owner.loss_balancer
-    delayed = DelayedCall(cast("nn.Module", owner), rule, step.losses.device, step.tasks)
-    gradients = owner.own_gradients.clear_used(prepared.parameters, are_all_present=len(step.tasks) == step.num_tasks)
-    try:
-        with without_autocast(step.losses.device):
-            outcome = take_plain_step(rule, step, given.enabled_scaler, given.factor, given.extra, delayed)
-            if rule.uses_epochs:
-                _note_losses(owner, step, step.losses.detach())
-    except BaseException:
-        delayed.restore()
-        restore(gradients)
-        raise
-    delayed.restore_unless_passed()
-    owner.last.delayed = delayed
-    owner.reminders.after_step(rule, prepared.parameters)
-    return outcome
 
 
 def _take(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial: bool) -> Outcome:
@@ -257,19 +181,8 @@ def _take(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial: b
     else:
         owner.reminders.after_step(rule, prepared.parameters)
         if rule.uses_epochs:
-            _note_losses(owner, step, step.host)
+            note_losses(owner, step, step.host)
     return outcome
-
-
-def _note_losses(owner: Owner, step: StepLosses, losses: Tensor) -> None:
-    """Add the losses of a step to the sums of the epoch. Shape (K,)."""
-    present = step.context.present
-    if present is None:
-        owner.loss_sums.add_(losses.to(owner.loss_sums))
-        owner.loss_counts.add_(1)
-    else:
-        owner.loss_sums[beside(present, owner.loss_sums, present.dtype)] += losses.to(owner.loss_sums)
-        owner.loss_counts[present] += 1
 
 
 def _restore(owner: Owner, state: Snapshot, stretch: Tensor | None, gradients: Sequence[tuple[Tensor, Tensor | None]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ..rules.protocol import LossBalancer
 
 _SILENT_STEPS = {"observation": 50, "epochs": 200, "validation": 200}  # after which a missing call is probably forgotten
+_NEEDS = {kind: attrgetter(f"needs_{kind}") for kind in _SILENT_STEPS}
 _UNCHANGED_STEPS = 50  # after which the balancer's parameters are probably in no optimizer
 _CALLS = {
     "observation": "observe(losses) after each optimizer step",
@@ -60,7 +62,7 @@ class Reminders:
         if self._steps >= 0:
             self._check_parameters(parameters)
         for kind, steps in self._silent_steps.items():
-            if steps < 0 or not getattr(rule, f"needs_{kind}"):
+            if steps < 0 or not _NEEDS[kind](rule):
                 continue
             self._silent_steps[kind] = steps + 1
             if steps + 1 == _SILENT_STEPS[kind]:
