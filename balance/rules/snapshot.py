@@ -57,13 +57,6 @@ class Snapshot:
         for module, state in self._extra:
             module.set_extra_state(state)
 
-    @torch.no_grad()
-    def restore_unless(self, passed: Tensor) -> None:
-        """Set the buffers of floats back if a value on their device is false, without reading it on the host. Shape ()."""
-        for _, _, buffer, value in self._buffers:
-            if buffer is not None and value is not None and buffer.is_floating_point() and buffer.device == passed.device:
-                buffer.copy_(torch.where(passed, buffer, value))
-
 
 @contextmanager
 def restored_on_error(*rules: object) -> Iterator[None]:

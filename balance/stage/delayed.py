@@ -28,8 +28,8 @@ _LATE = (
 class DelayedCall:
     """One call of a loss balancer on the device of the losses.
 
-    If a check fails, the gradients of the step are zero, and the rule's state is as before the call. The buffers are restored
-    on the device. The rest of the state is restored when the host reads the result.
+    If a check fails, the gradients of the step are zero. The rule's state is restored when the host reads the result, before
+    any further call and before the state is saved.
 
     Args:
         stage: The stage, whose sums of the losses are part of the state.
@@ -67,10 +67,6 @@ class DelayedCall:
         """Add up the checks, and send the result to the host."""
         self.passed = self.checks.close(self._device)
 
-    def restore_unless_passed(self) -> None:
-        """Set the buffers back where a check has failed; nothing is read on the host."""
-        self._state.restore_unless(self.passed)
-
     def restore(self) -> None:
         """Set the whole state back, after an error of the call itself."""
         self._state.restore()
@@ -94,7 +90,7 @@ class DelayedCall:
             torch.where(self.passed, total, 0.0).backward()  # type: ignore[no-untyped-call]
 
     def error(self) -> Exception | None:
-        """Return the error of a check that has failed, after the rest of the state has been restored; None: all passed."""
+        """Return the error of a check that has failed, after the state has been restored; None: all have passed."""
         passed, error = self.checks.result()
         if passed:
             return None

@@ -40,7 +40,6 @@ def take_delayed_step(owner: Owner, given: StepArguments, prepared: Prepared) ->
         delayed.restore()
         restore(gradients)
         raise
-    delayed.restore_unless_passed()
     owner.last.delayed = delayed
     owner.reminders.after_step(rule, prepared.parameters)
     return outcome

@@ -204,7 +204,6 @@ class LearningStage(nn.Module):
 
     def _delay(self, delayed: DelayedCall) -> None:
         delayed.close()
-        delayed.restore_unless_passed()
         self.last.delayed = delayed
 
     def get_extra_state(self) -> Tensor:

@@ -190,6 +190,12 @@ def test_every_call_and_check_raise_the_error_once(as_accelerator):
         call(stage, tasks)
 
 
+def test_a_bad_step_adds_nothing_of_the_extra_loss_either(as_accelerator):
+    tasks, stage = Tasks(), Balancer(3, loss="scaleinvls")
+    stage.backward(tasks.losses((1.0, 0.0, 1.0)), extra=tasks.theta.sum())
+    assert torch.equal(tasks.theta.grad, torch.zeros(3))
+
+
 def test_observed_losses_and_means_of_epochs_are_checked_one_call_later_too(as_accelerator):
     tasks, stage = Tasks(), Balancer(3, loss="famo")
     stage.backward(tasks.losses())
