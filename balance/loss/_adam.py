@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ._checks import of_tasks, set_of_tasks
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -25,23 +27,25 @@ class Moments(NamedTuple):
     mean_square: Tensor
     steps: Tensor
 
-    def step(self, values: Tensor, tasks: Tensor | slice, gradient: Tensor, lr: float, chosen: Tensor | None = None) -> None:
+    def step(self, values: Tensor, present: Tensor | None, gradient: Tensor, lr: float, chosen: Tensor | None = None) -> None:
         """Take one step for some tasks, in place.
 
         Args:
             values: The numbers that are learned. Shape (K,).
-            tasks: Index of the tasks that may take the step.
+            present: Indices of the tasks that may take the step; None for all. Shape (k,).
             gradient: Their gradient. Shape (k,).
             lr: Learning rate.
             chosen: Whether each of them takes the step; None: all do. Shape (k,).
         """
-        steps = self.steps[tasks] + 1
-        mean = self.mean[tasks] + (1 - BETA1) * (gradient - self.mean[tasks])
-        mean_square = self.mean_square[tasks] + (1 - BETA2) * (gradient**2 - self.mean_square[tasks])
-        unbiased, unbiased_square = mean / (1 - BETA1**steps), mean_square / (1 - BETA2**steps)
-        moved = values[tasks] - lr * unbiased / (unbiased_square.sqrt() + EPSILON)
-        for state, new in zip((values, *self), (moved, mean, mean_square, steps), strict=True):
-            state[tasks] = new if chosen is None else torch.where(chosen, new, state[tasks])
+        before = [of_tasks(state, present) for state in (values, *self)]
+        numbers, mean, mean_square, steps = before
+        steps = steps + 1
+        mean = torch.lerp(mean, gradient, 1 - BETA1)
+        mean_square = torch.lerp(mean_square, gradient**2, 1 - BETA2)
+        length = (mean_square / (1 - BETA2**steps)).sqrt_().add_(EPSILON).mul_(1 - BETA1**steps)
+        numbers = torch.addcdiv(numbers, mean, length, value=-lr)
+        for state, old, new in zip((values, *self), before, (numbers, mean, mean_square, steps), strict=True):
+            set_of_tasks(state, present, new if chosen is None else torch.where(chosen, new, old))
 
 
 def register_moments(rule: nn.Module, num_tasks: int) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from ..rules.checks import are_delayed, beside, require
+from ..rules.checks import are_delayed, beside, delay
 from ..rules.context import TaskError
 
 if TYPE_CHECKING:
@@ -60,9 +60,17 @@ def masked_softmax(logits: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen, logits, -torch.inf).softmax(dim=0)
 
 
-def members(present: Tensor | None, state: Tensor) -> Tensor | slice:
-    """Return an index of the present tasks in a tensor with one entry for each task, on the device of that tensor."""
-    return slice(None) if present is None else beside(present, state, present.dtype)
+def of_tasks(state: Tensor, present: Tensor | None) -> Tensor:
+    """Return the entries of the present tasks in a state by task; the state itself for all. Shape (..., tasks) -> (..., K)."""
+    return state if present is None else state[..., beside(present, state, present.dtype)]
+
+
+def set_of_tasks(state: Tensor, present: Tensor | None, entries: Tensor) -> None:
+    """Set the entries of the present tasks in a state by task, in place. Shapes (..., tasks), (K,), (..., K)."""
+    if present is None:
+        state.copy_(entries)
+    else:
+        state[..., beside(present, state, present.dtype)] = entries.to(state)
 
 
 def stays_on_device(rule: Rule) -> Rule:
@@ -118,16 +126,20 @@ def require_above(
         TaskError: For the first task whose loss is not above its minimum, or is NaN. For a loss of exactly 0 the message
             also names the likely cause.
     """
-    above = losses > (beside(minimum, losses) if isinstance(minimum, torch.Tensor) else minimum)
 
-    def error() -> TaskError:
-        task = above.tolist().index(False)
-        loss, bound = float(losses[task]), float(torch.as_tensor(minimum).expand_as(losses)[task])
-        advice = _REMEDY_OF_ZERO + remedy if loss == 0 else remedy[0].upper() + remedy[1:]
-        rule = f"must be above {bound:g}, because '{method}' {reason}"
-        return TaskError(task, f"{quantity} of task {{task}} is {loss:.6g}, but {rule}. {advice}")
+    def error() -> TaskError | None:
+        limits = minimum.expand_as(losses).tolist() if isinstance(minimum, torch.Tensor) else [minimum] * len(losses)
+        for task, (loss, bound) in enumerate(zip(losses.tolist(), limits, strict=True)):
+            if not loss > bound:
+                advice = _REMEDY_OF_ZERO + remedy if loss == 0 else remedy[0].upper() + remedy[1:]
+                rule = f"must be above {bound:g}, because '{method}' {reason}"
+                return TaskError(task, f"{quantity} of task {{task}} is {loss:.6g}, but {rule}. {advice}")
+        return None
 
-    require(above, error)
+    if are_delayed():
+        delay(losses > (beside(minimum, losses) if isinstance(minimum, torch.Tensor) else minimum), error)
+    elif (found := error()) is not None:
+        raise found
 
 
 def lower_bounds(min_losses: list[float] | None, count: int, present: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..rules.context import all_indices
 from ..rules.registry import loss_balancers
-from ._checks import ADD_CONSTANT, DIVISION, members, require_above, values, weigh
+from ._checks import ADD_CONSTANT, DIVISION, of_tasks, require_above, values, weigh
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +100,7 @@ class CoBa(nn.Module):
         Returns:
             Shape (K,).
         """
-        weights = values(self.weights[members(present, self.weights)])
+        weights = values(of_tasks(self.weights, present))
         weights = torch.where(weights.isnan(), weights.nanmean().nan_to_num(nan=1.0), weights)
         return weigh(losses, weights / weights.sum())
 

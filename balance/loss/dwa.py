@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..rules.registry import loss_balancers
-from ._checks import ADD_CONSTANT, DIVISION, members, require_above, values, weigh
+from ._checks import ADD_CONSTANT, DIVISION, of_tasks, require_above, set_of_tasks, values, weigh
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,15 +81,14 @@ class DynamicWeightAverage(nn.Module):
         Raises:
             TaskError: If the older mean of a loss is not positive.
         """
-        tasks = members(present, self.history)
-        history = self.history[:, tasks]
+        history = of_tasks(self.history, present)
         if self.mode == "window":
             history = torch.cat([history[1:], values(losses).to(history)[None]])
         old, new = values(history).chunk(2)
         weights = len(losses) * (_ratio(new.mean(dim=0), old.mean(dim=0)) / self.temperature).softmax(dim=0)
         weighted = weigh(losses, weights)
         if self.mode == "window":
-            self.history[:, tasks] = history
+            set_of_tasks(self.history, present, history)
         return weighted
 
     def end_epoch(self, mean_losses: Tensor) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
-from ..rules.checks import beside, require
+from ..rules.checks import are_delayed, beside, delay
 from ..rules.context import all_indices
 from ..rules.registry import loss_balancers
 from ._adam import Moments, register_moments
-from ._checks import GIVE_BOUNDS, LOGARITHM, masked_softmax, members, require_above, values, weigh, widened
+from ._checks import GIVE_BOUNDS, LOGARITHM, masked_softmax, of_tasks, require_above, set_of_tasks, values, weigh, widened
 from ._user_logits import UserLogits
 
 if TYPE_CHECKING:
@@ -118,17 +119,17 @@ class FAMO(nn.Module):
         Raises:
             TaskError: If a loss is below its lower bound.
         """
-        tasks = members(present, self.previous_losses)
         L = values(losses)
-        distance = self._distance(L, tasks)
+        bounds = values(of_tasks(self.min_losses, present))
+        distance = _distance(L, bounds)
         if not self.needs_observation:
-            self._learn(present, distance)
+            self._learn(present, bounds, distance)
         if present is not None:
             self.previous_losses.fill_(torch.nan)
-        self.previous_losses[tasks] = L.to(self.previous_losses)
-        z = self._values(tasks).softmax(dim=0)
+        set_of_tasks(self.previous_losses, present, L)
+        z = self._values(present).softmax(dim=0)
         wide = widened(losses)  # 1e-8 is zero in half precision
-        logarithms = (wide - beside(self.min_losses[tasks], wide) + 1e-8).log()
+        logarithms = (wide - beside(bounds, wide) + 1e-8).log()
         weighted = weigh(logarithms, z / (z / distance).sum())
         if self.user_logits is not None:
             weighted = weighted + self.user_logits.pending().to(weighted) / len(weighted)
@@ -145,36 +146,46 @@ class FAMO(nn.Module):
             TaskError: If a loss is below its lower bound; the logits are then as before.
             RuntimeError: If the step's losses were not weighed before.
         """
-        tasks = members(present, self.previous_losses)
-        is_same_step = self.previous_losses[tasks].isfinite().all() & (self.previous_losses.isfinite().sum() == len(losses))
-        require(is_same_step, lambda: RuntimeError(_ORDER))
-        self._learn(present, self._distance(values(losses), tasks))
+        was_present = self.previous_losses.isfinite()
+        is_same_step = of_tasks(was_present, present).all() & (was_present.sum() == len(losses))
+        if are_delayed():
+            delay(is_same_step, lambda: RuntimeError(_ORDER))
+        elif not is_same_step:
+            raise RuntimeError(_ORDER)
+        bounds = values(of_tasks(self.min_losses, present))
+        self._learn(present, bounds, _distance(values(losses), bounds))
         self.previous_losses.fill_(torch.nan)
 
-    def _learn(self, present: Tensor | None, after: Tensor) -> None:
+    def _learn(self, present: Tensor | None, bounds: Tensor, after: Tensor) -> None:
         """Take one Adam step, or write a gradient, for tasks with a loss in ``previous_losses`` and a distance ``after``."""
-        tasks = members(present, self.previous_losses)
-        before = values(self.previous_losses[tasks])
-        again = ~before.isnan()
-        delta = torch.where(again, self._distance(torch.where(again, before, torch.inf), tasks).log() - after.log(), 0.0)
-        z = masked_softmax(self._values(tasks), again)
-        gradient = z * (delta - (z * delta).sum())
+        before = values(of_tasks(self.previous_losses, present)) - bounds + 1e-8
+        again = None  # of all present tasks
+        if are_delayed() or not all(map(math.isfinite, before.tolist())):
+            again = ~before.isnan()
+        delta, z = before.log() - after.log(), self._values(present)
+        if again is None:
+            z = z.softmax(dim=0)
+        else:
+            delta, z = torch.where(again, delta, 0.0), masked_softmax(z, again)
+        gradient = z * (delta - z @ delta)
         if self.user_logits is not None:
-            numbers = all_indices(len(self.previous_losses)) if present is None else present
-            self.user_logits.set_gradient(numbers[again], gradient[again])
+            tasks = all_indices(len(self.previous_losses)) if present is None else present
+            self.user_logits.set_gradient(*((tasks, gradient) if again is None else (tasks[again], gradient[again])))
             return
-        decayed = gradient.to(self.logits) + self.gamma * self.logits[tasks]
-        moments = Moments(self.mean, self.mean_square, self.steps)
-        moments.step(self.logits, tasks, decayed, self.lr, again.to(self.logits.device))
+        decayed = gradient.to(self.logits).add_(of_tasks(self.logits, present), alpha=self.gamma)
+        chosen = None if again is None else again.to(self.logits.device)
+        Moments(self.mean, self.mean_square, self.steps).step(self.logits, present, decayed, self.lr, chosen)
 
-    def _values(self, tasks: Tensor | slice) -> Tensor:
-        """Return the logits of some tasks. Shape (k,), float64."""
-        return self.user_logits.values()[tasks] if self.user_logits is not None else values(self.logits[tasks])
+    def _values(self, present: Tensor | None) -> Tensor:
+        """Return the logits of the present tasks. Shape (K,), float64."""
+        logits = self.logits if self.user_logits is None else self.user_logits.values()
+        return values(of_tasks(logits, present))
 
-    def _distance(self, losses: Tensor, tasks: Tensor | slice) -> Tensor:
-        bounds = values(self.min_losses[tasks])
-        require_above(losses, bounds - 1e-8, "famo", LOGARITHM, GIVE_BOUNDS)
-        return losses - bounds + 1e-8
+
+def _distance(losses: Tensor, bounds: Tensor) -> Tensor:
+    """Return the distances of losses to their bounds, plus 1e-8. Shapes (K,)."""
+    require_above(losses, bounds - 1e-8, "famo", LOGARITHM, GIVE_BOUNDS)
+    return losses - bounds + 1e-8
 
 
 def _check_rates(gamma: float | None, lr: float | None, optimizer: LogitOptimizer) -> None:

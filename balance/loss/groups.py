@@ -10,7 +10,7 @@ from torch import nn
 
 from ..rules.registry import loss_balancers
 from ..solvers.kmeans import k_means_1d
-from ._checks import ADD_CONSTANT, DIVISION, members, require_above, values, weigh
+from ._checks import ADD_CONSTANT, DIVISION, of_tasks, require_above, set_of_tasks, values, weigh
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,14 +89,13 @@ class GO4Align(nn.Module):
         """
         L = values(losses)
         require_above(L, 0, "go4align", DIVISION, ADD_CONSTANT)
-        tasks = members(present, self.cumulative_losses)
-        cumulative = values(self.cumulative_losses[tasks]) + L
+        cumulative = values(of_tasks(self.cumulative_losses, present)) + L
         q = (-self.step_size * cumulative).softmax(dim=0)
         indicators = q * (L.sum() / L)
         groups = _GROUPINGS[self.grouping](indicators, self.num_groups)
         weighted = weigh(losses, group_means(indicators, groups))
         # Last, because a grouping can raise an error: its library is missing, or its solver fails
-        self.cumulative_losses[tasks] = cumulative.to(self.cumulative_losses)
+        set_of_tasks(self.cumulative_losses, present, cumulative)
         return weighted
 
 

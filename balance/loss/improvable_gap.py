@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..rules.registry import loss_balancers
-from ._checks import ADD_CONSTANT, DIVISION, LOGARITHM, masked_softmax, members, require_above, values, weigh
+from ._checks import ADD_CONSTANT, DIVISION, LOGARITHM, masked_softmax, of_tasks, require_above, values, weigh
 from ._sac import Agent
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class IGBv1(nn.Module):
         """
         L = values(losses)
         require_above(L, 0, "igbv1", LOGARITHM, ADD_CONSTANT)
-        base = values(self.reference.base[members(present, self.reference.base)])
+        base = values(of_tasks(self.reference.base, present))
         known = ~base.isnan()
         weights = torch.where(known, known.sum() * masked_softmax(L / base, known), 1.0)
         return weigh(losses.log(), weights)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..rules.registry import loss_balancers
 from ._adam import Moments, register_moments
-from ._checks import ADD_CONSTANT, members, require_above, values, weigh
+from ._checks import ADD_CONSTANT, of_tasks, require_above, set_of_tasks, values, weigh
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,17 +87,16 @@ class Minimax(nn.Module):
         Raises:
             TaskError: If a loss is negative.
         """
-        tasks = members(present, self.weights)
         L = values(losses)
         require_above(torch.where(L == 0, 1.0, L), 0, "minimax", "multiplies it by a weight that grows with it", ADD_CONSTANT)
-        weighted = weigh(losses, self.weights[tasks].clone())  # not a view, since the weights climb below
+        weighted = weigh(losses, of_tasks(self.weights, present).clone())  # a copy, since the weights climb below
         if int(self.calls) % self.every == 0:
-            self._climb(tasks, L.to(self.weights))
+            self._climb(present, L.to(self.weights))
         self.calls += 1
         return weighted
 
-    def _climb(self, tasks: Tensor | slice, losses: Tensor) -> None:
+    def _climb(self, present: Tensor | None, losses: Tensor) -> None:
         if self.ascent == "gradient":
-            self.weights[tasks] += self.lr * losses
+            set_of_tasks(self.weights, present, of_tasks(self.weights, present) + self.lr * losses)
         else:
-            Moments(self.mean, self.mean_square, self.steps).step(self.weights, tasks, -losses, self.lr)
+            Moments(self.mean, self.mean_square, self.steps).step(self.weights, present, -losses, self.lr)

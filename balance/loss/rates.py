@@ -11,7 +11,7 @@ from ..rules.checks import beside
 from ..rules.generator import SeededGenerator
 from ..rules.registry import loss_balancers
 from ._adam import Moments, register_moments
-from ._checks import ADD_CONSTANT, DIVISION, members, require_above, softmax, values, weigh
+from ._checks import ADD_CONSTANT, DIVISION, of_tasks, require_above, set_of_tasks, softmax, values, weigh
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,13 +94,12 @@ class SoftAdapt(nn.Module):
         Raises:
             TaskError: If a loss is not positive and weights are proportional to it.
         """
-        tasks = members(present, self.history)
         L = values(losses)
         if self.variant == "loss_weighted":
             require_above(L, 0, "softadapt", "weighs in proportion to it", ADD_CONSTANT)
-        history = torch.cat([values(self.history[1:, tasks]), L[None]])
+        history = torch.cat([values(of_tasks(self.history[1:], present)), L[None]])
         weighted = weigh(losses, self._logits(history).softmax(dim=0))
-        self.history[:, tasks] = history.to(self.history)
+        set_of_tasks(self.history, present, history)
         return weighted
 
     def _logits(self, history: Tensor) -> Tensor:
@@ -206,17 +205,16 @@ class ReLoBRaLo(nn.Module):
         Raises:
             TaskError: If a loss is not positive.
         """
-        tasks = members(present, self.weights)
         L = values(losses)
         require_above(L, 0, "relobralo", DIVISION, ADD_CONSTANT)
-        first, previous = (_filled(values(buffer[tasks]), L) for buffer in (self.first, self.previous))
-        past = values(self.weights[tasks])
+        first, previous = (_filled(values(of_tasks(buffer, present)), L) for buffer in (self.first, self.previous))
+        past = values(of_tasks(self.weights, present))
         if float(self.random.uniform(1)) >= self.rho:
             past = self._compared(L, first)
         weights = self.alpha * past + (1 - self.alpha) * self._compared(L, previous)
         weighted = weigh(losses, weights)
         for buffer, state in ((self.first, first), (self.previous, L), (self.weights, weights)):
-            buffer[tasks] = state.to(buffer)
+            set_of_tasks(buffer, present, state)
         return weighted
 
     def _compared(self, losses: Tensor, earlier: Tensor) -> Tensor:
@@ -291,19 +289,18 @@ class ResidualNormalization(nn.Module):
         Raises:
             TaskError: If a loss is not positive.
         """
-        tasks = members(present, self.logits)
         L = values(losses)
         require_above(L, 0, "resnorm", DIVISION, ADD_CONSTANT)
-        first = _filled(values(self.first[tasks]), L)
-        weights = len(L) * values(self.logits[tasks]).softmax(dim=0)
+        first = _filled(values(of_tasks(self.first, present)), L)
+        weights = len(L) * values(of_tasks(self.logits, present)).softmax(dim=0)
         weighted = weigh(losses, weights)
         pace = L / first
         target = L.mean() * (pace / pace.mean()) ** self.alpha
         surplus = weights * L - target
         sign = torch.where(surplus.abs() > ROUNDING * target, surplus.sign(), 0.0)
         moments = Moments(self.mean, self.mean_square, self.steps)
-        moments.step(self.logits, tasks, (sign * weights * L).to(self.logits), self.lr)
-        self.first[tasks] = first.to(self.first)
+        moments.step(self.logits, present, (sign * weights * L).to(self.logits), self.lr)
+        set_of_tasks(self.first, present, first)
         return weighted
 
 

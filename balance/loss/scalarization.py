@@ -12,8 +12,8 @@ from ..rules.registry import loss_balancers
 from ._checks import (
     ADD_CONSTANT,
     LOGARITHM,
-    members,
     numbers_by_task,
+    of_tasks,
     require_above,
     softmax,
     values,
@@ -153,7 +153,7 @@ class SmoothTchebycheff(nn.Module):
             p = softmax(preference * self.target.shifted(L, present), self.mu)
             return weigh(losses, preference * p)
         require_above(L, 0, "stch", LOGARITHM, ADD_CONSTANT)
-        nadir = values(self.nadir.base[members(present, self.nadir.base)])
+        nadir = values(of_tasks(self.nadir.base, present))
         known = ~nadir.isnan()
         relative = torch.where(known, L.log() - nadir.log(), -torch.inf)
         factors = torch.where(known, known.sum() * softmax(relative, self.mu), 1.0)

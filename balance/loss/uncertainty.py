@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..rules.registry import loss_balancers
+from ..rules.snapshot import parameters_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +25,8 @@ def scalars(num_tasks: int, value: float = 0.0) -> nn.ParameterList:
 
 def stacked(parameters: nn.ParameterList, present: Tensor | None) -> Tensor:
     """Return the scalars of the present tasks as one tensor, differentiable. Shape (K,)."""
-    tasks = range(len(parameters)) if present is None else present.tolist()
-    return torch.stack([parameters[k] for k in tasks])
+    scalars: list[Tensor] = [*parameters_of(parameters)]
+    return torch.stack(scalars if present is None else [scalars[k] for k in present.tolist()])
 
 
 @loss_balancers.register(

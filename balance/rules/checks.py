@@ -24,7 +24,7 @@ def waits(device: torch.device) -> bool:
 
 
 class DelayedChecks:
-    """Checks that are made on a device. Inside of the context `require` adds its checks here."""
+    """Checks that are made on a device. Inside of the context `delay` adds checks here."""
 
     def __init__(self) -> None:
         self._made: list[tuple[Tensor, Callable[[], Exception | None]]] = []
@@ -95,17 +95,10 @@ def are_delayed() -> bool:
     return _current.checks is not None
 
 
-def require(passed: Tensor, error: Callable[[], Exception]) -> None:
-    """Raise an error unless a check has passed, at once or one step later.
-
-    Args:
-        passed: Any shape; all entries must be true.
-        error: Makes the error.
-    """
-    if _current.checks is not None:
-        _current.checks.add(passed, error)
-    elif not bool(passed.all()):
-        raise error()
+def delay(passed: Tensor, error: Callable[[], Exception | None]) -> None:
+    """Add a check to the delayed checks of the rule that runs; see `DelayedChecks.add`."""
+    assert _current.checks is not None
+    _current.checks.add(passed, error)
 
 
 def beside(tensor: Tensor, other: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -73,3 +73,9 @@ class Context:
     def present(self) -> Tensor | None:
         """Indices of the present tasks, for the keyword of an author's rule; None if all tasks are present."""
         return None if len(self.indices) == self.num_tasks else self.indices
+
+
+@lru_cache(maxsize=8)
+def context_of_all(tasks: tuple[str, ...]) -> Context:
+    """Return the context of a loss balancer at a step of all tasks, one for all steps."""
+    return Context(all_indices(len(tasks)), len(tasks), None, tasks)

@@ -77,14 +77,18 @@ def modules_of(*roots: object) -> list[nn.Module]:
         module = stack.pop()
         if id(module) not in found:
             found[id(module)] = module
-            stack += [child for child in reversed(module._modules.values()) if child is not None]
+            if module._modules:
+                stack += [child for child in reversed(module._modules.values()) if child is not None]
     return list(found.values())
 
 
 def parameters_of(*roots: object) -> list[nn.Parameter]:
     """Return the parameters of some modules and of all their children, each once, as `nn.Module.parameters` does."""
-    parameters = [p for module in modules_of(*roots) if module._parameters for p in module._parameters.values()]
-    return list({id(p): p for p in parameters if p is not None}.values())
+    found: dict[int, nn.Parameter] = {}
+    for module in modules_of(*roots):
+        if module._parameters:
+            found |= {id(p): p for p in module._parameters.values() if p is not None}
+    return list(found.values())
 
 
 def move_buffers(device: torch.device, *modules: nn.Module) -> None:

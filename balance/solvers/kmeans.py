@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+FEW = 12  # on the host, loops in Python are faster than operations of torch for up to so many points
+
+
 def k_means_1d(points: Tensor, num_clusters: int) -> Tensor:
     """Return the clusters of numbers with the least sum of squared distances to their cluster's mean: the exact optimum.
 
@@ -26,9 +29,11 @@ def k_means_1d(points: Tensor, num_clusters: int) -> Tensor:
         Cluster of every point, counted from the smallest mean. Shape (K,), int64, on the device of the points.
     """
     K = len(points)
-    ascending, order = points.sort()
     if min(num_clusters, K) == 1:
-        return torch.zeros_like(order)
+        return torch.zeros(K, dtype=torch.int64, device=points.device)
+    if K <= FEW and points.device.type == "cpu":
+        return torch.tensor(_clusters_of_few(points.tolist(), num_clusters), device="cpu")
+    ascending, order = points.sort()
     ascending = ascending / ascending.abs().max().clamp(min=1e-300)  # against under- and overflow of the squares
     is_larger = ascending[1:] > ascending[:-1]  # than the point before: only there a run can start
     error = _spreads(ascending)
@@ -48,6 +53,44 @@ def k_means_1d(points: Tensor, num_clusters: int) -> Tensor:
         labels[1:] += is_used & (_places(K, points.device) >= begin)
         end = torch.where(is_used, begin - 1, end)
     return torch.zeros_like(order).scatter_(0, order, labels)
+
+
+def _clusters_of_few(points: list[float], num_clusters: int) -> list[int]:
+    """Return the same clusters, with the same rounding, by loops. Length K."""
+    K, inf = len(points), float("inf")
+    order = sorted(range(K), key=points.__getitem__)
+    scale = max(*map(abs, points), 1e-300)
+    x = [points[k] / scale for k in order]
+    error = _spreads_of_few(x)
+    starts = [a for a in range(1, K) if x[a] > x[a - 1]]
+    best, splits = error[0], []
+    for _ in range(min(num_clusters, len(starts) + 1) - 1):
+        # The least error and its start, the smallest of equally good ones
+        pairs = [min(((best[a - 1] + error[a][j], a) for a in starts if a <= j), default=(inf, 0)) for j in range(K)]
+        best = [least for least, _ in pairs]
+        splits.append([a for _, a in pairs])
+    labels, end = [0] * K, K
+    for label in range(len(splits), -1, -1):
+        begin = splits[label - 1][end - 1] if label else 0
+        for place in range(begin, end):
+            labels[order[place]] = label
+        end = begin
+    return labels
+
+
+def _spreads_of_few(x: list[float]) -> list[list[float]]:
+    """Return the numbers that `_spreads` returns, with the same rounding; zero for j < a."""
+    K = len(x)
+    spreads = [[0.0] * K for _ in x]
+    for j in range(K):
+        total = 0.0
+        for a in range(j, -1, -1):
+            row = 0.0  # over the pairs of a with a..j, in the order of a cumulative sum
+            for k in range(a, j + 1):
+                row += (x[a] - x[k]) * (x[a] - x[k])
+            total += row
+            spreads[a][j] = total / (j - a + 1)
+    return spreads
 
 
 def _spreads(ascending: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ..distributed.wrappers import is_inside_forward
 from ..engine.graph import unstacked_roots
 from ..engine.passes import LossOutputs, SampleOutputs
 from ..messages import unknown
-from ..rules.context import Context, all_indices
+from ..rules.context import Context, all_indices, context_of_all
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
@@ -28,7 +28,7 @@ NanPolicy = Literal["error", "absent"]
 ZeroPolicy = Literal["present", "absent"]
 Counts: TypeAlias = Mapping[str, "float | Tensor"] | Sequence["float | Tensor"] | Tensor  # samples by task
 
-_HALF = (torch.float16, torch.bfloat16)
+_HALF = frozenset((torch.float16, torch.bfloat16))
 
 
 @dataclass(eq=False)
@@ -96,6 +96,8 @@ class StepLosses:
     @property
     def context(self) -> Context:
         """The context of a loss balancer that is applied to these tasks."""
+        if len(self.tasks) == self.num_tasks:
+            return context_of_all(self.tasks)
         return Context(self.indices, self.num_tasks, None, self.tasks)
 
     @property
@@ -113,14 +115,16 @@ class StepLosses:
     def is_half(self) -> bool:
         """True if a loss is of half precision, in which the weight of a small loss can overflow."""
         known = vars(self)
-        given = () if isinstance(self.given, Tensor) else self.given
-        tensors = (*given, *known.get("roots", ()), known.get("one", self.losses))
-        return any(isinstance(tensor, Tensor) and tensor.dtype in _HALF for tensor in tensors)
+        given = known.get("roots", () if isinstance(self.given, Tensor) else self.given)
+        dtypes = {root.dtype for root in given if isinstance(root, Tensor)}
+        return not _HALF.isdisjoint(dtypes) or known.get("one", self.losses).dtype in _HALF
 
     def not_finite(self) -> dict[str, float]:
         """Return the losses that are infinite or NaN, by task."""
-        pairs = zip(self.tasks, self.losses.tolist(), strict=True)
-        return {task: value for task, value in pairs if not math.isfinite(value)}
+        values = self.losses.tolist()
+        if all(map(math.isfinite, values)):
+            return {}
+        return {task: value for task, value in zip(self.tasks, values, strict=True) if not math.isfinite(value)}
 
     def context_of(self, positions: Tensor) -> Context:
         """Return the context of a gradient balancer that is applied to some tasks, given by their positions. Shape (k,)."""
@@ -173,7 +177,7 @@ class StepArguments:
             ValueError: If ``factor`` is not a positive finite number, or ``extra`` is no scalar with a graph.
             TypeError: If ``extra`` is no tensor of floats.
         """
-        if not isinstance(self.factor, int | float) or not 0 < self.factor < math.inf:
+        if not isinstance(self.factor, (float, int)) or not 0 < self.factor < math.inf:
             raise ValueError(
                 f"factor must be a positive number, but got {self.factor!r}. Use for example 1 / num_micro_batches."
             )
@@ -195,9 +199,9 @@ class StepArguments:
 
 def listed(parameters: Iterable[Tensor] | None) -> Iterable[Tensor] | None:
     """Return parameters as a list, since a generator can be read only once; anything else unchanged, to be checked later."""
-    if isinstance(parameters, Iterable) and not isinstance(parameters, Tensor | nn.Module):
-        return list(parameters)
-    return parameters
+    if parameters is None or isinstance(parameters, (list, Tensor, nn.Module)) or not isinstance(parameters, Iterable):
+        return parameters
+    return list(parameters)
 
 
 def read_losses(

@@ -63,13 +63,10 @@ def prepare(owner: Owner, given: StepArguments) -> Prepared:
         TypeError: If an argument has the wrong type.
         RuntimeError: If the graph cannot be walked once for each task, or the ranks have not the same parameters.
     """
-    check_further(
-        given,
-        owner.gradient_balancer,
-        owner.source,
-        num_ranks=owner.ranks.size,
-        is_collecting=owner.collection is not None,
-    )
+    num_ranks = owner.ranks.size
+    if given.further is not None:
+        is_collecting = owner.collection is not None
+        check_further(given, owner.gradient_balancer, owner.source, num_ranks=num_ranks, is_collecting=is_collecting)
     if owner.tasks:
         step = read_losses(given.losses, owner.tasks, owner.nan, owner.zero, given.counts)
     else:
@@ -77,7 +74,7 @@ def prepare(owner: Owner, given: StepArguments) -> Prepared:
         step = read_sample_losses(given, owner.zero)
     parameters: list[Tensor] = [*parameters_of(owner)]
     parts = read_partition(owner, step, given, parameters)
-    if owner.ranks.size == 1:
+    if num_ranks == 1:
         if not step.tasks:
             require_present(step, given.losses, owner.tasks)
         return Prepared(parameters, step, parts)
@@ -164,7 +161,8 @@ def _delays(owner: Owner, given: StepArguments, prepared: Prepared) -> bool:
 
 def _take(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial: bool) -> Outcome:
     step, rule = prepared.step, owner.loss_balancer
-    state, stretch = Snapshot(rule, owner.gradient_balancer), None if owner.gradient_balancer is None else owner.stretch.clone()
+    state = Snapshot(rule if rule.learns else None, owner.gradient_balancer)
+    stretch = None if owner.gradient_balancer is None else owner.stretch.clone()
     gradients = owner.own_gradients.clear_used(prepared.parameters)
     try:
         with without_autocast(step.losses.device):  # half precision is too coarse for the direction

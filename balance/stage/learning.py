@@ -96,6 +96,8 @@ class LearningStage(nn.Module):
         Raises:
             ValueError: If there is such an error; the state of all rules is then as before the call that caused it.
         """
+        if self.last.delayed is None and self.last.error is None:
+            return
         self.last.settle()
         error, self.last.error = self.last.error, None
         if error is not None:

@@ -126,8 +126,9 @@ def _report(step: StepLosses, losses: Tensor, weighted: Tensor, factor: float, s
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return a context without autocast, whose half precision is too coarse for weights and directions."""
-    is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
+    kind = device.type
+    is_on = kind == "cpu" or torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if is_on and torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _take_half_precision_step(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,8 +31,11 @@ def weighted_losses(rule: LossBalancer, step: StepLosses, losses: Losses, delaye
     Raises:
         ValueError: If the rule does not return one finite value per task that depends on the losses.
     """
-    with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
+    if torch.is_grad_enabled():
         weighted = rule(losses, step.context)
+    else:
+        with torch.enable_grad():
+            weighted = rule(losses, step.context)
     if weighted is losses:
         return weighted
     if not isinstance(weighted, torch.Tensor) or weighted.shape != losses.shape:

@@ -62,6 +62,16 @@ def test_k_means_does_not_depend_on_the_order_and_is_sorted(seed, K, G):
     assert set(labels.tolist()) == set(range(min(G, len(set(points.tolist())))))
 
 
+@given(seed=SEEDS, K=st.integers(2, kmeans.FEW), G=st.integers(2, 13), decimals=st.integers(0, 2))
+def test_loops_over_few_points_find_the_clusters_of_the_form_for_any_device(seed, K, G, decimals):
+    """Also where points are equal, and where clusterings are equally good, as of 0, 1, 2."""
+    points = np.round(np.random.default_rng(seed).uniform(0, 4, K), decimals)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kmeans, "FEW", 0)
+        expected = k_means_1d(points, G)
+    assert k_means_1d(points, G).tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize(("offset", "scale"), [(0, 1), (1e9, 1), (0, 1e-160), (0, 1e150), (-5, 1e-3)])
 def test_k_means_far_from_zero_and_at_extreme_scales(offset, scale):
     points = (np.array([0.0, 1.0, 2.0, 10.0, 11.0]) + offset) * scale
