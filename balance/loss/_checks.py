@@ -24,6 +24,7 @@ DIVISION = "divides by it"
 ADD_CONSTANT = "add a constant that keeps the loss positive."
 GIVE_BOUNDS = 'give lower bounds: loss_options={"min_losses": ...}.'
 
+_WIDE = (torch.float32, torch.float64)
 _REMEDY_OF_ZERO = (
     "A loss of exactly 0 often means that the task has no labels in this batch. "
     'Leave the task out of the dict, or set zero="absent". Otherwise '
@@ -41,7 +42,7 @@ def values(losses: Losses) -> Tensor:
 
 def widened(losses: Losses) -> Losses:
     """Return the losses in at least float32, since constants such as 1e-8 are zero in half precision. Shape (K,)."""
-    return losses.to(torch.promote_types(losses.dtype, torch.float32))
+    return losses if losses.dtype in _WIDE else losses.to(torch.promote_types(losses.dtype, torch.float32))
 
 
 def weigh(losses: Losses, weights: Tensor) -> WeightedLosses:

@@ -72,7 +72,7 @@ class UncertaintyWeighting(nn.Module):
             Differentiable in the losses and in the log-variances. Shape (K,).
         """
         s = stacked(self.log_variances, present).to(losses)
-        return 0.5 * ((-s).exp() * losses + s)
+        return 0.5 * torch.addcmul(s, (-s).exp(), losses)
 
 
 @loss_balancers.register(

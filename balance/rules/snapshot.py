@@ -25,13 +25,13 @@ class Snapshot:
     def __init__(self, *rules: object, stage: nn.Module | None = None) -> None:
         modules = modules_of(*rules)
         self._buffers = [
-            (module, name, buffer, None if buffer is None else buffer.detach().clone())
+            (module, name, buffer, None if buffer is None else _clone(buffer))
             for module in (modules if stage is None else [*modules, stage])
             if module._buffers
             for name, buffer in module._buffers.items()
         ]
         self._parameters = [
-            (parameter, parameter.detach().clone())
+            (parameter, _clone(parameter))
             for module in modules
             if module._parameters
             for parameter in module._parameters.values()
@@ -71,15 +71,14 @@ def restored_on_error(*rules: object) -> Iterator[None]:
 
 def modules_of(*roots: object) -> list[nn.Module]:
     """Return the modules among some objects, with all their children, each once: `nn.Module.modules` without the names."""
-    found: dict[int, nn.Module] = {}
-    stack = [root for root in reversed(roots) if isinstance(root, nn.Module)]
-    while stack:
-        module = stack.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            if module._modules:
-                stack += [child for child in reversed(module._modules.values()) if child is not None]
-    return list(found.values())
+    queue = [root for root in roots if isinstance(root, nn.Module)]
+    found = set(map(id, queue))
+    for module in queue:  # which grows
+        for child in module._modules.values():
+            if child is not None and id(child) not in found:
+                found.add(id(child))
+                queue.append(child)
+    return queue
 
 
 def parameters_of(*roots: object) -> list[nn.Parameter]:
@@ -102,6 +101,10 @@ def move_buffers(device: torch.device, *modules: nn.Module) -> None:
 def _has_extra_state(module: nn.Module) -> bool:
     default: Callable[..., Any] = nn.Module.get_extra_state
     return type(module).get_extra_state is not default
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone() if tensor.requires_grad else tensor.clone()
 
 
 def _copy(tensor: Tensor | None, value: Tensor | None) -> None:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from ..engine.accumulate import LeafGradient
     from ..engine.partition import Partition
+    from ..rules.protocol import LossBalancer
     from .arguments import StepArguments, StepLosses
     from .over_ranks import Agreed
     from .plain_step import Seed
@@ -161,12 +162,12 @@ def _delays(owner: Owner, given: StepArguments, prepared: Prepared) -> bool:
 
 def _take(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial: bool) -> Outcome:
     step, rule = prepared.step, owner.loss_balancer
-    state = Snapshot(rule if rule.learns else None, owner.gradient_balancer)
+    state = Snapshot(rule, owner.gradient_balancer) if rule.learns or owner.gradient_balancer is not None else None
     stretch = None if owner.gradient_balancer is None else owner.stretch.clone()
     gradients = owner.own_gradients.clear_used(prepared.parameters)
     try:
         with without_autocast(step.losses.device):  # half precision is too coarse for the direction
-            outcome = _outcome(owner, given, prepared, is_trial=is_trial)
+            outcome = _outcome(owner, rule, given, prepared, is_trial=is_trial)
     except BaseException as error:
         _restore(owner, state, stretch, gradients)
         if given.enabled_scaler is None or is_trial or not isinstance(error, NotFiniteError):
@@ -175,7 +176,7 @@ def _take(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial: b
     if is_trial:
         _restore(owner, state, stretch, gradients)
     elif outcome.skipped:  # no rule must learn from such a step
-        state.restore()
+        _restore(owner, state, None, [])
     else:
         owner.reminders.after_step(rule, prepared.parameters)
         if rule.uses_epochs:
@@ -183,14 +184,17 @@ def _take(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial: b
     return outcome
 
 
-def _restore(owner: Owner, state: Snapshot, stretch: Tensor | None, gradients: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-    state.restore()
+def _restore(
+    owner: Owner, state: Snapshot | None, stretch: Tensor | None, gradients: Sequence[tuple[Tensor, Tensor | None]]
+) -> None:
+    if state is not None:
+        state.restore()
     if stretch is not None:
         owner.stretch.copy_(stretch)
     restore(gradients)
 
 
-def _outcome(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial: bool) -> Outcome:
+def _outcome(owner: Owner, rule: LossBalancer, given: StepArguments, prepared: Prepared, *, is_trial: bool) -> Outcome:
     _, step, parts, agreed, collected, extras = prepared
     scaler, factor, extra = given.enabled_scaler, given.factor, given.extra
     if owner.gradient_balancer is None or parts is None:
@@ -199,16 +203,17 @@ def _outcome(owner: Owner, given: StepArguments, prepared: Prepared, *, is_trial
         if collected is not None:
             return _take_collected(owner, given, prepared)
         if agreed is not None:
-            return take_plain_step_over_ranks(owner.loss_balancer, agreed, given, owner.ranks)
-        return take_plain_step(owner.loss_balancer, step, scaler, factor, extra)
+            return take_plain_step_over_ranks(rule, agreed, given, owner.ranks)
+        return take_plain_step(rule, step, scaler, factor, extra)
     seed = seed_of(step, scaler)
     if collected is None:
         extras = _extra_pairs(owner, given, prepared, seed)
     is_sharded = any(map(is_distributed_tensor, parts.trunk))
-    rule = owner.gradient_balancer
     policies = (owner.nan, owner.zero)
     cross = cross_gramian(given, step, owner.tasks, policies, prepared.parameters, owner.engine, retain_graph=is_trial)
-    whole = BalancedStep(owner, rule, step, parts, seed, factor, list(extras), collected, is_trial, is_sharded, cross)
+    whole = BalancedStep(
+        owner, owner.gradient_balancer, step, parts, seed, factor, list(extras), collected, is_trial, is_sharded, cross
+    )
     return Outcome(whole.run())
 
 

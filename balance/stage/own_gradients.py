@@ -64,8 +64,7 @@ class OwnGradients:
 
 
 def _value(parameter: Tensor) -> Any:
-    is_number = parameter.numel() == 1 and not waits(parameter.device)
-    return parameter.item() if is_number else parameter.detach().clone()
+    return parameter.item() if parameter.is_cpu and parameter.numel() == 1 else parameter.detach().clone()
 
 
 def _is_equal(parameter: Tensor, value: Any) -> bool:
