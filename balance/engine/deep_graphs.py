@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .nodes import LeafNode, sequence_number
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Sequence
 
 _DEEP = 2000  # nodes
 _released: list[list[Any]] = []  # nodes of graphs whose roots are gone, the deepest nodes first
@@ -28,13 +28,15 @@ class _Nodes:
         _released.append(self.nodes)
 
 
-def keep_if_deep(nodes: Iterable[Any], roots: Sequence[Any]) -> None:
+def keep_if_deep(nodes: Collection[Any], roots: Sequence[Any]) -> None:
     """Keep the nodes of a deep graph alive until `free_released_graphs` is called after the last of its roots is gone.
 
     Args:
         nodes: All nodes of the graph.
         roots: Nodes at which the walk through the graph began.
     """
+    if len(nodes) <= _DEEP:
+        return
     operations = [node for node in nodes if type(node) is not LeafNode]
     if len(operations) > _DEEP:
         starts = set(roots)

@@ -55,7 +55,10 @@ class Trace(NamedTuple):
 
 def edge(root: Root) -> GradientEdge:
     """Return the place at which the gradient of a tensor arrives."""
-    return get_gradient_edge(root) if isinstance(root, Tensor) else root
+    if not isinstance(root, Tensor):
+        return root
+    node = root.grad_fn
+    return get_gradient_edge(root) if node is None else GradientEdge(node, root.output_nr)
 
 
 def trace(roots: Iterable[Root | None], stop: Iterable[Tensor] = ()) -> Trace:

@@ -76,9 +76,9 @@ class Balancer(LearningStage):
             parameters is exactly zero.
         engine: Order of the K backward passes. ``"loop"``: one after the other. ``"batched"``: all in one batch, which keeps
             K gradients of the activations. It uses ``features`` at every step, so that only the trunk is batched. Where an
-            operation cannot be batched, it falls back to the loop with a warning. ``"auto"``: batched where ``features`` are
-            given, and on an accelerator the trunk has more parameters than activations, or on a CPU there are 8 tasks or more
-            and small operations; else the loop. Tensors inside of a batched trunk cannot retain gradients.
+            operation cannot be batched, it falls back to the loop with a warning. ``"auto"``: batched on an accelerator, if
+            the trunk has more parameters than activations, and on a CPU with 8 tasks or more and small operations. Without
+            ``features`` it is the loop. Tensors inside of a batched trunk cannot retain gradients.
         memory: Gradients of the shared parameters that are kept. ``"jacobian"``: all of them, at most K times as many numbers
             as shared parameters. For a linear or convolutional layer whose batch is smaller than its weight, only the
             gradients of its outputs are kept, which suffice. ``"gramian"``: at most 0.4 times as many numbers, or the gradients

@@ -67,7 +67,7 @@ class BalancedStep(StepWriter):
 
     def _measurement(self, gradients: TaskGradients) -> Measurement:
         """Return inner products and lengths of finite gradients, after one copy to the host."""
-        if self.parts.inputs and not any(gradients.is_reached):
+        if self.parts.inputs and not any(map(any, gradients.reached_by)):
             raise ValueError(_unreached(self.stage.source, len(self.parts.inputs)))
         numbers = torch.cat([gradients.gramian, gradients.head_lengths()[None]]).cpu()
         gradients.gramian = numbers[:-1]
@@ -126,7 +126,8 @@ class BalancedStep(StepWriter):
         is_partial = self.parts.source == "parameters" and len(self.parts.inputs) < len(self.parts.trunk)
         if is_partial and (fixed or self.stage.scale == "norm"):
             stretch = stretch_of_trunk(gradients, weighting, weights, G, self.seed.scale, stretch, fixed=fixed)
-        self.stage.stretch.fill_(stretch)
+        if self.rule.reuses:
+            self.stage.stretch.fill_(stretch)
         return weights if stretch == 1.0 else weights * stretch
 
     def _direction(self, gradients: TaskGradients, weighted: WeightedStep, balanced: Tensor, gramian: Gramian) -> Direction:
