@@ -5,7 +5,6 @@ python experiments/baselines.py --experiment=digits --seeds=3 --output=experimen
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 from functools import partial
@@ -22,6 +21,7 @@ from experiments.cli import add_output, add_overrides, all_overrides, command_pa
 from experiments.problems import base as problems
 from experiments.sweeps.execute import run_jobs
 from experiments.sweeps.plan import baseline_jobs
+from experiments.training.threads import runs_at_a_time
 
 if TYPE_CHECKING:
     import argparse
@@ -43,9 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     add_output(parser)
     parser.add_argument("--seeds", default="3", metavar="N", help="number, such as 3, or list of seeds: 4,7 (default: 3)")
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at a time (default: number of cores)"
-    )
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: cores divided by train.threads)")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="YAML file to write")
     add_overrides(parser, "for every run, such as train.epochs=3")
     return parser
@@ -64,7 +62,8 @@ def prepare_work(options: argparse.Namespace) -> Work:
         raise ValueError("track must be true, but got track=false. Baselines are read from the recorded runs.")
     store = Store(config.experiment, config.output_dir, create=True)
     check_writable(options.output)  # before any run, which would be wasted
-    return partial(train_and_write, jobs, store, options)
+    workers = runs_at_a_time([job.config for job in jobs], options.jobs)
+    return partial(train_and_write, jobs, workers, store, options)
 
 
 def check_writable(file: Path) -> None:
@@ -79,10 +78,10 @@ def check_writable(file: Path) -> None:
         file.unlink()
 
 
-def train_and_write(jobs: Sequence[Job], store: Store, options: argparse.Namespace) -> int:
+def train_and_write(jobs: Sequence[Job], workers: int, store: Store, options: argparse.Namespace) -> int:
     """Run the jobs and write their metrics; return the exit code."""
     finished = store.finished()
-    outcomes = run_jobs([job.with_state(finished) for job in jobs], options.jobs, "loky", Console(soft_wrap=True))
+    outcomes = run_jobs([job.with_state(finished) for job in jobs], workers, "loky", Console(soft_wrap=True))
     if any(outcome.error for _, outcome in outcomes):
         return 1
     fingerprints = {job.fingerprint for job in jobs}

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from balance import Diagnosis, diagnose
 from experiments.cli import add_overrides, all_overrides, command_parser, run_command
 from experiments.config.layers import configure
+from experiments.training import threads
 from experiments.training.data import to_device
 from experiments.training.run import build
 
@@ -35,7 +36,8 @@ SWEEP_FLAGS = ("experiment", "loss_method", "gradient_method", "seed")  # entrie
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 with a report, 2 for a mistake in the command, 130 after Ctrl-C."""
-    return run_command(build_parser(), arguments, prepare_work)
+    with threads.restored():
+        return run_command(build_parser(), arguments, prepare_work)
 
 
 def prepare_work(options: argparse.Namespace) -> Work:
@@ -86,6 +88,7 @@ def diagnose_network(config: DictConfig, num_batches: int, steps: int) -> Diagno
     Raises:
         ValueError: If a number is out of range, the device is not available, or the data are fewer than two batches.
     """
+    threads.use(config.train.threads)
     run = build(config)
     batches = (to_device(batch, config.device) for batch in run.batches)
 

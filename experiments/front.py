@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from experiments.sweeps.console import show_plan
 from experiments.sweeps.execute import execute
 from experiments.sweeps.fan import configurations
 from experiments.sweeps.plan import Sweep, plan
+from experiments.training.threads import runs_at_a_time
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--points", type=int, default=5, metavar="N", help="preferences of each method (default: 5)")
     parser.add_argument("--seeds", default="1", metavar="N", help="number, such as 3 for 0, 1, 2, or list of seeds: 4,7")
     parser.add_argument("--reference", metavar="X,Y", help="reference point of the hypervolume (default: beyond all points)")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: number of cores)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: cores divided by train.threads)")
     parser.add_argument("--output", metavar="FOLDER", help="for the figure (default: <output_dir>/<experiment>/front)")
     add_overrides(parser, "for every run, any entry of the trainer's configuration, such as train.epochs=3")
     return parser
@@ -105,12 +105,13 @@ def prepare_work(options: argparse.Namespace) -> Work:
         x, y = _pair(options.reference, "--reference")
         reference = float(x), float(y)
     folder = Path(options.output or Path(jobs[0].config.output_dir) / name / "front").expanduser().resolve()
-    return partial(run_and_draw, Fan(jobs, of_run, metrics, problem.HIGHER_IS_BETTER), options.jobs, reference, folder)
+    workers = runs_at_a_time([job.config for job in jobs], options.jobs)
+    return partial(run_and_draw, Fan(jobs, of_run, metrics, problem.HIGHER_IS_BETTER), workers, reference, folder)
 
 
-def run_and_draw(fan: Fan, workers: int | None, reference: tuple[float, float] | None, folder: Path) -> int:
+def run_and_draw(fan: Fan, workers: int, reference: tuple[float, float] | None, folder: Path) -> int:
     """Run the jobs that are not finished, print the table of the fronts, and write figure and numbers; return the exit code."""
-    console, workers = Console(soft_wrap=True), workers or os.cpu_count() or 1
+    console = Console(soft_wrap=True)
     show_plan(fan.jobs, workers, console)
     code = execute(fan.jobs, workers, "loky", console)
     fronts = read_fronts(fan)

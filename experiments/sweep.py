@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -34,6 +33,7 @@ from experiments.sweeps.console import show_plan
 from experiments.sweeps.execute import execute
 from experiments.sweeps.plan import Configuration, Sweep, plan
 from experiments.sweeps.sweep_file import check_overrides, configurations, read_sweep_file
+from experiments.training.threads import cores, runs_at_a_time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--seeds", metavar="N", help="number, such as 3 for 0, 1, 2, or list of seeds: 4,7 (default: 1, or as in the file)"
     )
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="runs at a time (default: number of cores, of the cluster if one is used)"
+        "--jobs", type=int, metavar="N", help="runs at a time (default: cores divided by train.threads, or all of a cluster)"
     )
     parser.add_argument(
         "--backend", choices=BACKENDS, default="loky", help="backend of joblib: processes here (loky), or a cluster"
@@ -95,7 +95,10 @@ def prepare_work(options: argparse.Namespace, *, parser: argparse.ArgumentParser
     if options.cluster and options.backend == "loky":
         raise ValueError("--cluster needs --backend=ray or --backend=dask.")
     jobs = plan(read_sweep(options), create=not options.dry_run)
-    return partial(show_and_execute, jobs, options, parser)
+    workers = options.jobs
+    if options.backend == "loky":
+        workers = runs_at_a_time([job.config for job in jobs], options.jobs)
+    return partial(show_and_execute, jobs, workers, options, parser)
 
 
 def read_sweep(options: argparse.Namespace) -> Sweep:
@@ -134,15 +137,17 @@ def _sweep_in_file(options: argparse.Namespace) -> Sweep:
     )
 
 
-def show_and_execute(jobs: Sequence[Job], options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def show_and_execute(
+    jobs: Sequence[Job], workers: int | None, options: argparse.Namespace, parser: argparse.ArgumentParser
+) -> int:
     """Print the plan and, unless it is a dry run, run it; return the exit code."""
     console = Console(soft_wrap=True)
-    workers = options.jobs or os.cpu_count() or 1
     with ExitStack() as stack:
         if options.backend != "loky" and not options.dry_run:
             with mistakes_refused(parser):
                 slots = stack.enter_context(connected(options.backend, options.cluster))
-            workers = options.jobs or slots
+            workers = workers or slots
+        workers = workers or cores()  # of a dry run for a cluster, which is not asked
         show_plan(jobs, workers, console)
         return 0 if options.dry_run else execute(jobs, workers, options.backend, console)
 

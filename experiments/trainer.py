@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from experiments.cli import add_methods, add_output, add_overrides, all_overrides, command_parser, run_command
 from experiments.config.description import table
 from experiments.config.layers import configure
-from experiments.training import ranks
+from experiments.training import ranks, threads
 from experiments.training.loop import train
 from experiments.training.run import prepare
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 after a finished run, 2 for a mistake, 130 after Ctrl-C, 143 after SIGTERM."""
     interrupted = "Interrupted. The run is marked KILLED and keeps everything that was logged. resume=true continues it."
-    with ranks.joined():
+    with ranks.joined(), threads.restored():
         return run_command(build_parser(), arguments, prepare_work, interrupted=interrupted)
 
 
@@ -46,6 +46,7 @@ def prepare_work(options: argparse.Namespace) -> Work:
         return partial(print_config, config)
     if options.list_settings:
         return partial(list_settings, config)
+    threads.use(config.train.threads)
     return partial(train_once, prepare(config))
 
 

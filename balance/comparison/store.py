@@ -22,7 +22,7 @@ BOOKKEEPING = frozenset(
     {
         *("output_dir", "resume", "track", "loggers", "log_every", "log_model", "system_metrics"),
         *("balancer.engine", "balancer.memory", "data.cache", "data.workers", "model.cache"),
-        *("train.num_workers", "train.eval_batch_size", "train.checkpoint_minutes", "train.micro_batches"),
+        *("train.num_workers", "train.eval_batch_size", "train.threads", "train.checkpoint_minutes", "train.micro_batches"),
     }
 )
 USERS_DATA = ("jsonl",)  # values of data.source for files of the user, where data.path decides the result

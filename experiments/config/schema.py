@@ -71,6 +71,11 @@ class TrainConfig:
         default=True, help="compute the micro-batches of a batch one after the other, for problems that have them, not together"
     )
     num_workers: int = setting(0, minimum=0, help="processes that read data; useful where `cost/waiting` is large")
+    threads: int | None = setting(
+        None,
+        minimum=1,
+        help="threads of torch on the CPU; null: as torch chooses, and in a sweep the cores divided by the runs at a time",
+    )
     precision: Precision = setting("fp32", help="numbers of the training steps; fp16 scales the losses")
     optimizer: OptimizerName = setting("adam", help="optimizer; its options are the entries of the group optimizer")
     lr: float = setting(1e-3, above=0, help="learning rate of the model")

@@ -16,6 +16,7 @@ from experiments.config.layers import values_by_key
 from experiments.recording.fingerprint import digest
 from experiments.sweeps.console import progress, result_line
 from experiments.sweeps.worker import WorkerOptions, portable_worker
+from experiments.training.threads import share
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -139,8 +140,7 @@ def store_of(jobs: Sequence[Job]) -> Store:
 def _calls(jobs: Sequence[Job], workers: int, backend: str, parent: str | None) -> Iterator[Any]:
     """Return joblib's calls for the jobs; each returns the position of the job and its outcome, as runs end in any order."""
     local = backend == "loky"
-    threads = max(1, (os.cpu_count() or 1) // workers) if local else 1
-    options = WorkerOptions(threads, parent, os.getpid() if local and workers > 1 else None)
+    options = WorkerOptions(share(workers) if local else 1, parent, os.getpid() if local and workers > 1 else None)
     environment = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
     work = portable_worker(ROOT, environment)
     return (delayed(work)(k, job.overrides, options) for k, job in enumerate(jobs))

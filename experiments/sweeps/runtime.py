@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 import warnings
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from balance.config import flatten
 from balance.profiling import measure
 from experiments.problems import base as problems
 from experiments.recording.fingerprint import fingerprint
+from experiments.training import threads
 from experiments.training.data import to_device
 from experiments.training.evaluation import evaluate
 from experiments.training.lbfgs import LBFGSPhase
@@ -23,7 +20,7 @@ from experiments.training.run import build
 from experiments.training.step import build_optimizer, train_step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from omegaconf import DictConfig
 
@@ -42,9 +39,10 @@ def estimate_seconds(configs: Sequence[DictConfig], workers: int) -> dict[str, f
         workers: Runs at a time.
     """
     seconds: dict[tuple[Any, ...], float] = {}
-    with _threads(max(1, (os.cpu_count() or 1) // workers)):
+    with threads.restored():
         for config in configs:
             if _methods_and_network(config) not in seconds:
+                threads.use(config.train.threads or threads.share(workers))
                 seconds[_methods_and_network(config)] = _seconds_or_nan(config)
     return {fingerprint(config): seconds[_methods_and_network(config)] for config in configs}
 
@@ -52,16 +50,6 @@ def estimate_seconds(configs: Sequence[DictConfig], workers: int) -> dict[str, f
 def _methods_and_network(config: DictConfig) -> tuple[Any, ...]:
     network = (str(value) for key, value in flatten(config).items() if key.startswith("model."))
     return config.loss_method, config.gradient_method, *network
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _seconds_or_nan(config: DictConfig) -> float:

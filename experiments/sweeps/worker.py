@@ -8,11 +8,10 @@ import time
 import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from rich.console import Console
 
 from experiments.config.layers import configure
-from experiments.training import loop
+from experiments.training import loop, threads
 from experiments.training.run import prepare
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ class WorkerOptions(NamedTuple):
     """Options that all runs of a sweep share.
 
     Attributes:
-        threads: Number of threads of a run.
+        threads: Number of threads of a run whose configuration has none.
         parent: Id of the sweep's MLflow run; None without tracking.
         owner: Id of the process with which the worker ends; None for a worker of a cluster, or no separate process.
     """
@@ -81,17 +80,23 @@ def run_job(overrides: Sequence[str], options: WorkerOptions) -> Outcome:
     """
     if options.owner is not None:
         _end_with(options.owner)
-    start, threads = time.perf_counter(), torch.get_num_threads()
-    torch.set_num_threads(options.threads)
+    start = time.perf_counter()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the plan has printed them
-            run = prepare(configure(["resume=true", *overrides]), Console(quiet=True))
-        return Outcome(loop.train(run, options.parent), None, time.perf_counter() - start)
+        with threads.restored():  # with one run at a time this is the user's own process
+            metrics = _train(overrides, options)
+        return Outcome(metrics, None, time.perf_counter() - start)
     except Exception as error:  # noqa: BLE001 - an error of one run must not end the others
         return Outcome({}, f"{type(error).__name__}: {error}", time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)  # with one run at a time this is the user's own process
+
+
+def _train(overrides: Sequence[str], options: WorkerOptions) -> dict[str, float]:
+    """Train once, and return the test metrics."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the plan has printed them
+        config = configure(["resume=true", *overrides])
+        threads.use(config.train.threads or options.threads)
+        run = prepare(config, Console(quiet=True))
+    return loop.train(run, options.parent)
 
 
 def _end_with(owner: int) -> None:

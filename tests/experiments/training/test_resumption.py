@@ -171,7 +171,6 @@ def test_a_run_that_mlflow_does_not_have_is_not_resumed(runs):
 
 
 def test_a_sweep_resumes_interrupted_runs(runs, database, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # a sweep sets the number of threads
     interrupt(runs, loop, "train_step", STEPS + 2, raise_killed, ALWAYS)
     monkeypatch.setattr(runtime, "estimate_run", lambda config: 1.0)
     words = [word for word in runs.words if not word.startswith("--gradient")]
