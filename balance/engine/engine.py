@@ -16,7 +16,7 @@ from .joint import can_join, joint_pass
 from .layers import MeasuredTensor, measured_tensors
 from .matrix_gradients import MatrixGradients, is_small, matrix_of_rows, matrix_of_stacks
 from .over_ranks import GlobalGradients, sum_passes
-from .passes import FeatureOutputs, LossOutputs, SampleOutputs, sequential_passes
+from .passes import FeatureOutputs, LossOutputs, SampleOutputs, places_by_task, sequential_passes
 from .per_sample import measure_samples
 from .task_gradients import TaskGradients, common_indices
 
@@ -341,7 +341,8 @@ class Engine:
             stacks = self._batching.stacks(plan.outputs, plan.partition, targets, retain_graph=retain_graph)
             if stacks is not None:
                 return stacks.rows()
-        passes = sequential_passes(plan.outputs, targets, retain_graph=retain_graph, disjoint=plan.is_disjoint)
+        places = places_by_task(plan.outputs, plan.partition.upper_graph, plan.heads, targets)
+        passes = sequential_passes(plan.outputs, targets, places, retain_graph=retain_graph, disjoint=plan.is_disjoint)
         return with_explained_errors(passes)
 
 

@@ -6,6 +6,8 @@ balancer acts on them as a (K, K) matrix, which is exact for any rule and costs 
 
 from __future__ import annotations
 
+import itertools
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -186,7 +188,9 @@ class HeadGradients:
         """
         if task == len(self.by_task):
             self.by_task.append([])
-        self.by_task[task] += [(head, g) for head, g in zip(heads, gradients, strict=True) if g is not None]
+        is_reached = map(operator.is_not, gradients, itertools.repeat(None))  # without Python's loop over K heads
+        pairs: Iterator[LeafGradient] = itertools.compress(zip(heads, gradients, strict=True), is_reached)  # type: ignore[arg-type]
+        self.by_task[task] += pairs
 
     def lengths(self, device: torch.device) -> Tensor:
         """Return the length of each task's gradients, computed in float32 or wider. Shape (K,), float64."""

@@ -12,7 +12,7 @@ from .deep_graphs import free_released_graphs, keep_if_deep
 from .nodes import FunctionNode, LeafNode, has_hooks, is_packed, kind, saved_tensors, sequence_number
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 Root = Tensor | GradientEdge  # where a backward pass can begin
 
@@ -143,6 +143,14 @@ class Reachability:
     def roots_reaching(self, target: Root) -> list[bool]:
         """Return for each root whether it has a path to a tensor or an edge. Length R."""
         return self._as_list(self._bits(edge(target).node))
+
+    def indices_reaching(self, target: Root) -> Iterator[int]:
+        """Yield the indices of the roots that have a path to a tensor or an edge."""
+        bits = self._bits(edge(target).node)
+        while bits:
+            lowest = bits & -bits
+            yield lowest.bit_length() - 1
+            bits ^= lowest
 
     def roots_reaching_any(self, tensors: Iterable[Tensor]) -> list[bool]:
         """Return for each root whether it has a path to any of some tensors.

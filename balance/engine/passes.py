@@ -12,12 +12,14 @@ from torch.autograd.graph import _engine_run_backward
 
 from .accumulate import without_hooks
 from .gramian import TaskRows, from_vector
-from .graph import edge
+from .graph import Reachability, edge
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from .graph import Root
+    from .graph import Root, Trace
+
+_MANY = 1000  # tasks times heads, from which on each pass asks only for the heads of its task
 
 
 class Cotangents(NamedTuple):
@@ -206,7 +208,9 @@ class _NodeInputs:
         """Return captured gradients, corrected for the nodes that have run, and forget the recorded gradients."""
         if not self._gradients:
             return captured
-        gradients = [self._gradients.get(place, gradient) for place, gradient in enumerate(captured)]
+        gradients = list(captured)
+        for place, gradient in self._gradients.items():
+            gradients[place] = gradient
         self._gradients.clear()
         return gradients
 
@@ -217,14 +221,43 @@ class _NodeInputs:
         return record
 
 
+def places_by_task(outputs: Outputs, graph: Trace, heads: Sequence[Tensor], targets: Sequence[Root]) -> list[list[int]] | None:
+    """Return the targets that the pass of each task must ask for: all targets but the heads that it cannot reach.
+
+    Args:
+        outputs: The outputs at which the passes begin.
+        graph: The graph that contains the heads.
+        heads: Task-specific parameters.
+        targets: Tensors or edges to differentiate with respect to.
+
+    Returns:
+        By task, places among the targets; None for all targets. With few heads a search costs more than it saves.
+    """
+    if not isinstance(outputs, LossOutputs) or isinstance(outputs, SampleOutputs) or outputs.num_tasks * len(heads) < _MANY:
+        return None
+    paths, of_heads = Reachability(graph, outputs.roots), set(map(id, heads))
+    common = [place for place, target in enumerate(targets) if id(target) not in of_heads]
+    by_task = [list(common) for _ in range(outputs.num_tasks)]
+    for place, target in enumerate(targets):
+        for k in paths.indices_reaching(target) if id(target) in of_heads else ():
+            by_task[k].append(place)
+    return by_task
+
+
 def sequential_passes(
-    outputs: Outputs, targets: Sequence[Root], *, retain_graph: bool, disjoint: bool = False
+    outputs: Outputs,
+    targets: Sequence[Root],
+    places: Sequence[Sequence[int]] | None = None,
+    *,
+    retain_graph: bool,
+    disjoint: bool = False,
 ) -> Iterator[Sequence[Tensor | None]]:
     """Run one backward pass for each task, one after the other.
 
     Args:
         outputs: The outputs at which the passes begin.
         targets: Tensors or edges to differentiate with respect to.
+        places: By task, the targets that its pass asks for, as `places_by_task` returns them.
         retain_graph: Retain the graph after the last pass.
         disjoint: The passes have no node in common. Each frees its part of the graph; ``retain_graph`` concerns the rest.
 
@@ -238,11 +271,23 @@ def sequential_passes(
         for k in range(len(beginnings)):
             beginning = beginnings[k]
             beginnings[k] = Cotangents([], [])  # gradients of features are large
-            if targets and beginning.outputs:
+            asked = targets if places is None else [targets[place] for place in places[k]]
+            if asked and beginning.outputs:
                 retain = not disjoint and (retain_graph or k != last)
-                yield node_inputs.corrected(run_backward(beginning, targets, retain_graph=retain))
+                gradients = run_backward(beginning, asked, retain_graph=retain)
+                if places is not None:
+                    gradients = _spread(gradients, places[k], len(targets))
+                yield node_inputs.corrected(gradients)
             else:
                 yield [None] * len(targets)
+
+
+def _spread(gradients: Sequence[Tensor | None], places: Sequence[int], length: int) -> list[Tensor | None]:
+    """Return gradients at their places in a list of None."""
+    row: list[Tensor | None] = [None] * length
+    for place, gradient in zip(places, gradients, strict=True):
+        row[place] = gradient
+    return row
 
 
 def batched_passes(outputs: Outputs, targets: Sequence[Root], *, retain_graph: bool) -> list[Tensor | None]:
