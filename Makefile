@@ -54,6 +54,7 @@ benchmark: $(VENV)/benchmark.installed  ## time and accuracy beside other librar
 	$(VENV)/bin/python benchmarks/bench_jacobian.py
 	$(VENV)/bin/python benchmarks/bench_distributed.py
 	$(VENV)/bin/python benchmarks/bench_per_sample.py
+	$(VENV)/bin/python benchmarks/bench_many_tasks.py
 
 clean:  ## remove all that the commands above make
 	rm -rf $(VENV) .venv* runs build dist *.egg-info .*_cache .hypothesis mlflow.db mlruns docs/methods/loss docs/methods/gradient

@@ -25,6 +25,8 @@ SHOWN = {  # label, colour, marker and line by variant
     "splitter: imtl": ("balance, Splitter", "#E69F00", "v", "-"),
 }
 
+COLOURS = ("#000000", "#999999", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7")
+
 TABLE = {  # labels by variant
     "losses.sum().backward()": "`losses.sum().backward()`",
     "loss balancer: famo": "`Balancer`, no gradient balancer",
@@ -134,6 +136,20 @@ def _ratio(row: dict[str, Any] | None) -> str:
     return f"{row['ratio']:.2f}{memory}"
 
 
+def threads_table(results: dict[str, Any]) -> str:
+    """Return a table of the milliseconds of a step, by problem.
+
+    Args:
+        results: Rows by number of threads and load, by problem.
+    """
+    variants = list(next(iter(results.values())))
+    heads = [variant.replace(", busy", " next to a busy process") for variant in variants]
+    lines = [f"| problem | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(variants)]
+    for problem, rows in results.items():
+        lines.append(f"| `{problem}` | {' | '.join(_milliseconds(rows.get(variant)) for variant in variants)} |")
+    return "\n".join(lines)
+
+
 def metrics_table(results: dict[str, Any]) -> str:
     """Return a table of the share of steps that raise some loss, without and with the optimizer's metric.
 
@@ -183,5 +199,55 @@ def draw(results: dict[str, Any], file: Path) -> None:
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=4, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.15, 1, 1))
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def many_tasks_table(results: dict[str, Any], kind: str) -> str:
+    """Return a table of one kind of steps over the number of tasks.
+
+    Args:
+        results: Rows by variant, by a title that begins with the kind and ``K=``.
+        kind: ``"heads"``, ``"samples"`` or ``"rules"``.
+
+    Returns:
+        Markdown: times relative to the first variant, and in brackets its memory; of rules, milliseconds.
+    """
+    tables = {title.split()[1].replace("=", " = "): rows for title, rows in results.items() if title.split()[0] == kind}
+    lines = [f"| {'rule' if kind == 'rules' else 'step'} | {' | '.join(tables)} |", "| --- |" + " ---: |" * len(tables)]
+    for variant in next(iter(tables.values())):
+        rows = [table.get(variant) for table in tables.values()]
+        cells = [_milliseconds(row) if kind == "rules" else _ratio(row) for row in rows]
+        lines.append(f"| {f'`{variant}`' if kind == 'rules' else variant} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _milliseconds(row: dict[str, Any] | None) -> str:
+    return "-" if row is None else f"{row['ms']:.2f} ms" if row["ms"] < 100 else f"{row['ms']:.0f} ms"
+
+
+def draw_over_tasks(results: dict[str, Any], file: Path) -> None:
+    """Write a figure with one panel for each kind of steps: milliseconds over the number of tasks, both logarithmic.
+
+    Args:
+        results: Rows by variant, by a title that begins with the kind and ``K=``.
+        file: Path of the picture.
+    """
+    kinds = list(dict.fromkeys(title.split()[0] for title in results))
+    figure, panels = plt.subplots(1, len(kinds), figsize=(4.2 * len(kinds), 4.6), sharey=True, squeeze=False)
+    for panel, kind in zip(panels[0], kinds, strict=True):
+        tables = {int(title.split()[1][2:]): rows for title, rows in results.items() if title.split()[0] == kind}
+        for number, variant in enumerate(next(iter(tables.values()))):
+            points = [(k, rows[variant]["ms"]) for k, rows in tables.items() if variant in rows]
+            style = {"color": COLOURS[number % len(COLOURS)], "marker": "osv^Dx*P"[number % 8], "markersize": 4}
+            panel.loglog(*zip(*points, strict=True), label=variant, linewidth=1.3, **style)
+        panel.set(title=kind, xlabel="tasks")
+        panel.set_xticks(list(tables), [str(k) for k in tables])
+        panel.minorticks_off()
+        panel.grid(color="#EEEEEE", zorder=0)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False, fontsize=7, loc="upper left")
+    panels[0, 0].set_ylabel("milliseconds")
+    figure.tight_layout()
     figure.savefig(file, dpi=130)
     plt.close(figure)

@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[1]
         ("bench_per_sample.py", ["--repeats", "2", "--samples", "2", "4"]),
         ("bench_distributed.py", ["--turns", "2", "--tasks", "2"]),
         ("bench_llm.py", ["--repeats", "2", "--width", "8", "--layers", "1", "--length", "8", "--tasks", "2", "--batch", "1"]),
+        ("bench_many_tasks.py", ["--budget", "0", "--tasks", "2", "3"]),
+        ("bench_threads.py", ["--seconds", "0", "--problems", "toy", "regression100"]),
         ("bench_jacobian.py", ["--budget", "0", "--networks", "mlp", "transformer", "--tasks", "2", "3"]),
     ],
 )
@@ -29,7 +31,7 @@ def test_benchmark(script, options, tmp_path):
     results = json.loads(file.read_text(encoding="utf-8"))["results"]
     for rows in results.values():
         assert all(row["ms"] > 0 for row in rows.values())
-    assert len(list(tmp_path.glob("*.png"))) == (script == "bench_jacobian.py")
+    assert len(list(tmp_path.glob("*.png"))) == (script in ("bench_jacobian.py", "bench_many_tasks.py"))
 
 
 @pytest.mark.slow
