@@ -3,8 +3,8 @@
     python benchmarks/bench_overhead.py [--tasks 4] [--engine-tasks 3 11 40] [--budget 4]
 
 First the rules on the smallest network, then the engines, with IMTL-G, on five small networks. A step is one forward pass and
-one backward pass. The clock counts the time of the thread, since other programs disturb such short steps. Every cell is a median,
-relative to ``losses.sum().backward()`` in the same run.
+one backward pass. The clock counts the time of the thread, since other programs disturb such short steps. Every cell is a
+median, relative to ``losses.sum().backward()`` in the same run.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -106,7 +107,7 @@ def transformer(num_tasks: int) -> Network:
 
 def layers_of(*sizes: int) -> nn.Sequential:
     """Return linear layers of some sizes, each with a ReLU."""
-    return nn.Sequential(*(m for pair in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(*pair), nn.ReLU())))
+    return nn.Sequential(*(m for pair in itertools.pairwise(sizes) for m in (nn.Linear(*pair), nn.ReLU())))
 
 
 def small_mlp(num_tasks: int) -> Network:

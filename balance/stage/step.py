@@ -126,7 +126,7 @@ class BalancedStep(StepWriter):
         is_partial = self.parts.source == "parameters" and len(self.parts.inputs) < len(self.parts.trunk)
         if is_partial and (fixed or self.stage.scale == "norm"):
             stretch = stretch_of_trunk(gradients, weighting, weights, G, self.seed.scale, stretch, fixed=fixed)
-        if self.rule.reuses:
+        if self.rule.sees == "gramian" and self.rule.reuses:
             self.stage.stretch.fill_(stretch)
         return weights if stretch == 1.0 else weights * stretch
 
