@@ -30,7 +30,8 @@ def gradient_norms(gramian: Array) -> Array:
 
 def cosines(gramian: Array, norms: Array) -> Array:
     """Return the inner products of the unit gradients, given lengths that are not zero. Shapes (K, K), (K,) -> (K, K)."""
-    return np.asarray(gramian / (norms[:, None] * norms))
+    products = norms[:, None] * norms
+    return np.divide(gramian, products, out=products)
 
 
 def square_root(gramian: Array, cutoff: float = -1.0) -> Array:

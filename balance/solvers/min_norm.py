@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from .linear_algebra import (
@@ -14,6 +16,9 @@ from .linear_algebra import (
     share_between_equals,
     square_root,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def min_norm_weights(gramian: Array) -> Array:
@@ -48,7 +53,9 @@ def any_min_norm_weights(gramian: Array) -> Array:
         return np.asarray(zero / zero.sum())
     if len(gramian) == 2:
         return np.array(_weights_of_two(*gramian.ravel().tolist()))
-    return unit_min_norm_weights(cosines(gramian, norms), norms)
+    products, shortest = norms[:, None] * norms, norms.min()
+    M = np.divide(gramian + shortest**2, products, out=products)  # for large K a pass over memory less than by the cosines
+    return _min_norm_weights(M, shortest / norms, norms, lambda: cosines(gramian, norms))
 
 
 def _weights_of_two(square: float, product: float, _: float, other_square: float) -> tuple[float, float]:
@@ -62,9 +69,16 @@ def _weights_of_two(square: float, product: float, _: float, other_square: float
 def unit_min_norm_weights(C: Array, norms: Array) -> Array:
     """Return one of the optima of `min_norm_weights`, given cosines and lengths that are not zero. Shapes (K, K), (K,)."""
     ones = norms.min() / norms
-    unit_weights = non_negative_minimum(C + ones[:, None] * ones, ones, np.ones(len(C), dtype=bool))
+    M = ones[:, None] * ones
+    M += C
+    return _min_norm_weights(M, ones, norms, lambda: C)
+
+
+def _min_norm_weights(M: Array, ones: Array, norms: Array, cosines_of_gradients: Callable[[], Array]) -> Array:
+    """Return the weights for the lengths ``norms``, given :math:`C + 1 1^T` in units of the cosines C. Shape (K,)."""
+    unit_weights = non_negative_minimum(M, ones, np.ones(len(M), dtype=bool))
     if unit_weights is None:
-        unit_weights = least_distance(square_root(C), ones)
+        unit_weights = least_distance(square_root(cosines_of_gradients()), ones)
     weights: Array = unit_weights / norms
     weights /= weights.sum()
     return weights
