@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bench_rules import milliseconds, problem
+from bench_rules import problem, timed
 from networks import Network
 from record import FOLDER, write
 from show import draw_over_tasks, many_tasks_table
@@ -139,13 +139,13 @@ def measure_rules(num_tasks: int, budget: float, left_out: set[str]) -> dict[str
     G, rows = problem(num_tasks, 0), {}
     for name in (name for name in RULES if name not in left_out):
         rule = gradient_balancers.build(name, num_tasks=num_tasks)
-        times = [milliseconds(rule, G, time.thread_time)]
+        times = [timed(rule, G, time.thread_time)[0]]
         if times[0] > SLOWEST_MS:
             left_out.add(name)
         elif times[0] < 1e3 * budget:
             times = []  # the first call also warms up
         while len(times) < 5 and sum(times) < 1e3 * budget:
-            times.append(milliseconds(rule, G, time.thread_time))
+            times.append(timed(rule, G, time.thread_time)[0])
         rows[name] = {"ms": round(statistics.median(times), 4), "repeats": len(times)}
     return rows
 

@@ -1,11 +1,12 @@
 """Time and accuracy of the gradient balancers over K, without a network, next to TorchJD 0.18 in one run, on one thread.
 
-    python benchmarks/bench_rules.py [--repeats 21]
+    python benchmarks/bench_rules.py [--repeats 15] [--sizes 3 11 40 100 300 1000] [--rules mgda cagrad]
 
 Each problem is a random Jacobian of K gradients of different length in 1000 dimensions; both sides get its Gramian in float64.
 Rules that see the Jacobian get it. TorchJD's rules that exist for Jacobians only, but need the Gramian only, get a square root.
-Times are medians over calls, which come in short bursts, in turns. Accuracy is the certificate in the rule's registration, the
-worst of all problems, for the weights of both sides.
+Times are medians over calls on all problems, which come in short bursts, in turns. A rule that takes more than a second is
+called once for each problem. Accuracy is the certificate in the rule's registration, the worst of all problems, for the weights
+of both sides.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 
 SIZES = (3, 11, 40, 100)
 PROBLEMS = 3
-BURST_MS = 10.0  # a burst of calls of one rule takes about so long
-LIMIT_MS, FEWEST = 5_000, 3  # a rule that has taken so long, in at least so many calls, is not called again
+BURST_MS = 5.0  # a burst of calls of one rule takes about so long
+LIMIT_MS = 1_000  # a rule that has taken so long on a problem is not called again on it
 
 
 def jacobian(num_tasks: int, seed: int) -> Tensor:
@@ -114,41 +115,42 @@ def accuracy(name: str, gramian: Tensor, weights: Tensor) -> float | None:
     return None if certificate is None else certificate(gramian, weights)
 
 
-def times_in_bursts(rules: dict[str, Rule], data: Tensor, repeats: int) -> dict[str, list[float]]:
-    """Return milliseconds of all calls by rule; the first burst of each rule warms up."""
-    times: dict[str, list[float]] = {name: [] for name in rules}
+def times_in_bursts(rules: dict[str, Rule], data: Tensor, repeats: int) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
+    """Return milliseconds of calls by rule, and the results of the first calls, which are timed only if they are slow."""
+    first = {name: timed(rule, data) for name, rule in rules.items()}
+    times: dict[str, list[float]] = {name: [ms] if ms > LIMIT_MS else [] for name, (ms, _) in first.items()}
     calls = dict.fromkeys(rules, 1)
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for name, rule in rules.items():
-            if sum(times[name]) > LIMIT_MS and len(times[name]) >= FEWEST:
+            if sum(times[name]) > LIMIT_MS:
                 continue
-            burst = [milliseconds(rule, data) for _ in range(calls[name])]
-            if turn:
-                times[name].extend(burst)
+            burst = [timed(rule, data)[0] for _ in range(calls[name])]
+            times[name].extend(burst)
             calls[name] = max(1, min(100, int(BURST_MS / statistics.median(burst))))
-    return times
+    return times, {name: result for name, (_, result) in first.items()}
 
 
-def milliseconds(rule: Rule, data: Tensor, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Time one call of a rule."""
+def timed(rule: Rule, data: Tensor, clock: Callable[[], float] = time.perf_counter) -> tuple[float, Tensor]:
+    """Return the milliseconds of one call of a rule, and its result."""
     start = clock()
-    rule(data)
-    return 1e3 * (clock() - start)
+    result = rule(data)
+    return 1e3 * (clock() - start), result
 
 
-def measure(num_tasks: int, repeats: int) -> dict[str, dict[str, float | None]]:
+def measure(num_tasks: int, repeats: int, names: list[str] | None = None) -> dict[str, dict[str, float | None]]:
     """Return time and worst error of every rule, TorchJD's rules with a prefix, on all problems of one size."""
     times: dict[str, list[float]] = {}
     errors: dict[str, list[float]] = {}
     for seed in range(PROBLEMS):
         G = problem(num_tasks, seed)
-        rules = with_prefix(ours(num_tasks), peers(num_tasks))
-        on_jacobians = with_prefix(ours(num_tasks, "jacobian"), jacobian_peers())
-        bursts = times_in_bursts(rules, G, repeats)
-        for label, burst in (bursts | times_in_bursts(on_jacobians, jacobian(num_tasks, seed), repeats)).items():
+        rules = with_prefix(ours(num_tasks), peers(num_tasks), names)
+        on_jacobians = with_prefix(ours(num_tasks, "jacobian"), jacobian_peers(), names)
+        bursts, weights = times_in_bursts(rules, G, repeats)
+        bursts |= times_in_bursts(on_jacobians, jacobian(num_tasks, seed), repeats)[0]
+        for label, burst in bursts.items():
             times.setdefault(label, []).extend(burst)
-        for label, rule in rules.items():
-            error = accuracy(label.removeprefix(PEER), G, rule(G).double())
+        for label, w in weights.items():
+            error = accuracy(label.removeprefix(PEER), G, w.double())
             errors.setdefault(label, []).extend([] if error is None else [error])
     rows: dict[str, dict[str, float | None]] = {
         label: {
@@ -164,9 +166,10 @@ def measure(num_tasks: int, repeats: int) -> dict[str, dict[str, float | None]]:
     return rows
 
 
-def with_prefix(rules: dict[str, Rule], others: dict[str, Rule]) -> dict[str, Rule]:
-    """Return both sides by label; TorchJD's rules have a prefix."""
-    return rules | {PEER + name: rule for name, rule in others.items()}
+def with_prefix(rules: dict[str, Rule], others: dict[str, Rule], names: list[str] | None = None) -> dict[str, Rule]:
+    """Return the named rules of both sides by label, all if no names are given; TorchJD's rules have a prefix."""
+    labelled = rules | {PEER + name: rule for name, rule in others.items()}
+    return {label: rule for label, rule in labelled.items() if names is None or label.removeprefix(PEER) in names}
 
 
 def show(num_tasks: int, rows: dict[str, dict[str, float | None]]) -> None:
@@ -182,8 +185,9 @@ def show(num_tasks: int, rows: dict[str, dict[str, float | None]]) -> None:
 def main() -> None:
     """Measure all sizes, print the tables and write the record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of tasks")
+    parser.add_argument("--rules", nargs="+", choices=gradient_balancers.names(), help="default: all")
     parser.add_argument("--output", type=Path, default=FOLDER / "results", help="folder of the JSON file")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -192,7 +196,7 @@ def main() -> None:
         rule(problem(3, 0))  # loads LAPACK before the clock runs
     results = {}
     for num_tasks in options.sizes:
-        results[f"K={num_tasks}"] = measure(num_tasks, options.repeats)
+        results[f"K={num_tasks}"] = measure(num_tasks, options.repeats, options.rules)
         show(num_tasks, results[f"K={num_tasks}"])
     print("", rules_table(results), sep="\n")
     write(results, "rules", options.output)
