@@ -204,7 +204,7 @@ class Training(RuleBasedStateMachine):
             self.observe_last()
         elif operation == "end_epoch":
             self.each(lambda trainer, _: trainer.balancer.end_epoch(), "end_epoch")
-        elif not self.trainers[0].balancer._skipped:  # a checkpoint does not contain this flag, which observe uses
+        elif not self.trainers[0].balancer.last.skipped:  # a checkpoint does not contain this flag, which observe uses
             self.forget_own_gradients()
             trainer = self.trainers[0]
             self.trainers[1:] = [trainer.copied() if operation == "deepcopy" else trainer.restored()]
