@@ -147,7 +147,7 @@ def are_finite(gradients: Sequence[Tensor]) -> bool:
     values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
     values = [torch.view_as_real(value) if value.is_complex() else value for value in values]
     sums = [value.sum(dtype=torch.promote_types(value.dtype, torch.float32)) for value in values]
-    if not sums or bool(torch.stack([total.to(sums[0].device, torch.float64) for total in sums]).isfinite().all()):
+    if not sums or all(map(math.isfinite, torch.stack([total.to(sums[0].device, torch.float64) for total in sums]).tolist())):
         return True
     return all(bool(value.isfinite().all()) for value in values)  # a sum of finite numbers can overflow
 

@@ -27,6 +27,7 @@ _HALF = (torch.float16, torch.bfloat16)
 # Numbers that are in float64 at once, unless a share of all gradients is less
 _IN_DOUBLE = 1 << 19
 _IN_DOUBLE_ON_ACCELERATOR = 1 << 24
+_SHORT = 1 << 16  # numbers of which an operation costs more than the copy or the products
 # Columns of a Jacobian that are replaced at once
 _COLUMNS = 20_000
 _COLUMNS_ON_ACCELERATOR = 50 * _COLUMNS
@@ -140,28 +141,35 @@ class InnerProducts:
         begin = 0
         while begin < length:
             end = min(begin + self._columns.shape[1] - self._filled, length)
-            columns = self._columns[:, self._filled : self._filled + end - begin]
-            for column, row in zip(columns.unbind(), rows, strict=True):
-                if row is None:
-                    column.zero_()
-                else:
-                    column.copy_(row[begin:end])
+            self._fill(self._columns[:, self._filled : self._filled + end - begin], rows, begin, end)
             self._filled += end - begin
             begin = end
             if self._filled == self._columns.shape[1]:
                 self._multiply()
 
+    @staticmethod
+    def _fill(columns: Tensor, rows: Sequence[Tensor | None], begin: int, end: int) -> None:
+        """Copy a part of each row, in one operation if the part is short."""
+        if columns.numel() <= _SHORT and not any(row is None for row in rows):
+            columns.copy_(torch.stack([row[begin:end] for row in rows if row is not None]))
+            return
+        for column, row in zip(columns.unbind(), rows, strict=True):
+            if row is None:
+                column.zero_()
+            else:
+                column.copy_(row[begin:end])
+
     def total(self) -> Gramian:
         """Return the inner products over all tensors so far. Shape (K, K)."""
         self._multiply()
-        return self._sum + self._sum.triu(1).T if self._by_row else self._sum.clone()
+        return self._sum.triu() + self._sum.triu(1).T if self._by_row else self._sum.clone()
 
     def _multiply(self) -> None:
         if not self._filled:
             return
         J = self._columns[:, : self._filled]
         self._filled = 0
-        if not self._by_row:
+        if not self._by_row or J.numel() <= _SHORT:
             self._sum.addmm_(J, J.T)
             return
         for i in range(len(J)):  # only the upper half

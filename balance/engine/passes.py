@@ -272,14 +272,12 @@ def sequential_passes(
             beginning = beginnings[k]
             beginnings[k] = Cotangents([], [])  # gradients of features are large
             asked = targets if places is None else [targets[place] for place in places[k]]
-            if asked and beginning.outputs:
-                retain = not disjoint and (retain_graph or k != last)
-                gradients = run_backward(beginning, asked, retain_graph=retain)
-                if places is not None:
-                    gradients = _spread(gradients, places[k], len(targets))
-                yield node_inputs.corrected(gradients)
-            else:
+            if not asked or not beginning.outputs:
                 yield [None] * len(targets)
+                continue
+            retain = not disjoint and (retain_graph or k != last)
+            gradients = run_backward(beginning, asked, retain_graph=retain)
+            yield node_inputs.corrected(gradients if places is None else _spread(gradients, places[k], len(targets)))
 
 
 def _spread(gradients: Sequence[Tensor | None], places: Sequence[int], length: int) -> list[Tensor | None]:

@@ -17,6 +17,7 @@ through the protocols `LossBalancer`, `GradientBalancer` and `JacobianBalancer`.
 from __future__ import annotations
 
 import inspect
+import math
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
@@ -368,6 +369,6 @@ def _keywords(call: Callable[..., object]) -> frozenset[str]:
 
 
 def _checked_weights(weights: object, num_tasks: int) -> Weights:
-    if not isinstance(weights, torch.Tensor) or weights.shape != (num_tasks,) or not weights.isfinite().all():
+    if not isinstance(weights, torch.Tensor) or weights.shape != (num_tasks,) or not all(map(math.isfinite, weights.tolist())):
         raise ValueError(f"The gradient balancer must return {num_tasks} finite weights, but got {weights}.")
     return weights.detach()
