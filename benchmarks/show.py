@@ -25,7 +25,7 @@ SHOWN = {  # label, colour, marker and line by variant
     "splitter: imtl": ("balance, Splitter", "#E69F00", "v", "-"),
 }
 
-COLOURS = ("#000000", "#999999", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7")
+COLOURS = ("#000000", "#999999", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#8B4513")
 
 TABLE = {  # labels by variant
     "losses.sum().backward()": "`losses.sum().backward()`",

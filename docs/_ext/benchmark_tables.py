@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 DOCS = Path(__file__).resolve().parents[1]
 sys.path.append(str(DOCS.parent / "benchmarks"))  # whose scripts import each other by their names
 
-from show import common_words, metrics_table, ratios_table, rules_table, steps_table  # noqa: E402 - after the path is set
+from show import (  # noqa: E402 - after the path is set
+    common_words,
+    many_tasks_table,
+    metrics_table,
+    ratios_table,
+    rules_table,
+    steps_table,
+    threads_table,
+)
 
 NUM_TASKS = 11  # of the table of steps, unless the directive gives another number
 
@@ -60,6 +68,12 @@ FORMS = {
         lambda results, _: ratios_table(results),
         f"{RELATIVE} In brackets the peak memory of a step, without the model.",
     ),
+    "many_tasks": Form(
+        "many_tasks",
+        lambda results, words: many_tasks_table(results, words or "heads"),
+        "Medians of CPU time. Steps relative to the first row, and in brackets the peak memory of a step; rules in milliseconds.",
+    ),
+    "threads": Form("threads", lambda results, _: threads_table(results), "Milliseconds for a training step; medians."),
     "optimizer_metric": Form(
         "optimizer_metric",
         lambda results, _: metrics_table(results),
@@ -127,7 +141,7 @@ def benchmark_figure(kind: str, docname: str) -> str:
     """
     figure = recorded(kind, "png")
     path = os.path.relpath(figure, (DOCS / docname).parent)
-    text = "Time of a step relative to an ordinary step, over the number of tasks"
+    text = "Time over the number of tasks"
     return f"![{text}]({path})\n\n*{text}. Record `{figure.with_suffix('.json').name}`.*"
 
 
