@@ -62,7 +62,7 @@ def masked_softmax(logits: Tensor, chosen: Tensor) -> Tensor:
 
 
 def of_tasks(state: Tensor, present: Tensor | None) -> Tensor:
-    """Return the entries of the present tasks in a state by task; the state itself for all. Shape (..., tasks) -> (..., K)."""
+    """Return the entries of the present tasks in a state by task, or the whole state. Shapes (..., tasks), (..., K)."""
     return state if present is None else state[..., beside(present, state, present.dtype)]
 
 

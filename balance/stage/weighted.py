@@ -44,12 +44,13 @@ def weighted_losses(rule: LossBalancer, step: StepLosses, losses: Losses, delaye
     if not weighted.requires_grad:
         raise ValueError("The loss balancer must return losses that depend on the given ones, but they are detached.")
     if delayed is not None:
-        delayed.checks.add(weighted.detach().isfinite(), lambda: ValueError(_message(weighted, losses, step)))
+        values, given, tasks = weighted.detach(), losses.detach(), step.tasks  # no graph outlives the step
+        delayed.checks.add(values.isfinite(), lambda: ValueError(_message(values, given, tasks)))
     elif not all(map(math.isfinite, weighted.tolist())):
-        raise ValueError(_message(weighted, losses, step))
+        raise ValueError(_message(weighted, losses, step.tasks))
     return weighted
 
 
-def _message(weighted: Tensor, losses: Losses, step: StepLosses) -> str:
-    numbers = f"{weighted.tolist()} from the losses {losses.tolist()} of {step.tasks}"
+def _message(weighted: Tensor, losses: Losses, tasks: tuple[str, ...]) -> str:
+    numbers = f"{weighted.tolist()} from the losses {losses.tolist()} of {tasks}"
     return f"The loss balancer must return finite losses, but got {numbers}."

@@ -6,8 +6,10 @@ compared with steps that are checked at once.
 """
 
 import copy
+import gc
 import pickle
 import re
+import weakref
 
 import pytest
 import torch
@@ -194,6 +196,22 @@ def test_a_bad_step_adds_nothing_of_the_extra_loss_either(as_accelerator):
     tasks, stage = Tasks(), Balancer(3, loss="scaleinvls")
     stage.backward(tasks.losses((1.0, 0.0, 1.0)), extra=tasks.theta.sum())
     assert torch.equal(tasks.theta.grad, torch.zeros(3))
+
+
+@pytest.mark.parametrize("loss", ["ls", "uw", "go4align"])
+def test_no_graph_outlives_its_step(loss, as_accelerator):
+    tasks, stage = Tasks(), Balancer(3, loss=loss)
+    gc.disable()  # a cycle would keep the graph too
+    try:
+        losses, mark = tasks.losses(), Own()
+        losses["0"].grad_fn.metadata["mark"], is_alive = mark, weakref.ref(mark)
+        del mark
+        stage.backward(losses)
+        assert is_alive()
+        del losses
+        assert not is_alive()
+    finally:
+        gc.enable()
 
 
 def test_observed_losses_and_means_of_epochs_are_checked_one_call_later_too(as_accelerator):
