@@ -26,7 +26,6 @@ from show import (  # noqa: E402 - after the path is set
     ratios_table,
     rules_table,
     steps_table,
-    threads_table,
 )
 
 NUM_TASKS = 11  # of the table of steps, unless the directive gives another number
@@ -71,9 +70,8 @@ FORMS = {
     "many_tasks": Form(
         "many_tasks",
         lambda results, words: many_tasks_table(results, words or "heads"),
-        "Medians of CPU time. Steps relative to the first row, and in brackets the peak memory of a step; rules in milliseconds.",
+        "Medians of CPU time. Steps relative to the first row, and in brackets the peak memory; rules in milliseconds.",
     ),
-    "threads": Form("threads", lambda results, _: threads_table(results), "Milliseconds for a training step; medians."),
     "optimizer_metric": Form(
         "optimizer_metric",
         lambda results, _: metrics_table(results),

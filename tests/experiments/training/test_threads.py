@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from experiments import baselines, diagnose, front, sweep, trainer
+from experiments.problems import base as problems
 from experiments.sweeps import execute, runtime
 from experiments.sweeps.job import make_job
 from experiments.training import loop, threads
 from tests.experiments.short_runs import configure
 from tests.experiments.sweeps.small_sweeps import TINY
-
-SMALL = ("burgers", "digits", "multimnist", "regression100", "toy")
 
 
 @pytest.fixture(autouse=True)
@@ -34,15 +33,15 @@ def trained(monkeypatch):
     return numbers
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_small_problems_declare_one_thread(name):
+@pytest.mark.parametrize("name", problems.names())
+def test_problems_that_ship_with_the_project_declare_one_thread(name):
     assert configure(f"experiment={name}").train.threads == 1
     assert configure(f"experiment={name}", "train.threads=2").train.threads == 2
 
 
-@pytest.mark.parametrize("words", [["data.path=elsewhere"], ["protocol=paper"]])
-def test_the_published_network_of_multimnist_declares_no_number(words):
-    assert configure("experiment=multimnist", *words).train.threads is None
+@pytest.mark.parametrize("name", [name for name in problems.names() if problems.find(name).ON_DISK is not None])
+def test_data_sets_on_disk_declare_no_number(name):
+    assert configure(f"experiment={name}", "data.path=elsewhere").train.threads is None
 
 
 @pytest.mark.parametrize(("words", "number"), [([], 1), (["train.threads=2"], 2), (["train.threads=null"], 3)])
