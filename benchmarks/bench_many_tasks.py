@@ -1,6 +1,6 @@
 """Time and memory of a step with up to 1000 tasks, over K: many heads, one loss per sample, and the rules, on one thread.
 
-    python benchmarks/bench_many_tasks.py [--tasks 3 10 30 100 300 1000] [--budget 2]
+    python benchmarks/bench_many_tasks.py [--tasks 3 10 30 100 300 1000] [--budget 1]
 
 A step is a forward pass and a balanced backward pass with equal weights, so that the rule costs nothing. The networks are tiny:
 what grows here is the work by task, not the work of the layers. Times are medians of the CPU time of one thread, relative to
