@@ -50,6 +50,7 @@ mutation: $(VENV)/mutation.installed  ## small changes of the sources that the t
 
 benchmark: $(VENV)/benchmark.installed  ## time and accuracy beside other libraries
 	$(VENV)/bin/python benchmarks/bench_rules.py
+	$(VENV)/bin/python benchmarks/bench_overhead.py
 	$(VENV)/bin/python benchmarks/bench_step.py
 	$(VENV)/bin/python benchmarks/bench_jacobian.py
 	$(VENV)/bin/python benchmarks/bench_distributed.py

@@ -1,6 +1,6 @@
 """Time of a whole step, rule by rule, relative to ``losses.sum().backward()`` and next to TorchJD, on one thread.
 
-    python benchmarks/bench_step.py [--repeats 15] [--networks mlp convolutional] [--tasks 3 11]
+    python benchmarks/bench_step.py [--repeats 9] [--networks mlp convolutional] [--tasks 3 11]
 
 A step is one forward pass and one backward pass. Every cell is a median, relative to the median of the plain sum in the same
 run.
@@ -72,7 +72,7 @@ def measure(name: str, num_tasks: int, repeats: int) -> tuple[str, dict[str, dic
 def main() -> None:
     """Measure all networks, print the tables and write the record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["mlp", "convolutional"])
     parser.add_argument("--tasks", nargs="+", type=int, default=[3, 11])
     parser.add_argument("--output", type=Path, default=FOLDER / "results", help="folder of the JSON file")

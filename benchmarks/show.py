@@ -118,6 +118,22 @@ def ratios_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def transposed_table(results: dict[str, Any]) -> str:
+    """Return a table with a row for each title, and a column for each variant except for the first, which is the unit.
+
+    Args:
+        results: Rows by variant, by a title of words such as ``"small-mlp K=3"``.
+    """
+    _, *variants = next(iter(results.values()))
+    labels = [variant if variant.startswith("TorchJD") else f"`{variant}`" for variant in variants]
+    lines = [f"| network, tasks | {' | '.join(labels)} |", "| --- |" + " ---: |" * len(variants)]
+    for title, rows in results.items():
+        network, tasks = title.split()
+        cells = [_ratio(rows.get(variant)) for variant in variants]
+        lines.append(f"| {network.replace('-', ' ')}, {tasks.replace('=', ' = ')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def words_of(title: str) -> list[str]:
     """Return the words of a title, such as ``["mlp", "K=3"]``."""
     return title.replace(" = ", "=").split()

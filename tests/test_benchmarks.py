@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
     ("script", "options"),
     [
         ("bench_rules.py", ["--repeats", "2", "--sizes", "3"]),
+        ("bench_overhead.py", ["--budget", "0", "--tasks", "2", "--engine-tasks", "2"]),
         ("bench_step.py", ["--repeats", "2", "--networks", "mlp", "--tasks", "3"]),
         ("bench_per_sample.py", ["--repeats", "2", "--samples", "2", "4"]),
         ("bench_distributed.py", ["--turns", "2", "--tasks", "2"]),
@@ -27,10 +28,11 @@ ROOT = Path(__file__).parents[1]
 def test_benchmark(script, options, tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / script), "--output", str(tmp_path), *options]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
-    (file,) = tmp_path.glob("*.json")
-    results = json.loads(file.read_text(encoding="utf-8"))["results"]
-    for rows in results.values():
-        assert all(row["ms"] > 0 for row in rows.values())
+    files = list(tmp_path.glob("*.json"))
+    assert len(files) == (2 if script == "bench_overhead.py" else 1)
+    for file in files:
+        for rows in json.loads(file.read_text(encoding="utf-8"))["results"].values():
+            assert all(row["ms"] > 0 for row in rows.values())
     assert len(list(tmp_path.glob("*.png"))) == (script in ("bench_jacobian.py", "bench_many_tasks.py"))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ..messages import warn_caller
 from .graph import Reachability, activation_count, unpacks_saved_tensors
@@ -51,10 +51,14 @@ class Batching:
 
     Args:
         choice: Form of the K passes: one after the other, in one batch, or chosen automatically.
+
+    Attributes:
+        last: The form that was chosen last; None: no passes have run.
     """
 
     def __init__(self, choice: EngineChoice) -> None:
         self.choice = choice
+        self.last: Literal["loop", "batched"] | None = None
         self._has_failed = False  # because of an operation
         self._known: set[frozenset[type]] = set()  # kinds of nodes of graphs that have been batched
 
@@ -65,6 +69,11 @@ class Batching:
 
     def is_chosen(self, outputs: Outputs, partition: Partition) -> bool:
         """Return whether all tasks run through the trunk in one pass: as chosen, or where that is faster."""
+        is_batched = self._is_batched(outputs, partition)
+        self.last = "batched" if is_batched else "loop"
+        return is_batched
+
+    def _is_batched(self, outputs: Outputs, partition: Partition) -> bool:
         if self._has_failed or self.choice == "loop":
             return False
         if self.choice == "batched":

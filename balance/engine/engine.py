@@ -47,11 +47,14 @@ class Estimate(NamedTuple):
         bytes: As the balancer is configured.
         jacobian: At most, with ``memory="jacobian"``: one gradient of all shared parameters for each task.
         gramian: At most, with ``memory="gramian"``.
+        passes: Form of the K passes through the trunk at the last step, ``"loop"`` or ``"batched"``, which ``engine="auto"``
+            chooses; None where no such passes have run.
     """
 
     bytes: int
     jacobian: int
     gramian: int
+    passes: Literal["loop", "batched"] | None = None
 
 
 class _PassPlan(NamedTuple):
@@ -185,7 +188,7 @@ class Engine:
         stored = num_tasks * _num_bytes(inputs)
         largest = max((p.numel() * p.element_size() for p in inputs), default=0)
         least = min(num_tasks * max(int(_SHARE * _num_bytes(trunk)), largest), stored) if in_blocks else stored
-        return Estimate(least if self.memory == "gramian" else stored, stored, least)
+        return Estimate(least if self.memory == "gramian" else stored, stored, least, self._batching.last)
 
     def _measured_small(self, outputs: Outputs, partition: Partition, *, retain_graph: bool, batched: bool) -> TaskGradients:
         """Measure few gradients, which are kept in one matrix if they are dense."""

@@ -359,7 +359,7 @@ class Balancer(LearningStage):
         features: Features | None = None,
         measure: Iterable[Tensor] | None = None,
     ) -> Estimate:
-        """Return the memory that a step will need beyond ``losses.sum().backward()``, before any step is made.
+        """Return the memory that a step will need beyond ``losses.sum().backward()``, and the passes of the last step, if any.
 
         Args:
             shared: As for `backward`.

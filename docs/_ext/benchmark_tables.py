@@ -26,6 +26,7 @@ from show import (  # noqa: E402 - after the path is set
     ratios_table,
     rules_table,
     steps_table,
+    transposed_table,
 )
 
 NUM_TASKS = 11  # of the table of steps, unless the directive gives another number
@@ -58,6 +59,12 @@ FORMS = {
         lambda results, words: steps_table(results, int(words or NUM_TASKS)),
         "Time of a step relative to an ordinary step; medians. In brackets the memory above the memory of an ordinary step, "
         "relative to the Jacobian.",
+    ),
+    "overhead": Form("overhead", lambda results, _: ratios_table(results), f"{RELATIVE} The clock is the time of the thread."),
+    "engines": Form(
+        "engines",
+        lambda results, _: transposed_table(results),
+        "Time of a step relative to an ordinary step, with IMTL-G; medians of the time of the thread.",
     ),
     "step": Form("step", lambda results, _: ratios_table(results), RELATIVE),
     "per_sample": Form("per_sample", lambda results, _: ratios_table(results), f"{RELATIVE} K is the number of samples."),

@@ -134,6 +134,16 @@ def test_automatic_engine_runs_functions_of_users_and_checkpoints_one_after_the_
     assert not chosen("auto", partition_graph("parameters", losses, model.trunk.parameters(), z, None, []), "cpu")
 
 
+def test_the_estimate_names_the_passes_of_the_last_step():
+    model = Wide(batch=4)
+    balancer = Balancer(8, gradient="mgda")
+    assert balancer.estimate(model.trunk.parameters()).passes is None
+    for hint, passes in [(False, "loop"), (True, "batched")]:
+        z, losses = model.losses()
+        balancer.backward(losses, shared=model.trunk.parameters(), features=z if hint else None)
+        assert balancer.estimate(model.trunk.parameters()).passes == passes
+
+
 def parts_of(model, *, hint):
     z, losses = model.losses()
     return partition_graph("parameters", list(losses.values()), model.trunk.parameters(), z if hint else None, None, [])
