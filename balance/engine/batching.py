@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ..messages import warn_caller
@@ -10,7 +12,7 @@ from .nodes import LeafNode
 from .passes import FeatureOutputs, LossOutputs, batched_passes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -67,6 +69,14 @@ class Batching:
         """Return whether no pass has failed because of an operation."""
         return not self._has_failed
 
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Suppress torch's notice that it runs an operation of a batch K times, unless the user has chosen the batch."""
+        with warnings.catch_warnings():
+            if self.choice == "auto":
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+            yield
+
     def is_chosen(self, outputs: Outputs, partition: Partition) -> bool:
         """Return whether all tasks run through the trunk in one pass: as chosen, or where that is faster."""
         is_batched = self._is_batched(outputs, partition)
@@ -105,8 +115,9 @@ class Batching:
         kinds = frozenset(map(type, (*partition.upper_graph.users, *partition.lower_graph.users)))
         is_known = kinds in self._known
         try:
-            # A graph of unknown operations is retained, so that sequential passes can follow if one cannot be batched
-            gradients = batched_passes(outputs, targets, retain_graph=retain_graph or not is_known)
+            with self._quiet():
+                # A graph of unknown operations is retained, so that sequential passes can follow if one cannot be batched
+                gradients = batched_passes(outputs, targets, retain_graph=retain_graph or not is_known)
         except RuntimeError as error:
             if is_known and not retain_graph:
                 raise RuntimeError(

@@ -134,6 +134,25 @@ def test_automatic_engine_runs_functions_of_users_and_checkpoints_one_after_the_
     assert not chosen("auto", partition_graph("parameters", losses, model.trunk.parameters(), z, None, []), "cpu")
 
 
+def test_automatic_batches_warn_of_nothing_and_equal_the_loop():
+    """Attention has no rule for batches, so torch runs its backward pass once for each task."""
+    results = []
+    for engine in ("loop", "auto"):
+        torch.manual_seed(0)
+        encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
+        heads = [nn.Linear(8, 1, dtype=torch.float64) for _ in range(8)]
+        balancer = Balancer(8, gradient="imtl", engine=engine)
+        z = encoder(torch.randn(3, 4, 8, dtype=torch.float64)).mean(1)
+        losses = {str(k): head(z).square().mean() for k, head in enumerate(heads)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            balancer.backward(losses, shared=encoder.parameters(), features=z)
+        results.append([p.grad for module in (encoder, *heads) for p in module.parameters()])
+    assert balancer.estimate(encoder.parameters()).passes == "batched"
+    for batched, looped in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(batched, looped, rtol=1e-9, atol=1e-12)
+
+
 def test_the_estimate_names_the_passes_of_the_last_step():
     model = Wide(batch=4)
     balancer = Balancer(8, gradient="mgda")
