@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Numbers in the gradients of all tasks, up to which one matrix is faster than gradients by tensor
 _SMALL = 1 << 17
-_SMALL_IN_A_BATCH = 1 << 22  # where one batched pass computes them
+_SMALL_IN_A_BATCH = 1 << 21  # where one batched pass computes them
 _IN_DOUBLE = 1 << 19  # numbers that are in float64 at once
 
 
