@@ -26,6 +26,7 @@ from show import (  # noqa: E402 - after the path is set
     ratios_table,
     rules_table,
     steps_table,
+    threads_table,
     transposed_table,
 )
 
@@ -79,6 +80,7 @@ FORMS = {
         lambda results, words: many_tasks_table(results, words or "heads"),
         "Medians of CPU time. Steps relative to the first row, and in brackets the peak memory; rules in milliseconds.",
     ),
+    "threads": Form("threads", lambda results, _: threads_table(results), "Milliseconds of a training step; medians."),
     "optimizer_metric": Form(
         "optimizer_metric",
         lambda results, _: metrics_table(results),

@@ -1,7 +1,7 @@
 """Threads of torch on the CPU: their number in one run, and in several runs at a time.
 
 A step of a small network has many short operations, and all threads of an operation wait for the slowest thread. A thread that
-shares its core with another program delays all threads. So two threads next to a busy process are many times slower than one.
+shares its core with another program delays all threads. So next to a busy process two threads take about twice as long as one.
 """
 
 from __future__ import annotations
