@@ -44,7 +44,7 @@ class LossBalancer(Protocol):
         learns: Whether steps can change the rule's state.
         uses_epochs: Whether `end_epoch` has an effect.
         stays_on_device: Whether the rule computes on the device of the losses while its checks are delayed, see
-            `balance.rules.checks`. Its buffers of floats follow the losses; the rest of its state stays on the host.
+            ``balance.rules.checks``. Its buffers of floats follow the losses; the rest of its state stays on the host.
     """
 
     @property
