@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from ..distributed.ranks import Ranks
     from ..types import EngineChoice, Memory
+    from .accumulate import LeafGradient
     from .graph import Root
     from .partition import Partition
     from .passes import Outputs
@@ -198,6 +199,8 @@ class Engine:
         if batched and partition.features:
             plan, heads = self._below_features(plan)
             stacks = self._batching.stacks(plan.outputs, partition, inputs, retain_graph=retain_graph)
+            if stacks is not None and _has_sparse(*heads.by_task):
+                return self._collected(plan._replace(blocks=[_without_layers(inputs)], computed=stacks.rows()), heads)
             if stacks is not None:
                 matrix = matrix_of_stacks(inputs, stacks.by_target, K)
                 return MatrixGradients.of(plan.outputs, partition, matrix, stacks.reached_by, heads)
@@ -351,6 +354,10 @@ class Engine:
 
 def _without_layers(tensors: Sequence[Tensor], roots: Sequence[Tensor] | None = None) -> list[MeasuredTensor]:
     return [MeasuredTensor(i, tensor, root=None if roots is None else roots[i]) for i, tensor in enumerate(tensors)]
+
+
+def _has_sparse(*by_task: Iterable[LeafGradient]) -> bool:
+    return any(gradient.is_sparse for pairs in by_task for _, gradient in pairs)
 
 
 def _has_few_features(partition: Partition) -> bool:

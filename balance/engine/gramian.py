@@ -326,6 +326,16 @@ def split_direction(direction: Direction, tensors: Sequence[Tensor], is_reached:
     return [part.view(tensor.shape) if reached else None for part, tensor, reached in triples]
 
 
+def gramian_of(matrix: Jacobian) -> Gramian:
+    """Return the inner products of the rows of a matrix. Shape (K, P) -> (K, K), float64."""
+    if matrix.numel() <= _IN_DOUBLE:
+        J = matrix.double()
+        return J @ J.T
+    products = InnerProducts(len(matrix), matrix.shape[1], matrix.device)
+    products.add(list(matrix.unbind()))
+    return products.total()
+
+
 def multiply_rows(jacobian: Jacobian, matrix: Tensor) -> None:
     """Replace a Jacobian by a matrix times it, in place, without a second Jacobian.
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from .gramian import gramian_of
 from .task_gradients import TaskGradients
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ..types import Gramian, Jacobian
+    from ..types import Jacobian
     from .accumulate import LeafGradient
     from .gramian import HeadGradients
     from .partition import Partition
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 # Numbers in the gradients of all tasks, up to which one matrix is faster than gradients by tensor
 _SMALL = 1 << 17
 _SMALL_IN_A_BATCH = 1 << 21  # where one batched pass computes them
-_IN_DOUBLE = 1 << 19  # numbers that are in float64 at once
 
 
 def is_small(partition: Partition, num_tasks: int, *, batched: bool) -> bool:
@@ -76,7 +76,9 @@ class MatrixGradients(TaskGradients):
         of_heads = [pair for pairs in heads.by_task for pair in pairs]
         sizes = [sum([gradient.numel() for _, gradient in pairs]) for pairs in heads.by_task]  # noqa: C419
         flat = _flatten_dense_tensors([gradient for _, gradient in of_heads]) if of_heads else matrix.new_zeros(0)  # type: ignore[no-untyped-call]
-        return cls(outputs, partition, reached_by, _gramian(matrix), heads, None, (), None, {}, matrix, of_heads, flat, sizes)
+        gradients = cls(outputs, partition, reached_by, gramian_of(matrix), heads)
+        gradients.matrix, gradients.of_heads, gradients.flat_heads, gradients.head_sizes = matrix, of_heads, flat, sizes
+        return gradients
 
     @property
     def needs_pass(self) -> bool:
@@ -140,18 +142,6 @@ def matrix_of_stacks(tensors: Sequence[Tensor], stacks: Sequence[Tensor | None],
         for tensor, stack in pairs
     ]
     return torch.cat(pieces, dim=1)
-
-
-def _gramian(matrix: Jacobian) -> Gramian:
-    """Return the inner products of the rows. Shape (K, P) -> (K, K), float64."""
-    if matrix.numel() <= _IN_DOUBLE:
-        J = matrix.double()
-        return J @ J.T
-    total = matrix.new_zeros(len(matrix), len(matrix), dtype=torch.float64)
-    for columns in torch.split(matrix, max(_IN_DOUBLE // len(matrix), 1), dim=1):
-        J = columns.double()
-        total.addmm_(J, J.T)
-    return total
 
 
 def _split(vector: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -15,7 +15,7 @@ import torch
 
 from ..distributed.ranks import Ranks
 from .accumulate import leaf_gradients, without_hooks
-from .gramian import InnerProducts, from_vector, to_vector
+from .gramian import InnerProducts, from_vector, gramian_of, to_vector
 from .passes import weighted_pass
 from .task_gradients import TaskGradients, length
 
@@ -320,6 +320,4 @@ def _gramian_of_columns(jacobian: Jacobian, ranks: Ranks) -> Gramian:
     """Return the part of a Gramian that belongs to this rank's columns. Shape (K, K), float64."""
     width = math.ceil(jacobian.shape[1] / ranks.size)
     columns = jacobian[:, ranks.rank * width : (ranks.rank + 1) * width]
-    products = InnerProducts(len(jacobian), max(columns.shape[1], 1), jacobian.device)
-    products.add(list(columns.unbind()))
-    return products.total()
+    return gramian_of(columns)

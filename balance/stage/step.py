@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from math import isfinite, sqrt
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import torch
 from ..engine.accumulate import are_finite
 from ..engine.gramian import multiply_rows
 from ..engine.graph import Reachability
+from ..rules.context import all_indices
 from .length import stretch_of_direction, stretch_of_trunk, stretch_of_weights, stretch_to_sum
 from .loss_weighting import WeightedStep, Weighting, weighted_step
 from .ordinary_backward import NotFiniteError
@@ -106,7 +106,8 @@ class BalancedStep(StepWriter):
     def _weights(self, gradients: TaskGradients, weighted: WeightedStep, balanced: Tensor, gramian: Gramian) -> Weights:
         """Return the weights of the gradients of all weighted losses; 1 for a task that takes no part. Shape (K,)."""
         if self.parts.inputs and len(balanced) == len(gramian):
-            return self._solve(gradients, weighted.weighting, balanced, gramian)
+            # A rule may change its Gramian in place, so it gets a copy
+            return self._solve(gradients, weighted.weighting, balanced, gramian.clone())
         weights = torch.ones_like(gramian[0])
         if self.parts.inputs and len(balanced):
             G = gramian[balanced][:, balanced]
@@ -128,7 +129,7 @@ class BalancedStep(StepWriter):
             stretch = stretch_of_trunk(gradients, weighting, weights, G, self.seed.scale, stretch, fixed=fixed)
         if self.rule.sees == "gramian" and self.rule.reuses:
             self.stage.stretch.fill_(stretch)
-        return weights if stretch == 1.0 else weights * stretch
+        return weights * stretch  # a new tensor, since a rule may return its state
 
     def _direction(self, gradients: TaskGradients, weighted: WeightedStep, balanced: Tensor, gramian: Gramian) -> Direction:
         """Return the direction of a rule that sees the Jacobian of the weighted losses, with all factors. Shape (P,)."""
@@ -191,16 +192,11 @@ def _unreached(source: Source, count: int) -> str:
     )
 
 
-@functools.cache
-def _positions(count: int) -> Tensor:
-    return torch.arange(count, device="cpu")
-
-
 def _depending(weighted: WeightedStep, reaching: Sequence[bool]) -> Tensor:
     """Return the positions of the tasks whose weighted loss depends on a raw loss that reaches what the tasks share."""
     E = weighted.weighting.matrix
     if all(reaching) and (weighted.weighting.is_identity or (E.ndim == 1 and E.all())):
-        return _positions(len(reaching))
+        return all_indices(len(reaching))
     R = torch.tensor(reaching, dtype=torch.float64, device="cpu")
     depends = (E != 0) & (R > 0) if E.ndim == 1 else (E != 0).double() @ R > 0
     return depends.nonzero().flatten()

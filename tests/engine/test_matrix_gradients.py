@@ -57,6 +57,20 @@ def test_one_matrix_equals_gradients_by_tensor(monkeypatch, heads, sparse):
             torch.testing.assert_close(gradient.to_dense(), expected[name].to_dense(), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("engine", ["loop", "batched"])
+def test_a_sparse_gradient_of_a_head_stays_sparse(engine):
+    torch.manual_seed(0)
+    trunk, head, table = nn.Linear(4, 3), nn.Linear(3, 2), nn.Embedding(5, 3, sparse=True)
+    z = trunk(torch.randn(2, 4)).tanh()
+    losses = {"a": head(z).square().mean(), "b": (z * table(torch.tensor([1, 3]))).sum()}
+    report = Balancer(("a", "b"), gradient=in_proportion, heads="weighted", engine=engine).backward(
+        losses, shared=trunk.parameters(), features=z
+    )
+    assert table.weight.grad.is_sparse
+    expected = torch.zeros(5, 3).index_copy(0, torch.tensor([1, 3]), float(report.gradient_weights[1]) * z.detach())
+    torch.testing.assert_close(table.weight.grad.to_dense(), expected)
+
+
 def test_a_gradient_is_a_tensor_of_its_own():
     """A view of the matrix would keep all of it in memory."""
     net = Network()

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch import nn
 
-from balance import Report
+from balance import Balancer, Report
 
 
 def report(gramian):
@@ -31,3 +32,24 @@ def test_without_a_gramian_there_are_no_cosines():
     assert rows.as_metrics() == {
         f"{group}/{task}": value for group, value in (("loss", 1), ("weight", 3), ("gradient_weight", 4)) for task in "abc"
     }
+
+
+class InPlace(nn.Module):
+    """A rule that changes its Gramian, and returns its state."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weights", torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, gramian):
+        gramian.fill_(7.0)
+        return self.weights.add_(1)
+
+
+def test_a_record_keeps_its_numbers_whatever_a_rule_does_with_its_own():
+    W, x = torch.ones(3, dtype=torch.float64, requires_grad=True), torch.arange(3, dtype=torch.float64)
+    balancer = Balancer(2, gradient=InPlace())
+    reports = [balancer.backward({"0": (W * x).sum(), "1": (W * x).square().sum()}, shared=[W]) for _ in range(2)]
+    for step, record in enumerate(reports, 1):
+        assert record.gramian.tolist() == [[5, 18], [18, 68]]
+        assert record.gradient_weights.tolist() == record.total_weights.tolist() == [step, step]
