@@ -19,17 +19,18 @@ from experiments.cli import add_overrides, all_overrides, command_parser, run_co
 from experiments.config.layers import configure
 from experiments.training import threads
 from experiments.training.data import to_device
-from experiments.training.run import build
+from experiments.training.run import build, closed
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from omegaconf import DictConfig
     from torch import Tensor
 
     from experiments.cli import Work
     from experiments.problems.base import Batch
+    from experiments.training.run import Run
 
 SWEEP_FLAGS = ("experiment", "loss_method", "gradient_method", "seed")  # entries for which the sweep has flags
 
@@ -90,13 +91,22 @@ def diagnose_network(config: DictConfig, num_batches: int, steps: int) -> Diagno
     """
     threads.use(config.train.threads)
     run = build(config)
-    batches = (to_device(batch, config.device) for batch in run.batches)
 
     def losses(batch: Batch) -> dict[str, Tensor]:
         return run.problem.losses(run.model(batch[0]), batch)
 
-    shared = run.model.trunk.parameters()
-    return diagnose(losses, batches, model=run.model, shared=shared, num_batches=num_batches, steps=steps, lr=config.train.lr)
+    shared, rate = run.model.trunk.parameters(), config.train.lr
+    with closed(run.agent):
+        batches = first_batches(run)
+        return diagnose(losses, batches, model=run.model, shared=shared, num_batches=num_batches, steps=steps, lr=rate)
+
+
+def first_batches(run: Run) -> Iterator[Batch]:
+    """Yield the batches with which a run would begin, on its device."""
+    for batch in run.batches:
+        yield to_device(batch, run.config.device)
+        if run.agent is not None:
+            run.agent.after_step()
 
 
 def sweep_command(config: DictConfig, diagnosis: Diagnosis, overrides: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import rc_context
 
 from .figures.gallery import CAPTIONS
+from .run_table import main_summary
 from .statistics import CONFIDENCE, ENOUGH_SEEDS
 from .tables import number_format, text_table
 
@@ -120,6 +121,8 @@ def answer(run_table: RunTable) -> str:
 
 
 def _answer_without_baselines(run_table: RunTable) -> str:
+    if (summary := main_summary(run_table.metrics)) is not None:
+        return _answer_of_all_tasks(run_table, summary)
     best = min(run_table.rows, key=lambda row: row.mean_rank)
     rank = f"{best.mean_rank:.2f} among {len(run_table.rows)} methods"
     return (
@@ -128,11 +131,22 @@ def _answer_without_baselines(run_table: RunTable) -> str:
     )
 
 
-def _in_words(estimate: Estimate) -> str:
+def _answer_of_all_tasks(run_table: RunTable, summary: str) -> str:
+    pairs = [(row, row.metrics[summary]) for row in run_table.rows]
+    finite = [(row, estimate) for row, estimate in pairs if math.isfinite(estimate.mean)]
+    if not finite:
+        return f"No method has a finite {summary}."
+    best, estimate = finite[0]
+    others = finite[1:]
+    start = f"{best.label} is best" if others else f"{best.label} is the only method with a result"
+    return " ".join(filter(None, [f"{start}: {summary} {_in_words(estimate, '')}.", *_by_verdict(others, len(best.runs))]))
+
+
+def _in_words(estimate: Estimate, unit: str = " %") -> str:
     write = number_format([estimate.mean], [estimate.error])
     low, high = estimate.interval
     spread = f"95 % interval {write(low)} to {write(high)}" if math.isfinite(low) else "one seed, so no interval"
-    return f"{write(estimate.mean)} % ({spread})"
+    return f"{write(estimate.mean)}{unit} ({spread})"
 
 
 def _relative_to_single_task(estimate: Estimate) -> str:

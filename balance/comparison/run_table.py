@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from .statistics import Verdict
 
 
+SUMMARY = "all/"  # beginning of the names of metrics of all tasks together, which have no rank and no part in delta_m
+
+
 @dataclass(frozen=True)
 class Row:
     """A pair of methods, with the settings that distinguish it from other rows.
@@ -53,7 +56,7 @@ class Row:
 
 @dataclass(frozen=True)
 class RunTable:
-    """A table of rows, best delta_m first (best mean rank without baselines).
+    """A table of rows, best delta_m first; without baselines, the best of all tasks together, or the best mean rank.
 
     Attributes:
         experiment: Name of the experiment.
@@ -83,6 +86,16 @@ class _Metrics(NamedTuple):
     higher_is_better: Collection[str]
     baselines: Mapping[str, float] | None
 
+    @property
+    def of_tasks(self) -> tuple[str, ...]:
+        """Names of the metrics of single tasks; of all metrics if there are no others."""
+        return tuple(name for name in self.names if not name.startswith(SUMMARY)) or self.names
+
+
+def main_summary(names: Collection[str]) -> str | None:
+    """Return the first metric of all tasks together; None if there is none."""
+    return next((name for name in names if name.startswith(SUMMARY)), None)
+
 
 def tabulate(
     runs: Sequence[RecordedRun],
@@ -111,6 +124,7 @@ def tabulate(
         raise ValueError(f"No finished runs of '{experiment}' to compare.")
     check_same_data(finished)
     names = tuple(dict.fromkeys(name for run in finished for name in run.metrics))
+    names = tuple(dict.fromkeys(filter(None, (main_summary(names), *sorted(names, key=lambda name: name.startswith(SUMMARY))))))
     finished = [replace(run, metrics={name: run.metrics.get(name, math.nan) for name in names}) for run in finished]
     groups = group_by_label([*finished, *newest_runs([run for run in runs if not run.finished])])
     rows = _judged(_rows(groups, _Metrics(names, higher_is_better, baselines)), higher_is_better)
@@ -123,7 +137,7 @@ def _rows(groups: Mapping[str, Sequence[RecordedRun]], metrics: _Metrics) -> lis
     """Return a row for each group with a finished run, in the order of the table."""
     finished = {label: [run for run in group if run.finished] for label, group in groups.items()}
     finished = {label: group for label, group in finished.items() if group}
-    means = {label: {name: _estimate(group, name).mean for name in metrics.names} for label, group in finished.items()}
+    means = {label: {name: _estimate(group, name).mean for name in metrics.of_tasks} for label, group in finished.items()}
     ranks = mean_rank(means, metrics.higher_is_better)
     plain = _plain_step_ms(run for group in finished.values() for run in group)
     rows = [_row(label, group, metrics) for label, group in finished.items()]
@@ -131,7 +145,15 @@ def _rows(groups: Mapping[str, Sequence[RecordedRun]], metrics: _Metrics) -> lis
         replace(row, mean_rank=ranks[row.label], time=row.time / plain, failed=_failed_seeds(groups[row.label], row))
         for row in rows
     ]
-    return sorted(rows, key=lambda row: (_cost(row.delta_m.mean if row.delta_m else row.mean_rank), row.mean_rank, row.label))
+    return sorted(rows, key=lambda row: (_cost(_main_result(row, metrics)), row.mean_rank, row.label))
+
+
+def _main_result(row: Row, metrics: _Metrics) -> float:
+    """Return the number by which the rows are sorted; a smaller one is better."""
+    summary = main_summary(metrics.names)
+    if row.delta_m is not None or summary is None:
+        return row.mean_rank if row.delta_m is None else row.delta_m.mean
+    return -row.metrics[summary].mean if summary in metrics.higher_is_better else row.metrics[summary].mean
 
 
 def _row(label: str, finished: Sequence[RecordedRun], metrics: _Metrics) -> Row:
@@ -139,8 +161,9 @@ def _row(label: str, finished: Sequence[RecordedRun], metrics: _Metrics) -> Row:
     runs = tuple(sorted(finished, key=lambda run: run.seed))
     drops = None
     if metrics.baselines is not None:
-        baselines = metrics.baselines
-        drops = Estimate({run.seed: delta_m(run.metrics, baselines, metrics.higher_is_better) for run in runs})
+        baselines, of_tasks = metrics.baselines, metrics.of_tasks
+        values = {run.seed: {name: run.metrics[name] for name in of_tasks} for run in runs}
+        drops = Estimate({seed: delta_m(ours, baselines, metrics.higher_is_better) for seed, ours in values.items()})
     return Row(
         label,
         runs[0].loss_method,

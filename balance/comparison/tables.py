@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.measure import Measurement
 
 from .formats import BOLD, MISSING, Cell, TextTable, latex, markdown, terminal, without_bold
+from .run_table import main_summary
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -113,12 +114,16 @@ def cells(run_table: RunTable) -> tuple[list[str], list[list[Cell]]]:
     for name in run_table.metrics:
         baseline = (run_table.baselines or {}).get(name, math.nan)
         header = f"{name} {direction(name, run_table.higher_is_better)}"
-        columns[header] = _estimates([row.metrics.get(name) for row in rows], baseline)
+        estimates = [row.metrics.get(name) for row in rows]
+        columns[header] = _estimates(estimates, baseline)
+        if name == main_summary(run_table.metrics):
+            columns["interval"] = [*_intervals(estimates), Cell("")]
     columns["time / ls"] = _numbers([row.time for row in rows], decimals=2)
     columns["memory MiB"] = _numbers([row.memory for row in rows])
     columns = {name: column for name, column in columns.items() if any(cell.text != MISSING for cell in column[: len(rows)])}
     lines = [list(line) for line in zip(*columns.values(), strict=True)]
-    return list(columns), lines if run_table.baselines else lines[:-1]
+    names = ["95 % interval" if name == "interval" else name for name in columns]
+    return names, lines if run_table.baselines else lines[:-1]
 
 
 def direction(metric: str, higher_is_better: frozenset[str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from omegaconf import OmegaConf
 
 from balance.comparison.store import Store
-from experiments.problems import base as problems
 
 
 def reason_for_no_runs(name: str, output_dir: str) -> str:
@@ -14,8 +13,6 @@ def reason_for_no_runs(name: str, output_dir: str) -> str:
     Raises:
         OSError: If the server does not answer.
     """
-    if name not in problems.names():
-        return f"No recorded runs of '{name}': it is not among the experiments ({', '.join(problems.names())})."
     try:
         store = Store(name, output_dir)
     except FileNotFoundError as error:

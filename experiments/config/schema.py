@@ -104,7 +104,7 @@ class TrainConfig:
 
 @dataclass
 class RunConfig:
-    """One run. The groups ``loss``, ``gradient``, ``optimizer``, ``data`` and ``model`` are added by `config_schema`."""
+    """One run. `config_schema` adds the groups ``loss``, ``gradient``, ``optimizer``, ``data``, ``model`` and ``agent``."""
 
     experiment: str = setting("digits", help="problem to train on")
     loss_method: str = setting("ls", help="loss balancer, or a chain of them: scaleinvls+rlw")
@@ -133,7 +133,7 @@ def last_epoch(train: DictConfig) -> int:
 
 
 def config_schema(problem: Problem, loss_method: str, gradient_method: str | None, optimizer: str) -> type[RunConfig]:
-    """Return `RunConfig` with the options of the two methods, of the optimizer, of the problem's data and of its network.
+    """Return `RunConfig` with the options of the two methods, of the optimizer, and of the problem's data, network and agent.
 
     Args:
         problem: The problem.
@@ -150,5 +150,6 @@ def config_schema(problem: Problem, loss_method: str, gradient_method: str | Non
     loss, gradient = methods_schema(loss_method, gradient_method)
     groups = {"loss": loss, "gradient": gradient, "optimizer": OPTIMIZERS.get(optimizer, AdamConfig)}
     groups |= {"data": problem.DataConfig, "model": problem.ModelConfig}
+    groups |= {} if problem.AgentConfig is None else {"agent": problem.AgentConfig}
     entries = [(name, group, field(default_factory=group)) for name, group in groups.items()]
     return make_dataclass("Config", entries, bases=(RunConfig,))

@@ -14,7 +14,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
 from torch import Tensor, nn
 
@@ -49,6 +49,41 @@ class Splits(NamedTuple):
     test: Dataset[Batch]
 
 
+class Agent(Protocol):
+    """A learner that collects its own batches while it trains, in place of a data loader.
+
+    An epoch is an iteration over it, and each item is the batch of one step. The trainer balances the losses of trunk and heads
+    in this step. Further networks are trained by the agent.
+    """
+
+    def __len__(self) -> int:
+        """Return the number of steps of an epoch."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches of an epoch, or of the rest of one after `resume`."""
+
+    def after_step(self) -> None:
+        """Do what follows a step of the trainer. A checkpoint is saved only after it."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return the agent's present state as metrics, such as results of the last episode."""
+
+    def evaluate(self, data: Dataset[Batch]) -> Iterator[dict[str, float]]:
+        """Yield values of the problem's metrics, in parts between which a run can be interrupted."""
+
+    def policy(self) -> tuple[nn.Module, Tensor]:
+        """Return the network to record, and an input of it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the rest of the training depends on, except for network and global random generators."""
+
+    def resume(self, state: Mapping[str, Any], position: int) -> None:
+        """Continue from a state, at a step of an epoch."""
+
+    def close(self) -> None:
+        """Free what the agent holds, such as processes."""
+
+
 class Network(nn.Module):
     """A shared trunk, whose outputs are the features, and heads, which map the features to outputs by task.
 
@@ -64,6 +99,10 @@ class Network(nn.Module):
         """Return outputs by task."""
         outputs: ByTask = self.heads(self.trunk(inputs))
         return outputs
+
+    def trained(self) -> list[nn.Parameter]:
+        """Return the parameters of trunk and heads, which the trainer's optimizer trains; an agent trains further ones."""
+        return list(dict.fromkeys([*self.trunk.parameters(), *self.heads.parameters()]))
 
 
 class Heads(nn.ModuleDict):
@@ -101,6 +140,10 @@ class NoOptions:
     """The group ``model`` of a problem that offers no choice of the network."""
 
 
+def _no_targets(_: Batch) -> ByTask:
+    return {}
+
+
 @dataclass(frozen=True)
 class Problem:
     """A multi-task problem: names that its folder exports, with defaults for names that a folder may leave out.
@@ -115,7 +158,7 @@ class Problem:
             in the batch counts for it. With a parameter ``protocol``: ``"sound"``, or ``"paper"`` as the published codes do it.
         metrics: Return fresh metrics by name, which is ``<task>/<metric>``. It may have a parameter ``protocol`` as well. A
             metric may have a method ``remark()``, which returns a note on its value or an empty text.
-        targets: Return by task the part of a batch that the metrics compare outputs with.
+        targets: Return by task the part of a batch that the metrics compare outputs with; not needed with ``build_agent``.
         ModelConfig: A dataclass, the group ``model`` of a configuration.
         ON_DISK: The value of ``data.source`` that ``data.path`` implies; None if the problem reads no files.
         counts: Return by task the number of values in a batch that its loss is the mean of, such as labelled pixels. Several
@@ -127,6 +170,11 @@ class Problem:
             functions of batches, outputs and networks may then have a parameter ``tasks``.
         micro_batches: Yield the micro-batches of a batch, in the form of batches, such as one data set each. A step computes
             them one after the other, with ``train.micro_batches``; each one yields losses of some of the tasks. None for one.
+        build_agent: Return the agent that collects the batches and gives the metrics their values, from data, network,
+            configuration and ``tasks``. None for a problem whose batches are read from its data.
+        AgentConfig: A dataclass, the group ``agent`` of a configuration.
+        summarize: Return metrics of all tasks together, named ``all/<metric>``, from the final metrics, and from the
+            validation metrics of each epoch. They have no rank and no part in delta_m.
     """
 
     TASKS: tuple[str, ...]
@@ -136,7 +184,7 @@ class Problem:
     build_model: Callable[[Any], Network]
     losses: Callable[[ByTask, Batch], ByTask]
     metrics: Callable[[], dict[str, Metric]]
-    targets: Callable[[Batch], ByTask]
+    targets: Callable[[Batch], ByTask] = _no_targets
     ModelConfig: type = NoOptions
     ON_DISK: str | None = None
     counts: Callable[[Batch], dict[str, int]] | None = None
@@ -144,6 +192,9 @@ class Problem:
     SINGLE_TASK_BASELINES: bool = True
     task_names: Callable[[Any], tuple[str, ...]] | None = None
     micro_batches: Callable[[Batch], Iterator[Batch]] | None = None
+    build_agent: Callable[[Splits, Any, Any], Agent] | None = None
+    AgentConfig: type | None = None
+    summarize: Callable[[Mapping[str, float], Sequence[Mapping[str, float]]], dict[str, float]] | None = None
 
 
 def names() -> tuple[str, ...]:
@@ -184,7 +235,9 @@ def find(name: str) -> Problem:
 def _problem(folder: ModuleType) -> Problem:
     """Return the problem that a folder exports."""
     exported = {entry.name: vars(folder)[entry.name] for entry in fields(Problem) if entry.name in vars(folder)}
-    missing = [entry.name for entry in fields(Problem) if entry.default is MISSING and entry.name not in exported]
+    needed = {entry.name for entry in fields(Problem) if entry.default is MISSING}
+    needed |= set() if "build_agent" in exported else {"targets"}
+    missing = [entry.name for entry in fields(Problem) if entry.name in needed and entry.name not in exported]
     if missing:
         raise ValueError(f"{folder.__file__} must export all names of a problem, but lacks {', '.join(missing)}.")
     if "ModelConfig" not in exported:
@@ -203,7 +256,8 @@ def with_tasks(problem: Problem, data: Any) -> Problem:
     if problem.task_names is None:
         return problem
     tasks = problem.task_names(data)
-    return replace(_bound(problem, ("losses", "counts", "metrics", "targets", "build_model"), tasks=tasks), TASKS=tasks)
+    functions = ("losses", "counts", "metrics", "targets", "build_model", "build_agent")
+    return replace(_bound(problem, functions, tasks=tasks), TASKS=tasks)
 
 
 def tasks_of(config: Any) -> tuple[str, ...]:

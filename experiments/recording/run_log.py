@@ -121,19 +121,18 @@ def step_metrics(report: Report) -> dict[str, float]:
     return dataclasses.replace(report, gramian=None).as_metrics() | summary | {"conflicts": float(conflicts)}
 
 
-def log_model(tracker: Tracker, network: nn.Module, data: Any, folder: Path, console: Console) -> None:
+def log_model(tracker: Tracker, network: nn.Module, inputs: Any, folder: Path, console: Console) -> None:
     """Record a network in MLflow's format, and its checkpoints.
 
     Args:
         tracker: Tracker of the run.
         network: Network that was tested.
-        data: Data of a split, whose first samples give the shapes of the inputs.
+        inputs: Two samples, or more, which give the shapes of the inputs.
         folder: Folder of the run, with both checkpoints.
         console: Console for a notice, if MLflow cannot serve the network.
     """
     if not tracker.enabled:
         return
-    inputs = first_batch(data, 2)[0]
     if not isinstance(inputs, torch.Tensor):
         notice = "MLflow serves arrays, not graphs: mlflow.pytorch.load_model loads this network, but no server can."
         console.print(notice, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import warnings
@@ -16,14 +17,15 @@ from experiments.training import threads
 from experiments.training.data import to_device
 from experiments.training.evaluation import evaluate
 from experiments.training.lbfgs import LBFGSPhase
-from experiments.training.run import build
+from experiments.training.run import build, closed
 from experiments.training.step import build_optimizer, train_step
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from omegaconf import DictConfig
 
+    from balance.profiling import Cost
     from experiments.training.run import Run
 
 BUDGET = 1.0  # seconds for the steps of one pair of methods, and for its evaluation
@@ -64,16 +66,34 @@ def estimate_run(config: DictConfig) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         run = build(config)
-    optimizer = build_optimizer(run)
-    size = len(run.data.train)  # type: ignore[arg-type]
-    batch = to_device(run.data.train[list(range(min(config.train.batch_size, size)))], config.device)
-    steps = math.ceil(size / config.train.batch_size)
     timed = partial(measure, repeats=10, budget=BUDGET, device=config.device)
-    with problems.by_design():
-        of_step = timed(lambda: train_step(run, optimizer, batch)).seconds
+    with closed(run.agent), problems.by_design():
+        return _seconds_of_epochs(run, timed)
+
+
+def _seconds_of_epochs(run: Run, timed: Callable[..., Cost]) -> float:
+    """Return the time of all epochs and of the steps of LBFGS in seconds."""
+    config = run.config
+    of_step = timed(one_step(run)).seconds
     of_evaluation = timed(lambda: evaluate(run, run.data.validation)).seconds
-    epochs = config.train.epochs * (steps * of_step + of_evaluation)
+    epochs = config.train.epochs * (len(run.batches) * of_step + of_evaluation)
     return float(epochs + config.train.lbfgs_steps * (lbfgs_seconds(run) + of_evaluation))
+
+
+def one_step(run: Run) -> Callable[[], object]:
+    """Return a function that makes a step of a run: on the first samples, again and again, or on the batches of an agent."""
+    optimizer, agent = build_optimizer(run), run.agent
+    if agent is None:
+        size = min(run.config.train.batch_size, len(run.data.train))  # type: ignore[arg-type]
+        batch = to_device(run.data.train[list(range(size))], run.config.device)
+        return lambda: train_step(run, optimizer, batch)
+    batches = itertools.chain.from_iterable(itertools.repeat(agent))
+
+    def step() -> None:
+        train_step(run, optimizer, next(batches))
+        agent.after_step()
+
+    return step
 
 
 def lbfgs_seconds(run: Run) -> float:

@@ -6,14 +6,17 @@ import statistics
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from experiments.config.schema import last_epoch
 from experiments.recording.run_log import MANY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from rich.progress import Task
 
     from balance import Report
     from experiments.training.checkpoint import Selection
@@ -44,6 +47,14 @@ class ProgressBar:
         self.progress.console.print(f"epoch {epoch:3d}  {metrics_line(metrics)}", soft_wrap=True)
 
 
+class Speed(ProgressColumn):
+    """The number of steps in a second, as an average over the last steps."""
+
+    def render(self, task: Task) -> Text:
+        """Return the number, and no text before the first two steps."""
+        return Text(f"{task.speed:.3g} steps/s" if task.speed else "")
+
+
 @contextmanager
 def progress_bar(run: Run) -> Iterator[ProgressBar]:
     """Show a progress bar of the run, and remove it on exit."""
@@ -51,6 +62,7 @@ def progress_bar(run: Run) -> Iterator[ProgressBar]:
         TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
+        Speed(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[losses]}"),
     )
@@ -111,7 +123,7 @@ def _table_of_all(run: Run, selection: Selection, metrics: Mapping[str, float]) 
     for name, value in metrics.items():
         task, _, metric = name.partition("/")
         baseline = selection.baselines.get(name)
-        untrained = "" if task in selection.trained else " (not trained)"
+        untrained = "" if task in selection.trained or task not in run.problem.TASKS else " (not trained)"
         row = (f"{metric} {_arrow(run, name)}", f"{value:.4f}{untrained}", "-" if baseline is None else f"{baseline:.4f}")
         table.add_row(task, *row)
     return table

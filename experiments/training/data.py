@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
-from experiments.problems.base import Batch
+from experiments.problems.base import Agent, Batch
 from experiments.training import ranks
 
 if TYPE_CHECKING:
@@ -113,10 +113,15 @@ def training_batches(data: Dataset[Batch], config: DictConfig) -> DataLoader[Bat
     return _data_loader(data if ranks.size() == 1 else OwnPart(data), lists, train.num_workers)
 
 
-def sampler_of(batches: DataLoader[Batch]) -> ResumableSampler:
-    """Return the sampler of `training_batches`."""
-    assert isinstance(batches.sampler, ResumableSampler)
-    return batches.sampler
+def order_state(batches: DataLoader[Batch] | Agent, position: int) -> torch.Tensor | None:
+    """Return the state from which the order of the batches follows; None for an agent."""
+    return batches.sampler.state(position) if isinstance(batches, DataLoader) else None  # type: ignore[attr-defined]
+
+
+def resume_order(batches: DataLoader[Batch] | Agent, state: torch.Tensor | None, position: int) -> None:
+    """Let the next epoch have the order that follows from a state, and begin at a batch."""
+    if isinstance(batches, DataLoader):
+        batches.sampler.resume(state, position)  # type: ignore[attr-defined]
 
 
 def evaluation_batches(data: Dataset[Batch], train: DictConfig) -> DataLoader[Batch]:
@@ -164,7 +169,7 @@ class TimedBatches:
         batches: Batches of the epoch. Their worker processes start at once, and the time that they take to start counts too.
     """
 
-    def __init__(self, batches: DataLoader[Batch]) -> None:
+    def __init__(self, batches: DataLoader[Batch] | Agent) -> None:
         self.begin = time.perf_counter()
         self.batches = iter(batches)
         self.waited = time.perf_counter() - self.begin  # seconds

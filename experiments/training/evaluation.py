@@ -12,12 +12,12 @@ from experiments.training.data import evaluation_batches, to_device
 from experiments.training.interruption import Interrupted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch.utils.data import Dataset
     from torchmetrics import Metric
 
-    from experiments.problems.base import Batch
+    from experiments.problems.base import Agent, Batch
     from experiments.training.run import Run
 
 
@@ -50,17 +50,31 @@ def measure(run: Run, data: Dataset[Batch]) -> tuple[dict[str, float], int]:
         metric.to(run.config.device)
         metric.distributed_available_fn = lambda: False  # the other ranks wait, and evaluate nothing
     run.model.eval()
+    for _ in update_by_batches(run, data, metrics) if run.agent is None else update_by_agent(run.agent, data, metrics):
+        if number := interruption.received_here():
+            return {}, number
+    if data is run.data.test:
+        print_remarks(run, metrics)
+    return {name: metric.compute().item() for name, metric in metrics.items()}, 0
+
+
+def update_by_batches(run: Run, data: Dataset[Batch], metrics: Mapping[str, Metric]) -> Iterator[None]:
+    """Update the metrics with the network's outputs, batch by batch."""
     for cpu_batch in evaluation_batches(data, run.config.train):
         batch = to_device(cpu_batch, run.config.device)
         outputs, targets = run.model(batch[0]), run.problem.targets(batch)
         for name, metric in metrics.items():
             task = name.partition("/")[0]
             metric.update(outputs[task], targets[task])
-        if number := interruption.received_here():
-            return {}, number
-    if data is run.data.test:
-        print_remarks(run, metrics)
-    return {name: metric.compute().item() for name, metric in metrics.items()}, 0
+        yield
+
+
+def update_by_agent(agent: Agent, data: Dataset[Batch], metrics: Mapping[str, Metric]) -> Iterator[None]:
+    """Update the metrics with the values that an agent has for them, part by part."""
+    for values in agent.evaluate(data):
+        for name, value in values.items():
+            metrics[name].update(value)
+        yield
 
 
 def print_remarks(run: Run, metrics: Mapping[str, Metric]) -> None:

@@ -9,18 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.config.schema import last_epoch
 from experiments.problems import base as problems
-from experiments.recording.run_log import log_inputs, log_model, new_tracker, step_metrics
+from experiments.recording.run_log import first_batch, log_inputs, log_model, new_tracker, step_metrics
 from experiments.training import interruption, ranks
 from experiments.training.checkpoint import Selection, checkpoint
 from experiments.training.checkpoint_files import load_newest, save_last
 from experiments.training.console import print_result, progress_bar
 from experiments.training.costs import Costs
-from experiments.training.data import TimedBatches, generator_state, sampler_of, set_epoch, set_generator_state, to_device
+from experiments.training.data import (
+    TimedBatches,
+    generator_state,
+    order_state,
+    resume_order,
+    set_epoch,
+    set_generator_state,
+    to_device,
+)
 from experiments.training.evaluation import evaluate, mean_metrics
 from experiments.training.interruption import Interrupted
 from experiments.training.lbfgs import LBFGSPhase
 from experiments.training.randomness import random_state, set_random_state
 from experiments.training.resumption import finish, released
+from experiments.training.run import closed
 from experiments.training.schedule import Schedule
 from experiments.training.step import build_optimizer, observe_validation, train_step
 
@@ -50,7 +59,7 @@ def train(run: Run, parent: str | None = None) -> dict[str, float]:
         Interrupted: If SIGTERM or SIGINT arrives; the run can be resumed.
     """
     tracker = new_tracker(run.config, run.folder, parent, run.run_id)
-    with released(run.lock), interruption.noted(), problems.by_design():
+    with released(run.lock), closed(run.agent), interruption.noted(), problems.by_design():
         warnings.filterwarnings("ignore", message=SCHEDULED_FIRST)
         with tracker, progress_bar(run) as bar:
             log_inputs(tracker, run.config, run.data)
@@ -84,6 +93,7 @@ class Training:
         self.position = 0  # steps made in the epoch after them
         self.step = 0  # steps made
         self.tests: list[dict[str, float]] = []  # of the epochs that train.report_last selects
+        self.history: list[dict[str, float]] = []  # validation metrics of all epochs
         self.saved_at = time.monotonic()
 
     def run_next(self) -> None:
@@ -127,7 +137,8 @@ class Training:
         """Make one step, and log it."""
         report = self.make_step(batch and to_device(batch, self.run.config.device))
         if self.step % self.run.config.log_every == 0:
-            self.tracker.log_metrics(step_metrics(report), self.step)
+            further = {} if self.run.agent is None else self.run.agent.metrics()
+            self.tracker.log_metrics(step_metrics(report) | further, self.step)
             self.bar.show_losses(report)
         self.step += 1
         self.position += 1
@@ -145,9 +156,11 @@ class Training:
         return report
 
     def observed_step(self, batch: Batch | None) -> Report:
-        """Make one step, and let the balancer observe validation losses if it needs them."""
+        """Make one step, and let the balancer observe validation losses if it needs them; an agent does what follows a step."""
         report = train_step(self.run, self.optimizer, batch)
         observe_validation(self.run, self.step)
+        if self.run.agent is not None:
+            self.run.agent.after_step()
         return report
 
     @property
@@ -167,6 +180,7 @@ class Training:
             raise
         self.tracker.log_metrics({f"val/{name}": value for name, value in metrics.items()}, self.step)
         self.tests += [] if tests is None else [tests]
+        self.history.append(metrics)
         self.epoch, self.position = self.epoch + 1, 0
         self.schedule.after_epoch(self.selection.update(self.epoch, metrics, checkpoint(self.run, self.epoch)))
         self.save(self.state())
@@ -189,7 +203,8 @@ class Training:
         """Load the selected epoch and return its test metrics, or the means that ``train.report_last`` asks for."""
         self.run.model.load_state_dict(self.selection.state["model"])
         final = mean_metrics(self.tests or [evaluate(self.run, self.run.data.test)])
-        delta_m = self.selection.delta_m(final)
+        delta_m, summarize = self.selection.delta_m(final), self.run.problem.summarize
+        final |= {} if summarize is None else summarize(final, self.history)
         return final if delta_m is None else final | {"delta_m": delta_m}
 
     def record_result(self, final: dict[str, float]) -> float:
@@ -198,7 +213,9 @@ class Training:
         metrics = {f"final/{name}": value for name, value in final.items()} | self.costs.metrics(seconds)
         self.tracker.log_metrics(metrics | {"best_epoch": self.selection.epoch}, self.step)
         if self.run.config.log_model:
-            log_model(self.tracker, self.run.model, self.run.data.validation, self.run.folder, self.run.console)
+            agent = self.run.agent
+            network, inputs = (self.run.model, first_batch(self.run.data.validation, 2)[0]) if agent is None else agent.policy()
+            log_model(self.tracker, network, inputs, self.run.folder, self.run.console)
         return seconds
 
     def pause(self) -> None:
@@ -233,8 +250,10 @@ class Training:
             "costs": self.costs.state_dict(),
             "lbfgs": self.lbfgs.state_dict(),
             "tests": list(self.tests),
-            "order": sampler_of(run.batches).state(self.position),
+            "history": list(self.history),
+            "order": order_state(run.batches, self.position),
             "data": generator_state(run.data.train),
+            "agent": None if run.agent is None else run.agent.state_dict(),
             "random": ranks.by_rank(random_state()),
         }
 
@@ -258,7 +277,10 @@ class Training:
         self.epoch, self.position, self.step = state["epoch"], state["position"], state["step"]
         self.lbfgs.load_state_dict(state.get("lbfgs", {}))  # checkpoints of earlier versions have none
         self.tests = list(state["tests"])
-        sampler_of(run.batches).resume(state["order"], self.position)
+        self.history = list(state.get("history", []))
+        resume_order(run.batches, state["order"], self.position)
         set_generator_state(run.data.train, state["data"])
+        if run.agent is not None:
+            run.agent.resume(state["agent"], self.position)
         if len(state["random"]) == ranks.size():  # otherwise each rank draws as at the beginning
             set_random_state(state["random"][ranks.rank()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,12 +27,14 @@ from experiments.training.lbfgs_checks import check_lbfgs
 from experiments.training.resumption import CONFIG, find_unfinished, lock_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from filelock import BaseFileLock
     from omegaconf import DictConfig
     from torch.utils.data import DataLoader
 
     from balance import Balancer
-    from experiments.problems.base import Batch, ByTask, Network, Problem, Splits
+    from experiments.problems.base import Agent, Batch, ByTask, Network, Problem, Splits
 
 
 # The option not to send buffers before each forward pass; torch 2.13 has given it another name
@@ -47,13 +50,14 @@ class Run(NamedTuple):
     config: DictConfig
     problem: Problem
     data: Splits
-    batches: DataLoader[Batch]  # of the training data
+    batches: DataLoader[Batch] | Agent  # of the training data
     model: Network
     balancer: Balancer
     folder: Path  # for its files; `build` leaves the folder of all runs here
     console: Console
     scaler: GradScaler  # of the losses, disabled without train.precision=fp16
     forward: nn.Module  # from inputs to features and outputs; of several ranks, a wrapper that reduces gradients
+    agent: Agent | None = None  # which collects the batches, for problems that have one
     lock: BaseFileLock | None = None  # of the folder, until the run ends
     run_id: str | None = None  # of the MLflow run that is resumed; None for a new one
 
@@ -118,8 +122,10 @@ def build(config: DictConfig, console: Console | None = None) -> Run:
     further_loggers(config, Path(config.output_dir))  # refuses loggers that are not installed
     torch.manual_seed(config.seed)
     data = problem.load(config.data)
-    batches = training_batches(data.train, config)
     model = problem.build_model(config.model).to(config.device)
+    check_agent(config, problem, balancer)
+    agent = problem.build_agent(data, model, config) if problem.build_agent else None
+    batches = agent or training_batches(data.train, config)
     measured(dict(model.trunk.named_parameters()), config.balancer.measure)  # refuses patterns that fit no parameter
     check_lbfgs(config, model, problem, data.train)
     check_micro_batches(config, problem, balancer)
@@ -129,7 +135,7 @@ def build(config: DictConfig, console: Console | None = None) -> Run:
     if ranks.size() > 1:
         torch.manual_seed(config.seed + ranks.rank())  # ranks drop different units
         forward = DistributedDataParallel(forward, **_WITHOUT_BUFFERS)  # a rank may have no batch, and no forward pass
-    return Run(config, problem, data, batches, model, balancer, Path(config.output_dir), console, scaler, forward)
+    return Run(config, problem, data, batches, model, balancer, Path(config.output_dir), console, scaler, forward, agent)
 
 
 class Forward(nn.Module):
@@ -143,6 +149,16 @@ class Forward(nn.Module):
         """Return features, and outputs by task."""
         features = self.model.trunk(inputs)
         return features, self.model.heads(features)
+
+
+@contextmanager
+def closed(agent: Agent | None) -> Iterator[None]:
+    """Free what an agent holds, if there is one, on exit."""
+    try:
+        yield
+    finally:
+        if agent is not None:
+            agent.close()
 
 
 def check_micro_batches(config: DictConfig, problem: Problem, balancer: Balancer) -> None:
@@ -164,6 +180,26 @@ def check_micro_batches(config: DictConfig, problem: Problem, balancer: Balancer
         raise ValueError(
             f"train.micro_batches must be false with {chosen[0]}, which needs the whole batch in one graph, but got true. Set "
             "train.micro_batches=false."
+        )
+
+
+def check_agent(config: DictConfig, problem: Problem, balancer: Balancer) -> None:
+    """Check that the choices of a run fit an agent that collects its batches, if the problem has one.
+
+    Raises:
+        ValueError: If one of them needs data that are read.
+    """
+    if problem.build_agent is None:
+        return
+    chosen = {
+        f"train.lbfgs_steps={config.train.lbfgs_steps}": bool(config.train.lbfgs_steps),
+        f"train.num_workers={config.train.num_workers}": bool(config.train.num_workers),
+        f"loss_method={config.loss_method}, which learns from validation losses": balancer.needs_validation,
+        f"torchrun with {ranks.size()} processes": ranks.size() > 1,
+    }
+    if refused := [choice for choice, is_chosen in chosen.items() if is_chosen]:
+        raise ValueError(
+            f"The agent of '{config.experiment}' collects its own batches in one process, but got {refused[0]}. Leave it out."
         )
 
 

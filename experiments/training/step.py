@@ -38,7 +38,7 @@ def build_optimizer(run: Run) -> Optimizer:
     """
     train = run.config.train
     classes: dict[str, type[Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-    model = {"params": list(run.model.parameters()), "lr": train.lr, "weight_decay": train.weight_decay}
+    model = {"params": run.model.trained(), "lr": train.lr, "weight_decay": train.weight_decay}
     balancer = {"params": list(run.balancer.parameters()), "lr": train.balancer_lr, "weight_decay": 0.0}
     options: Any = OmegaConf.to_container(run.config.optimizer)
     optimizer = classes[train.optimizer]([model, balancer], **options)
@@ -129,8 +129,8 @@ def clip_gradient(run: Run, optimizer: Optimizer) -> None:
     """Clip the gradient of the model, or of its trunk in the published protocol, to ``train.max_norm``."""
     if run.config.train.max_norm is not None:
         run.scaler.unscale_(optimizer)
-        clipped = run.model.trunk if run.config.protocol == "paper" else run.model
-        torch.nn.utils.clip_grad_norm_(clipped.parameters(), run.config.train.max_norm)
+        clipped = list(run.model.trunk.parameters()) if run.config.protocol == "paper" else run.model.trained()
+        torch.nn.utils.clip_grad_norm_(clipped, run.config.train.max_norm)
 
 
 @torch.no_grad()

@@ -36,6 +36,10 @@ TINY = {  # two steps, or a little more, in an epoch
         "data.test_samples=4",
         "train.batch_size=2",
     ],
+    "metaworld": [
+        *("data.source=points", "data.tasks=east,north", "data.processes=false", "data.episode_steps=5"),
+        *("agent.epoch_steps=2", "agent.random_steps=4", "train.batch_size=8", "train.report_last=1", "model.width=4"),
+    ],
 }
 NAMES = tuple(TINY)
 ON_DISK = {

@@ -90,7 +90,7 @@ def test_metrics_of_few_methods_are_left_out():
     assert text_table(compare_with_published(published_tables.load("metaworld"), None)).header == [
         "method",
         "source",
-        "success ↑",
+        "all/success ↑",
     ]
 
 

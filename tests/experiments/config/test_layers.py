@@ -56,8 +56,10 @@ PAPERS = {
     },
     "multimnist": {"epochs": 100, "batch_size": 128, "schedule": "step", "step_epochs": 50, "factor": 0.1, "warmup_steps": 469},
     "toy": {"epochs": 50, "lr": 1e-3, "report_last": 1},
+    "metaworld": {"epochs": 66, "batch_size": 1280, "lr": 3e-4, "schedule": "constant", "report_last": None},
 }
 PAPER_MODELS = {"nyuv2": ("name", "mtan"), "cityscapes": ("name", "mtan"), "celeba": ("name", "official")}
+OWN_MODELS = {"metaworld": ("width", 400)}  # on its own tasks, a smaller network
 PAPER_MODELS |= {"quantum_chemistry": ("dim", 64), "multimnist": ("name", "demo")}
 
 
@@ -67,8 +69,8 @@ def test_protocol_paper_selects_the_official_settings(name):
     config = configure(f"--experiment={name}", "protocol=paper", *where)
     assert {key: config.train[key] for key in PAPERS[name]} == PAPERS[name]
     assert config.data.get("protocol", "paper") == "paper"
-    if name in PAPER_MODELS:
-        key, value = PAPER_MODELS[name]
+    if name in PAPER_MODELS | OWN_MODELS:
+        key, value = (PAPER_MODELS | OWN_MODELS)[name]
         assert config.model[key] == value
     assert configure(f"--experiment={name}", "protocol=paper", *where, "train.epochs=10").train.epochs == 10
 

@@ -31,7 +31,7 @@ def test_problem_has_a_summary(name):
 
 def test_every_entry_of_its_configuration_has_a_role(name):
     problem = find(name)
-    for config in (problem.DataConfig, problem.ModelConfig):
+    for config in filter(None, (problem.DataConfig, problem.ModelConfig, problem.AgentConfig)):
         for entry in fields(config):
             assert entry.metadata.get("help"), f"Declare {config.__name__}.{entry.name} of '{name}' with setting(help=...)."
 
@@ -40,7 +40,12 @@ def test_its_data_network_losses_and_metrics_fit_each_other(name, cache, tmp_pat
     cached = [f"data.cache={cache}"] if "cache" in {entry.name for entry in fields(find(name).DataConfig)} else []
     run = prepare(f"--experiment={name}", f"output_dir={tmp_path}", "track=false", *cached, *TINY.get(name, []))
     problem, batch = run.problem, run.data.validation[[0, 1 % len(run.data.validation)]]
+    if run.agent:
+        batch = next(iter(run.batches))
+        run.agent.after_step()
     assert isinstance(run.model, Network)
+    assert {*run.model.trained()} == {*run.model.trunk.parameters(), *run.model.heads.parameters()}
+    assert run.agent or len(run.model.trained()) == len([*run.model.parameters()])
     outputs = run.model(batch[0])
     assert tuple(outputs) == problem.TASKS
     losses = problem.losses(outputs, batch)
@@ -50,9 +55,13 @@ def test_its_data_network_losses_and_metrics_fit_each_other(name, cache, tmp_pat
     for metric, of_metric in problem.metrics().items():
         task, _, measure = metric.partition("/")
         assert measure
-        of_metric.update(outputs[task].detach(), targets[task])
+        if run.agent:
+            for values in run.agent.evaluate(run.data.validation):
+                of_metric.update(values[metric])
+        else:
+            of_metric.update(outputs[task].detach(), targets[task])
         assert isinstance(of_metric.compute(), torch.Tensor)
-    assert set(problem.metrics()) >= problem.HIGHER_IS_BETTER
+    assert set(problem.metrics()) >= problem.HIGHER_IS_BETTER or problem.task_names
     assert {metric.partition("/")[0] for metric in problem.metrics()} == set(problem.TASKS)
 
 

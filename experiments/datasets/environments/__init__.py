@@ -1,0 +1,1 @@
+"""Environments with several goals, side by side; nothing here imports torch, so that their processes start fast."""
