@@ -2,7 +2,8 @@
 
     python benchmarks/bench_threads.py [--problems digits toy] [--threads 1 2] [--seconds 2]
 
-A step is one step of the trainer with `imtl`, on the first training batch, with a learning rate of almost zero. The busy
+A step is one step of the trainer with `imtl`, on the first training batch, with a learning rate of almost zero; of an agent,
+it includes environments and further networks. The busy
 process counts in a loop, on the last core that this process may use. All other programs should rest.
 """
 
@@ -15,7 +16,6 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,8 @@ sys.path.insert(0, str(FOLDER.parent))
 
 from experiments.config.layers import configure
 from experiments.problems import base as problems
-from experiments.training.data import to_device
+from experiments.sweeps.runtime import one_step
 from experiments.training.run import build
-from experiments.training.step import build_optimizer, train_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -42,10 +41,7 @@ TURNS = 3
 def training_step(name: str) -> Callable[[], object]:
     """Return a step of the trainer on the first batch of a problem."""
     config = configure([f"experiment={name}", "gradient_method=imtl", "train.lr=1e-12", "track=false"])
-    run = build(config)
-    size = min(config.train.batch_size, len(run.data.train))  # type: ignore[arg-type]
-    batch = to_device(run.data.train[list(range(size))], config.device)
-    return partial(train_step, run, build_optimizer(run), batch)
+    return one_step(build(config))
 
 
 @contextmanager

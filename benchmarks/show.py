@@ -118,6 +118,20 @@ def ratios_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def times_table(results: dict[str, Any]) -> str:
+    """Return a table of all variants: milliseconds of a step, and in brackets the ratio to the first variant.
+
+    Args:
+        results: Rows by variant, by a title such as ``"default K=3"``.
+    """
+    columns = [", ".join(word.replace("=", " = ") for word in words_of(title)) for title in results]
+    lines = [f"| step | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
+    for variant in next(iter(results.values())):
+        cells = [f"{rows[variant]['ms']:.3g} ms ({rows[variant]['ratio']:.2f})" for rows in results.values()]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def transposed_table(results: dict[str, Any]) -> str:
     """Return a table with a row for each title, and a column for each variant except for the first, which is the unit.
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
         ("bench_distributed.py", ["--turns", "2", "--tasks", "2"]),
         ("bench_llm.py", ["--repeats", "2", "--width", "8", "--layers", "1", "--length", "8", "--tasks", "2", "--batch", "1"]),
         ("bench_many_tasks.py", ["--budget", "0", "--tasks", "2", "3"]),
+        ("bench_agent.py", ["--sizes", "default", "--source", "points", "--budget", "0"]),
         ("bench_threads.py", ["--seconds", "0", "--problems", "toy", "regression100"]),
         ("bench_jacobian.py", ["--budget", "0", "--networks", "mlp", "transformer", "--tasks", "2", "3"]),
     ],

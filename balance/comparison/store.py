@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 BOOKKEEPING = frozenset(
     {
         *("output_dir", "resume", "track", "loggers", "log_every", "log_model", "system_metrics"),
-        *("balancer.engine", "balancer.memory", "data.cache", "data.workers", "data.processes", "model.cache"),
+        *(
+            "balancer.engine",
+            "balancer.memory",
+            "data.cache",
+            "data.workers",
+            "data.processes",
+            "model.cache",
+            "model.separate_passes",
+        ),
         *("train.num_workers", "train.eval_batch_size", "train.threads", "train.checkpoint_minutes", "train.micro_batches"),
     }
 )

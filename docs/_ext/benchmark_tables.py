@@ -27,6 +27,7 @@ from show import (  # noqa: E402 - after the path is set
     rules_table,
     steps_table,
     threads_table,
+    times_table,
     transposed_table,
 )
 
@@ -79,6 +80,11 @@ FORMS = {
         "many_tasks",
         lambda results, words: many_tasks_table(results, words or "heads"),
         "Medians of CPU time. Steps relative to the first row, and in brackets the peak memory; rules in milliseconds.",
+    ),
+    "agent": Form(
+        "agent",
+        lambda results, _: times_table(results),
+        "Medians of the wall clock; in brackets relative to a step of the critics without the stage.",
     ),
     "threads": Form("threads", lambda results, _: threads_table(results), "Milliseconds of a training step; medians."),
     "optimizer_metric": Form(

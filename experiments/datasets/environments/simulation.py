@@ -42,9 +42,8 @@ class Simulation:
         self.is_moving = False  # between `start` and `finish`
         self.vector: Any
         if processes:
-            method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
             workers = [partial(_in_worker, create, os.getpid()) for create in factories]
-            self.vector = AsyncVectorEnv(workers, context=method, autoreset_mode=AutoresetMode.DISABLED)
+            self.vector = AsyncVectorEnv(workers, context=_start_method(), autoreset_mode=AutoresetMode.DISABLED)
         else:
             self.vector = SyncVectorEnv(factories, autoreset_mode=AutoresetMode.DISABLED)
         self.processes = processes
@@ -93,6 +92,15 @@ class Simulation:
             with suppress(OSError, EOFError):  # of a process that has died
                 self.finish()
         self.vector.close()
+
+
+def _start_method() -> str:
+    """Return the way in which processes are started, which must not copy the threads of this process."""
+    known = multiprocessing.get_all_start_methods()
+    method = "forkserver" if "forkserver" in known else "spawn"
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *known):
+        multiprocessing.set_start_method(method, force=True)  # joblib has set one that exists in its workers only
+    return method
 
 
 def _in_worker(create: Callable[[], GoalEnvironment], owner: int) -> GoalEnvironment:

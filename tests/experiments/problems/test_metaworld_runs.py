@@ -155,7 +155,8 @@ def test_progress_shows_the_speed(tiny):
 
 def test_a_sweep_is_compared_by_the_rate_of_success_of_all_tasks(tiny, tmp_path, capsys):
     words = [word for word in tiny("metaworld") if word not in ("track=false", f"output_dir={tmp_path}/runs")]
-    options = ["--loss_method=ls,famo", "--seeds=2", "--jobs=1", f"--output_dir={tmp_path}", "log_model=false", *words]
+    options = ["--loss_method=ls,famo", "--seeds=2", "--jobs=2", f"--output_dir={tmp_path}", "log_model=false", *words]
+    options.append("data.processes=true")  # within the processes of the sweep
     assert sweep.main(options) == 0
     capsys.readouterr()
     assert compare.main(["--experiment=metaworld", f"--output_dir={tmp_path}", "--format=json"]) == 0
