@@ -61,7 +61,7 @@ class Steps:
         return self.runs[-1]
 
     def by_name(self) -> dict[str, Callable[[], object]]:
-        """Return all steps; those of the critics have one batch."""
+        """Return all steps; all steps of the critics have the same batch."""
         steps: dict[str, Callable[[], object]] = {}
         run = self.run()
         assert run.agent is not None

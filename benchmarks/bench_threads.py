@@ -2,9 +2,9 @@
 
     python benchmarks/bench_threads.py [--problems digits toy] [--threads 1 2] [--seconds 2]
 
-A step is one step of the trainer with `imtl`, on the first training batch, with a learning rate of almost zero; of an agent,
-it includes environments and further networks. The busy
-process counts in a loop, on the last core that this process may use. All other programs should rest.
+A step is one step of the trainer with `imtl`, on the first training batch, with a learning rate of almost zero. A step of an
+agent includes environments and further networks. The busy process counts in a loop, on the last core that this process may
+use. All other programs should rest.
 """
 
 from __future__ import annotations

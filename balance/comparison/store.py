@@ -53,7 +53,7 @@ EARLIER: Mapping[str, Any] = {
     "lbfgs.tolerance_change": 1e-12,
 }
 SEPARATE = ("experiment", "loss_method", "gradient_method", "seed")  # entries that are fields of a `RecordedRun`
-CURVES = ("loss/", "weight/", "gradient_weight/", "cosine/", "conflicts")
+CURVES = ("loss/", "weight/", "gradient_weight/", "cosine/", "conflicts", "val/")
 
 
 class Store:

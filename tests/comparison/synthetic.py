@@ -105,5 +105,8 @@ def curves(of, tasks=TASKS, points=200):
             cosines = rng.normal(0, 0.5, (len(names), 1)) + 0.5 * rng.standard_normal((len(names), points)) - steps / 4000
             series |= {name: (steps, np.tanh(values)) for name, values in zip(names, cosines, strict=True)}
             series["conflicts"] = steps, (cosines < 0).sum(0).astype(float)
+        if points > 1:
+            epochs = np.arange(0, points, 10)
+            series |= {f"val/{task}/error": (steps[epochs], series[f"loss/{task}"][1][epochs] / 2) for task in tasks}
         logged[line.label] = series
     return logged

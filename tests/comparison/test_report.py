@@ -35,7 +35,7 @@ def test_nothing_is_loaded_from_elsewhere(long):
 def test_figures_are_inside_with_captions(long):
     _, text, page = long
     assert len(text) < 1_500_000
-    assert [attrs["id"] for tag, attrs in page.tags if tag == "figure"] == ["delta_m", "pareto", "cost", "curves", "conflicts"]
+    assert [attrs["id"] for tag, attrs in page.tags if tag == "figure"] == list(gallery.CAPTIONS)
     for k, (image, caption) in enumerate(zip(page.images, gallery.CAPTIONS.values(), strict=True), start=1):
         kind, _, content = image["src"].partition(";base64,")
         decoded = base64.b64decode(content, validate=True)
@@ -43,6 +43,22 @@ def test_figures_are_inside_with_captions(long):
         assert b"<svg" in decoded[:1000]
         assert caption.startswith(image["alt"])
         assert f"Figure {k}. {caption}" in page
+
+
+def test_without_baselines_the_answer_is_the_result_of_all_tasks():
+    def of(*rows, higher):
+        made = [
+            row(label, metrics={"all/success": estimate(*values, verdict=verdict)}, mean_rank=2.0)
+            for label, values, verdict in rows
+        ]
+        return answer(comparison(*made, higher={"all/success"} if higher else (), baselines=None))
+
+    told = of(("ls", (0.75, 0.25), "best"), ("uw", (0.5, 0.25), "alike"), ("famo", (0.25, 0.0), "worse"), higher=True)
+    assert told.startswith("ls is best: all/success 0.50 (95 % interval -2.68 to 3.68).")
+    assert "Not distinguishable from it: uw. Worse: famo." in told
+    alone = of(("ls", (1.0,), "best"), higher=False)
+    assert alone == "ls is the only method with a result: all/success 1.00 (one seed, so no interval)."
+    assert of(("ls", (NAN,), "unclear"), higher=True) == "No method has a finite all/success."
 
 
 def test_a_large_figure_becomes_png(monkeypatch):

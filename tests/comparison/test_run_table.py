@@ -5,6 +5,7 @@ import pytest
 
 from balance.comparison.recorded_run import RecordedRun
 from balance.comparison.run_table import tabulate
+from balance.comparison.tables import cells
 from tests.comparison.recorded import run
 
 
@@ -55,6 +56,43 @@ def test_a_failed_run_counts_but_not_in_the_means():
     assert "uw lacks seed 1 (1 failed)." in made.notes
     assert "No run of rlw finished." in made.notes
     assert {row.label for row in made.rows} == {"ls", "uw"}
+
+
+def of_all_tasks(method, success, *, seed=0, error=1.0):
+    metrics = {"a/error": error, "all/last": success, "all/success": success, "b/accuracy": 0.5}
+    return replace(run(method, seed=seed), metrics=metrics)
+
+
+def test_results_of_all_tasks_come_first_and_have_no_rank():
+    """uw is first on the only metric of a task that differs, and ls on all tasks together."""
+    runs = [of_all_tasks("uw", 0.25, error=1.0), of_all_tasks("ls", 0.75, error=2.0)]
+    higher = {"b/accuracy", "all/last", "all/success"}
+    made = tabulate(runs, experiment="synthetic", higher_is_better=higher, baselines=None)
+    assert made.metrics == ("all/last", "a/error", "b/accuracy", "all/success")
+    assert [(line.label, line.mean_rank) for line in made.rows] == [("ls", 1.5), ("uw", 1.0)]
+    lower = tabulate(runs, experiment="synthetic", higher_is_better={"b/accuracy"}, baselines=None)
+    assert [line.label for line in lower.rows] == ["uw", "ls"]
+    baselines = {"a/error": 1.0, "b/accuracy": 0.5}
+    relative = tabulate(runs, experiment="synthetic", higher_is_better=higher, baselines=baselines)
+    assert [(line.label, line.delta_m.mean) for line in relative.rows] == [("uw", 0), ("ls", 50)]
+
+
+def test_the_first_result_of_all_tasks_has_an_interval():
+    runs = [of_all_tasks("ls", success, seed=seed) for seed, success in enumerate((0.25, 0.5, 0.75))]
+    made = tabulate(runs, experiment="synthetic", higher_is_better={"all/last"}, baselines=None)
+    header, (line,) = cells(made)
+    place = header.index("all/last ↑")
+    assert header[place + 1] == "95 % interval"
+    assert [cell.text for cell in line[place : place + 2]] == ["0.50 ± 0.14", "-0.12 to 1.12"]
+    assert header.count("95 % interval") == 1
+
+
+def test_metrics_of_all_tasks_alone_are_ranked():
+    runs = [
+        replace(of_all_tasks(method, success), metrics={"all/x": success}) for method, success in (("ls", 1.0), ("uw", 2.0))
+    ]
+    made = tabulate(runs, experiment="synthetic", higher_is_better=(), baselines=None)
+    assert [(line.label, line.mean_rank) for line in made.rows] == [("ls", 1), ("uw", 2)]
 
 
 def test_a_run_that_was_repeated_after_a_failure_is_no_failure():

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from balance.comparison.figures.gallery import CAPTIONS
 from balance.tracking import Tracker
 from experiments import compare, sweep
 from experiments.analysis import published_tables
@@ -52,7 +53,7 @@ def test_the_report_is_written_and_kept_with_the_sweep(swept, printed, tmp_path)
     told = printed(f"--output={folder}")
     assert f"Report: {folder / 'report.html'}" in told.err
     names = {file.name for file in folder.iterdir()}
-    figures = {f"{name}.{kind}" for name in ("delta_m", "pareto", "cost", "curves", "conflicts") for kind in ("pdf", "png")}
+    figures = {f"{name}.{kind}" for name in CAPTIONS for kind in ("pdf", "png")}
     assert names - {"private.txt"} == {"report.html", *figures}
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "ls + mgda" in page

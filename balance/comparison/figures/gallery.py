@@ -10,7 +10,7 @@ from matplotlib import rc_context
 
 from .delta_m import delta_m
 from .scatter import cost, most_opposed, pareto
-from .training import conflicts, curves
+from .training import conflicts, curves, validation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,6 +30,7 @@ CAPTIONS = {
     "and short stretches of training. The color shows the loss balancer, the line style the gradient balancer.",
     "conflicts": "Above, the share of task pairs with opposed gradients: lower is more harmony. Below, the cosine between the "
     "gradients of each pair: red pairs hinder each other, blue pairs help. Means over seeds.",
+    "validation": "Validation metrics over training, means over seeds. The arrow shows the better direction.",
 }
 
 
@@ -54,6 +55,7 @@ def every_figure(table: RunTable, logged: Curves | None = None, axes: tuple[str,
         "cost": cost(table),
         "curves": curves(table, logged or {}),
         "conflicts": conflicts(table, logged or {}),
+        "validation": validation(table, logged or {}),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 
+from ..tables import direction
 from .drawing import (
     POINTS,
     STYLE,
@@ -38,6 +39,8 @@ Panel = tuple[str, str]  # a key of GROUPS, and a task
 
 GROUPS = {"loss": "loss", "weight": "loss weight", "gradient_weight": "gradient weight"}
 COSINES = colormaps["RdBu"].with_extremes(bad="#D9D9D9")
+VALIDATION = "val/"  # beginning of the names of validation metrics
+MOST_METRICS, COLUMNS_OF_METRICS = 9, 3
 MOST_TASKS = 6
 MOST_COLUMNS_OF_TASKS = 4
 MOST_PAIRS = 30
@@ -74,6 +77,39 @@ def curves(table: RunTable, logged: Curves) -> Figure | None:
         figure.suptitle(f"The first {len(shown)} of {len(tasks)} tasks")
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     return figure
+
+
+@rc_context(STYLE)
+def validation(table: RunTable, logged: Curves) -> Figure | None:
+    """Draw validation metrics over training, a panel for each; of many metrics the first nine.
+
+    Returns:
+        The figure; None if nothing was logged.
+    """
+    of_rows = {label: _validation_metrics(series) for label, series in logged.items()}
+    names = list(dict.fromkeys(name for series in of_rows.values() for name in series))
+    if not names:
+        return None
+    styles = row_styles(table.rows)
+    handles = [style.line for label, style in styles.items() if of_rows.get(label)]
+    columns, height = legend_size(handles)
+    shown = names[:MOST_METRICS]
+    rows = math.ceil(len(shown) / COLUMNS_OF_METRICS)
+    figure = Figure(figsize=(WIDTH, height + 0.4 + 1.6 * rows), layout="constrained")
+    for k, name in enumerate(shown):
+        axes = figure.add_subplot(rows, min(len(shown), COLUMNS_OF_METRICS), k + 1)
+        _draw_lines(axes, {label: series[name] for label, series in of_rows.items() if name in series}, styles)
+        axes.set_title(wrapped(f"{name} {direction(name, table.higher_is_better)}", 34))
+        axes.set_xlabel("step" if k + COLUMNS_OF_METRICS >= len(shown) else "")
+    if len(shown) < len(names):
+        figure.suptitle(f"The first {len(shown)} of {len(names)} metrics")
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    return figure
+
+
+def _validation_metrics(series: Mapping[str, Series]) -> dict[str, Series]:
+    """Return the series of validation metrics by the name of the metric."""
+    return {key.removeprefix(VALIDATION): of_key for key, of_key in _not_empty(series).items() if key.startswith(VALIDATION)}
 
 
 def _layout(lines: Mapping[Panel, Mapping[str, Series]], tasks: Sequence[str]) -> list[list[Panel]]:

@@ -104,3 +104,23 @@ def test_conflicts_list_rows_without_cosines():
     image = figure.axes[1].images[0].get_array().filled(NAN)
     assert image[0].tolist() == [-1, 0, 1]
     assert np.isnan(image[1]).all()
+
+
+def test_validation_metrics_have_a_panel_each():
+    of = realistic()
+    logged = curves(of, points=30)
+    figure = training.validation(of, logged)
+    assert [axes.get_title() for axes in figure.axes] == [f"{task}/error ↓" for task in TASKS]
+    for axes, task in zip(figure.axes, TASKS, strict=True):
+        assert len(axes.lines) == len(of.rows)
+        for drawn, line in zip(axes.lines, of.rows, strict=True):
+            assert (drawn.get_ydata() == logged[line.label][f"val/{task}/error"][1]).all()
+    assert legend(figure) == [f"{k}  {line.label}" for k, line in enumerate(of.rows, start=1)]
+    assert training.validation(of, {"ls": {"loss/a": (np.arange(2.0), np.ones(2))}}) is None
+
+
+def test_validation_draws_nine_of_forty_metrics():
+    of = realistic(tasks=FORTY)
+    figure = training.validation(of, curves(of, FORTY, points=5))
+    assert len(figure.axes) == 9
+    assert figure.get_suptitle() == "The first 9 of 40 metrics"
