@@ -40,7 +40,7 @@ class MultiTaskAgent:
         tasks: Names of the tasks.
 
     Raises:
-        ValueError: If an option is out of range, or the batch cannot be divided by the number of tasks.
+        ValueError: If an option is out of range, or there are more tasks than rows in a batch.
     """
 
     def __init__(self, data: Splits, network: SoftActorCritic, config: DictConfig, tasks: Sequence[str]) -> None:
@@ -192,22 +192,14 @@ def build_learner(part: str, parameters: Sequence[nn.Parameter], config: DictCon
 
 
 def check_sizes(config: DictConfig, tasks: int) -> None:
-    """Check sizes that depend on the number of tasks.
+    """Check that a batch and the buffers have room for each task.
 
     Raises:
-        ValueError: If the batch or the buffers are too small, or a batch of equal parts cannot be divided.
+        ValueError: If one of them is too small.
     """
-    size = config.train.batch_size
-    if config.agent.sampling == "equal" and size % tasks:
-        nearest = max(1, round(size / tasks)) * tasks
-        raise ValueError(
-            f"train.batch_size must be a multiple of the {tasks} tasks with agent.sampling=equal, but got {size}. Set "
-            f"train.batch_size={nearest} or agent.sampling=mixed."
-        )
-    if config.agent.replay_size < tasks:
-        raise ValueError(
-            f"agent.replay_size must be at least the number of tasks, {tasks}, but got {config.agent.replay_size}."
-        )
+    for key, size in {"train.batch_size": config.train.batch_size, "agent.replay_size": config.agent.replay_size}.items():
+        if size < tasks:
+            raise ValueError(f"{key} must be at least {tasks}, one for each task, but got {size}.")
 
 
 def build_agent(data: Splits, network: SoftActorCritic, config: DictConfig, tasks: Sequence[str]) -> MultiTaskAgent:

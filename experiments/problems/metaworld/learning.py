@@ -35,11 +35,9 @@ class Rows(NamedTuple):
 
 
 def draw_rows(tasks: int, size: int, *, mixed: bool) -> Rows:
-    """Return the tasks of a batch: a random task for each row, or equally many rows of each."""
-    if not mixed:
-        return Rows(torch.arange(tasks).repeat_interleave(size // tasks), (size // tasks,) * tasks)
-    drawn = torch.randint(tasks, (size,)).sort().values
-    return Rows(drawn, tuple(drawn.bincount(minlength=tasks).tolist()))
+    """Return the tasks of a batch: a random task for each row, or as equal numbers of rows as the size allows."""
+    drawn = torch.randint(tasks, (size,)) if mixed else torch.arange(size) % tasks
+    return Rows(drawn.sort().values, tuple(drawn.bincount(minlength=tasks).tolist()))
 
 
 @torch.no_grad()

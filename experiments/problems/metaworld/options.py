@@ -23,7 +23,7 @@ class AgentConfig:
     discount: float = setting(0.99, minimum=0, maximum=1, help="factor of a reward one step later")
     replay_size: int = setting(1_000_000, minimum=1, help="transitions of all tasks that are kept")
     sampling: Literal["equal", "mixed"] = setting(
-        "equal", help="tasks in a batch: equally many transitions of each, or a random task for each transition"
+        "equal", help="tasks in a batch: equal numbers of transitions, or a random task for each transition"
     )
     reward_rate: float = setting(
         0.001,

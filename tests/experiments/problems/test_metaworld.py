@@ -130,6 +130,7 @@ def test_target_values_are_rewards_and_soft_values_of_the_next_observations():
 def test_a_batch_has_equal_parts_or_random_ones():
     equal = draw_rows(3, 12, mixed=False)
     assert (equal.tasks.tolist(), equal.counts) == ([0] * 4 + [1] * 4 + [2] * 4, (4, 4, 4))
+    assert draw_rows(3, 8, mixed=False).counts == (3, 3, 2)
     mixed = [draw_rows(3, 12, mixed=True) for _ in range(50)]
     assert all(rows.tasks.tolist() == sorted(rows.tasks.tolist()) and sum(rows.counts) == 12 for rows in mixed)
     assert all(rows.tasks.bincount(minlength=3).tolist() == list(rows.counts) for rows in mixed)

@@ -183,8 +183,8 @@ def test_a_diagnosis_and_an_estimate_of_a_run(tiny, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train.batch_size=9"], r"train\.batch_size must be a multiple of the 2 tasks .* got 9\. Set train\.batch_size=8"),
-        (["agent.replay_size=1"], r"agent\.replay_size must be at least the number of tasks, 2, but got 1"),
+        (["train.batch_size=1"], r"train\.batch_size must be at least 2, one for each task, but got 1"),
+        (["agent.replay_size=1"], r"agent\.replay_size must be at least 2, one for each task, but got 1"),
         (["data.tasks=east,reach"], r"Unknown task of data\.source=points 'reach'\. Known: all, east, north, south, west"),
         (["data.tasks=east,east"], r"data\.tasks must name each task once, but got 'east,east'"),
         (["data.evaluation_goals=2"], r"data\.evaluation_goals must be at most data\.goals=1, but got 2"),
