@@ -62,7 +62,6 @@ class MultiTaskAgent:
         self.first = 0  # step at which the next epoch begins
         self.steps = 0  # of training
         self.drawn: tuple[Tensor, Rows] | None = None  # observations and tasks of the current batch
-        self.actor_loss = torch.zeros(())
 
     def __len__(self) -> int:
         return self.options.epoch_steps
@@ -188,7 +187,10 @@ def build_learner(part: str, parameters: Sequence[nn.Parameter], config: DictCon
     """Return the optimizer of a part of the agent, with a balancer if the configuration asks for one."""
     rate = config.train.lr if config.agent.lr is None else config.agent.lr
     balancer = build_balancer(config, tasks) if part in config.agent.balanced else None
-    return Learner(parameters, rate, balancer, config.train.balancer_lr)
+    learner = Learner(parameters, rate, balancer, config.train.balancer_lr)
+    if balancer is not None and config.balancer.metric == "optimizer":
+        balancer.metric = learner.optimizer
+    return learner
 
 
 def check_sizes(config: DictConfig, tasks: int) -> None:

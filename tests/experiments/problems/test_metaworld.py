@@ -252,7 +252,7 @@ def test_a_step_of_the_actor_is_a_step_along_the_soft_value(tiny):
 
 
 def test_actor_and_temperature_can_have_balancers(tiny):
-    words = ["--loss_method=rlw", "--gradient_method=pcgrad", "agent.balanced=[actor,temperature]"]
+    words = ["--loss_method=rlw", "--gradient_method=pcgrad", "agent.balanced=[actor,temperature]", "balancer.metric=optimizer"]
     run = prepare(*tiny("metaworld", *words))
     plain = prepare(*tiny("metaworld", *words[:2]))
     assert plain.agent.actor.balancer is None
@@ -262,6 +262,7 @@ def test_actor_and_temperature_can_have_balancers(tiny):
         run.agent.after_step()
     for learner in (run.agent.actor, run.agent.temperature):
         assert learner.balancer.report.tasks == run.problem.TASKS
+        assert learner.balancer.metric.optimizer is learner.optimizer
     assert run.agent.actor.balancer.report.cosines is not None
 
 
