@@ -93,8 +93,13 @@ class _Metrics(NamedTuple):
 
 
 def main_summary(names: Collection[str]) -> str | None:
-    """Return the first metric of all tasks together; None if there is none."""
-    return next((name for name in names if name.startswith(SUMMARY)), None)
+    """Return the metric of all tasks together that single tasks have as well, or else the first one; None if there is none.
+
+    Stores return metrics in different orders, so the order decides only where nothing else does.
+    """
+    of_tasks = {name.partition("/")[2] for name in names if not name.startswith(SUMMARY)}
+    summaries = [name for name in names if name.startswith(SUMMARY)]
+    return next((name for name in summaries if name.removeprefix(SUMMARY) in of_tasks), next(iter(summaries), None))
 
 
 def tabulate(

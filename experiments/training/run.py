@@ -192,6 +192,8 @@ def check_agent(config: DictConfig, problem: Problem, balancer: Balancer) -> Non
     if problem.build_agent is None:
         return
     chosen = {
+        "loss_method=stl; a run of one task needs data.tasks=NAME": config.loss_method == "stl",
+        "balancer.source=features, where the tasks have different rows": balancer.source == "features",
         f"train.lbfgs_steps={config.train.lbfgs_steps}": bool(config.train.lbfgs_steps),
         f"train.num_workers={config.train.num_workers}": bool(config.train.num_workers),
         f"loss_method={config.loss_method}, which learns from validation losses": balancer.needs_validation,

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from balance.comparison.recorded_run import RecordedRun
-from balance.comparison.run_table import tabulate
+from balance.comparison.run_table import main_summary, tabulate
 from balance.comparison.tables import cells
 from tests.comparison.recorded import run
 
@@ -59,22 +59,29 @@ def test_a_failed_run_counts_but_not_in_the_means():
 
 
 def of_all_tasks(method, success, *, seed=0, error=1.0):
-    metrics = {"a/error": error, "all/last": success, "all/success": success, "b/accuracy": 0.5}
+    metrics = {"a/error": error, "all/last": success, "all/other": success, "b/accuracy": 0.5}
     return replace(run(method, seed=seed), metrics=metrics)
 
 
 def test_results_of_all_tasks_come_first_and_have_no_rank():
     """uw is first on the only metric of a task that differs, and ls on all tasks together."""
     runs = [of_all_tasks("uw", 0.25, error=1.0), of_all_tasks("ls", 0.75, error=2.0)]
-    higher = {"b/accuracy", "all/last", "all/success"}
+    higher = {"b/accuracy", "all/last", "all/other"}
     made = tabulate(runs, experiment="synthetic", higher_is_better=higher, baselines=None)
-    assert made.metrics == ("all/last", "a/error", "b/accuracy", "all/success")
+    assert made.metrics == ("all/last", "a/error", "b/accuracy", "all/other")
     assert [(line.label, line.mean_rank) for line in made.rows] == [("ls", 1.5), ("uw", 1.0)]
     lower = tabulate(runs, experiment="synthetic", higher_is_better={"b/accuracy"}, baselines=None)
     assert [line.label for line in lower.rows] == ["uw", "ls"]
     baselines = {"a/error": 1.0, "b/accuracy": 0.5}
     relative = tabulate(runs, experiment="synthetic", higher_is_better=higher, baselines=baselines)
     assert [(line.label, line.delta_m.mean) for line in relative.rows] == [("uw", 0), ("ls", 50)]
+
+
+def test_the_main_result_of_all_tasks_has_the_name_of_a_metric_of_tasks():
+    """Whatever order the store returns."""
+    assert main_summary(["all/area", "all/success", "a/success"]) == "all/success"
+    assert main_summary(["all/area", "all/best", "a/success"]) == "all/area"
+    assert main_summary(["a/success"]) is None
 
 
 def test_the_first_result_of_all_tasks_has_an_interval():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from contextlib import suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from experiments.datasets.environments.goals import Array
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from experiments.datasets.environments.goals import GoalEnvironment
 
@@ -53,20 +53,23 @@ class Simulation:
     def begin(self, goals: Sequence[int]) -> Array:
         """Begin an episode in every environment, with these goals; return the first observations (K, D)."""
         self.goals, self.actions = list(goals), []
-        observations: Array = self.vector.reset(options={"goals": self.goals})[0]
+        with _ended_process_named():
+            observations: Array = self.vector.reset(options={"goals": self.goals})[0]
         return observations
 
     def start(self, actions: Array) -> None:
         """Start a step with actions (K, A); processes compute it in the background."""
         self.actions.append(actions)
-        self.is_moving = True
         if self.processes:
-            self.vector.step_async(actions)
+            with _ended_process_named():
+                self.vector.step_async(actions)
+        self.is_moving = True
 
     def finish(self) -> Outcome:
         """Wait for the step that `start` has started."""
-        result = self.vector.step_wait() if self.processes else self.vector.step(self.actions[-1])
         self.is_moving = False
+        with _ended_process_named():
+            result = self.vector.step_wait() if self.processes else self.vector.step(self.actions[-1])
         observations, rewards, _, _, info = result
         return Outcome(observations, rewards.astype(np.float32), info["success"].astype(np.float32))
 
@@ -88,10 +91,30 @@ class Simulation:
 
     def close(self) -> None:
         """End the processes, after the step that they may be making."""
-        if self.is_moving:
-            with suppress(OSError, EOFError):  # of a process that has died
+        try:
+            if self.is_moving:
                 self.finish()
-        self.vector.close()
+            self.vector.close()
+        except (OSError, EOFError, RuntimeError):  # a process has ended, so that the others cannot be asked
+            for process in self.vector.processes:
+                process.kill()
+            self.vector.closed = True
+
+
+@contextmanager
+def _ended_process_named() -> Iterator[None]:
+    """Say so if the process of an environment has ended.
+
+    Raises:
+        RuntimeError: If one has ended.
+    """
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        raise RuntimeError(
+            "Every environment must have its process, but one has ended, perhaps for lack of memory. resume=true continues the "
+            "run; data.processes=false needs no further processes."
+        ) from error
 
 
 def _start_method() -> str:
@@ -104,7 +127,8 @@ def _start_method() -> str:
 
 
 def _in_worker(create: Callable[[], GoalEnvironment], owner: int) -> GoalEnvironment:
-    """Create an environment in a process that leaves Ctrl-C to its owner, which ends it when a run has been saved."""
+    """Create an environment in a process that leaves signals to its owner, which ends it when a run has been saved."""
     if os.getpid() != owner:  # gymnasium also creates one in the owner, for its spaces
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it to all processes of a group
     return create()

@@ -70,6 +70,9 @@ class MultiTaskAgent:
         first, self.first = self.first, 0
         for _ in range(first, len(self)):
             yield self.begin_step()
+        for learner in (self.actor, self.temperature):
+            if learner.balancer is not None and first < len(self):
+                learner.balancer.end_epoch()
 
     def begin_step(self) -> Batch:
         """Let the environments start a step, and return a batch for the critics: inputs and target values."""
@@ -77,8 +80,6 @@ class MultiTaskAgent:
             self.explore()
         if self.moves:
             self.collection.start(self.act)
-            if not self.options.overlap:
-                self.collection.finish()
         return self.draw()
 
     def after_step(self) -> None:
@@ -87,7 +88,7 @@ class MultiTaskAgent:
         observations, rows = self.drawn
         self.train_actor(observations, rows)
         self.network.update_targets()
-        if self.moves and self.options.overlap:
+        if self.moves:
             self.collection.finish()
         self.steps += 1
 
@@ -194,11 +195,14 @@ def build_learner(part: str, parameters: Sequence[nn.Parameter], config: DictCon
 
 
 def check_sizes(config: DictConfig, tasks: int) -> None:
-    """Check that a batch and the buffers have room for each task.
+    """Check that a batch and the buffers have room for each task, and that the networks fit the observations.
 
     Raises:
-        ValueError: If one of them is too small.
+        ValueError: If a batch or the buffers are too small, or the networks have another source.
     """
+    source = config.data.source
+    if config.model.source != source:
+        raise ValueError(f"model.source must equal data.source={source}, but got {config.model.source}. Leave it out.")
     for key, size in {"train.batch_size": config.train.batch_size, "agent.replay_size": config.agent.replay_size}.items():
         if size < tasks:
             raise ValueError(f"{key} must be at least {tasks}, one for each task, but got {size}.")

@@ -1,4 +1,4 @@
-"""The networks of a soft actor-critic: one actor and two critics for all tasks, and a temperature for each task."""
+"""The networks of a soft actor-critic: an actor and two critics for all tasks, and temperatures."""
 
 from __future__ import annotations
 

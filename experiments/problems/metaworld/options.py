@@ -10,15 +10,15 @@ from balance.config import setting
 
 @dataclass
 class AgentConfig:
-    """Collection of transitions, and updates of actor and temperatures; ``train`` has the critics' optimizer and the batch."""
+    """Collection of transitions, and updates of actor and temperatures, always by Adam with a constant rate.
+
+    The entries of ``train`` for optimizer, schedule, clipping, weight decay and precision belong to the critics only.
+    """
 
     epoch_steps: int = setting(1500, minimum=1, help="steps of training between two evaluations")
     random_steps: int = setting(1500, minimum=1, help="steps with random actions before the first step of training")
     first_updates: int = setting(
         0, minimum=0, help="number of first steps of training only on the random transitions; no environment moves in them"
-    )
-    overlap: bool = setting(
-        default=True, help="move the environments while the networks are trained; their transition is stored after that step"
     )
     discount: float = setting(0.99, minimum=0, maximum=1, help="factor of a reward one step later")
     replay_size: int = setting(1_000_000, minimum=1, help="transitions of all tasks that are kept")

@@ -76,7 +76,7 @@ def assert_equal(ours, theirs):
 CASES = [
     pytest.param(["--loss_method=famo"], id="famo"),
     pytest.param(["--loss_method=uw", "--gradient_method=pcgrad", "agent.balanced=[actor,temperature]"], id="balanced actor"),
-    pytest.param(["agent.overlap=false", "agent.sampling=mixed", "agent.first_updates=9"], id="as published"),
+    pytest.param(["agent.sampling=mixed", "agent.first_updates=9"], id="as published"),
     pytest.param(["data.processes=true", "agent.replay_size=14"], id="processes and full buffers"),
 ]
 
@@ -192,6 +192,9 @@ def test_a_diagnosis_and_an_estimate_of_a_run(tiny, capsys):
         (["agent.balanced=[critic]"], r"agent\.balanced must be one of actor, temperature"),
         (["model.width=0"], r"model\.width must be at least 1"),
         (["train.lbfgs_steps=2"], r"collects its own batches in one process, but got train\.lbfgs_steps=2"),
+        (["--loss_method=stl"], r"but got loss_method=stl; a run of one task needs data\.tasks=NAME"),
+        (["balancer.source=features", "--gradient_method=pcgrad"], r"but got balancer\.source=features, where the tasks"),
+        (["model.source=metaworld"], r"model\.source must equal data\.source=points, but got metaworld"),
         (["train.num_workers=2"], r"but got train\.num_workers=2"),
         (["--loss_method=coba"], r"but got loss_method=coba, which learns from validation losses"),
     ],
@@ -234,6 +237,37 @@ def test_processes_give_the_transitions_of_one_process():
     for ours, theirs in zip(*outcomes, strict=True):
         assert ours.dtype == theirs.dtype == np.float32
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_process_that_has_ended_is_named():
+    world = World(DataConfig(source="points", tasks="all"))
+    world.simulation.begin([0] * 4)
+    world.simulation.vector.processes[1].kill()
+    world.simulation.vector.processes[1].join()
+    with pytest.raises(RuntimeError, match=r"must have its process, but one has ended.* resume=true continues"):
+        for _ in range(3):
+            world.simulation.step(np.zeros((4, 2), np.float32))
+    processes = world.simulation.vector.processes
+    world.close()
+    for process in processes:
+        process.join(timeout=10)
+        assert not process.is_alive()
+
+
+def test_a_signal_to_all_processes_leaves_a_run_that_resumes(tiny, tmp_path):
+    """Schedulers send SIGTERM to a whole group, and terminals send Ctrl-C to it."""
+    words = [word for word in tiny("metaworld") if word != "data.processes=false"]
+    sizes = ["agent.epoch_steps=100000", "train.checkpoint_minutes=0.01", "train.threads=1"]
+    command = [sys.executable, str(ROOT / "experiments/trainer.py"), *words, *sizes]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    while process.poll() is None and not list(tmp_path.glob("runs/metaworld/*/last.pt")):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert "Traceback" not in told
+    (file,) = tmp_path.glob("runs/metaworld/*/last.pt")
+    assert load(file)["step"] > 0
 
 
 def test_goals_follow_from_the_seed():
