@@ -40,8 +40,8 @@ STAGES = {
     "critics, uw": ["loss_method=uw"],
     "critics, famo": ["loss_method=famo"],
     "critics, pcgrad": ["gradient_method=pcgrad"],
-    "critics, pcgrad, separate passes": ["gradient_method=pcgrad", "model.separate_passes=true"],
-    "critics, cagrad, separate passes": ["gradient_method=cagrad", "model.separate_passes=true"],
+    "critics, cagrad": ["gradient_method=cagrad"],
+    "critics, pcgrad, one pass for all tasks": ["gradient_method=pcgrad", "model.separate_passes=false"],
 }
 EPISODE = 150
 

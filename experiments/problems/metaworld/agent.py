@@ -12,7 +12,7 @@ from balance.config import build_balancer, check_settings
 from experiments.problems.metaworld.collection import Collection
 from experiments.problems.metaworld.data import Episodes
 from experiments.problems.metaworld.learning import Learner, Rows, critic_inputs, draw_rows, frozen, target_values
-from experiments.problems.metaworld.networks import SIZES, Inputs
+from experiments.problems.metaworld.networks import SIZES, Critics, Inputs
 from experiments.problems.metaworld.replay import Replay
 
 if TYPE_CHECKING:
@@ -209,5 +209,8 @@ def check_sizes(config: DictConfig, tasks: int) -> None:
 
 
 def build_agent(data: Splits, network: SoftActorCritic, config: DictConfig, tasks: Sequence[str]) -> MultiTaskAgent:
-    """Return an agent that has seen nothing yet."""
+    """Return an agent that has seen nothing yet; it decides whether the critics compute each task separately."""
+    if config.model.separate_passes is None:
+        assert isinstance(network.trunk, Critics)
+        network.trunk.separate_passes = config.gradient_method is not None
     return MultiTaskAgent(data, network, config, tasks)

@@ -36,8 +36,10 @@ class ModelConfig:
     temperature: float = setting(1.0, above=0, help="first temperature, the factor of the entropy")
     temperature_per_task: bool = setting(default=True, help="a temperature for each task, or one for all")
     target_rate: float = setting(0.005, above=0, maximum=1, help="share of the critics in an update of the target critics")
-    separate_passes: bool = setting(
-        default=False, help="compute the values of each task in a separate forward pass, so that its gradient costs less"
+    separate_passes: bool | None = setting(
+        None,
+        help="compute the values of each task in a separate forward pass, so that its gradient costs less; null: with a gradient "
+        "method",
     )
 
 
@@ -75,7 +77,7 @@ class Critics(nn.Module):
     def __init__(self, inputs: int, config: ModelConfig) -> None:
         super().__init__()
         self.pair = nn.ModuleList(mlp(inputs, config, 1) for _ in range(2))
-        self.separate_passes = config.separate_passes
+        self.separate_passes = bool(config.separate_passes)
 
     def values(self, rows: Tensor) -> Tensor:
         """Return both estimates. Shapes: rows (B, inputs), result (2, B)."""

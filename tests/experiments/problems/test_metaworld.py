@@ -71,6 +71,16 @@ def test_separate_passes_give_the_joint_values_and_gradients():
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+def test_gradient_methods_get_separate_passes_unless_told_otherwise(tiny):
+    for words, separate in (
+        ([], False),
+        (["--gradient_method=pcgrad"], True),
+        (["--gradient_method=pcgrad", "model.separate_passes=false"], False),
+        (["model.separate_passes=true"], True),
+    ):
+        assert prepare(*tiny("metaworld", *words)).model.trunk.separate_passes is separate
+
+
 def test_target_critics_follow_by_their_rate():
     network = SoftActorCritic(TASKS, ModelConfig(source="points", width=8, layers=1, target_rate=0.25))
     before = [parameter.clone() for parameter in network.targets.parameters()]
