@@ -38,8 +38,7 @@ class ModelConfig:
     target_rate: float = setting(0.005, above=0, maximum=1, help="share of the critics in an update of the target critics")
     separate_passes: bool | None = setting(
         None,
-        help="compute the values of each task in a separate forward pass, so that its gradient costs less; null: with a gradient "
-        "method",
+        help="compute each task in a separate forward pass, whose gradient costs less; null: with a gradient method",
     )
 
 
