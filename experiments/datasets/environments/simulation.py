@@ -47,13 +47,12 @@ class Simulation:
         else:
             self.vector = SyncVectorEnv(factories, autoreset_mode=AutoresetMode.DISABLED)
         self.processes = processes
-        self.observation_size: int = self.vector.single_observation_space.shape[0]
         self.action_size: int = self.vector.single_action_space.shape[0]
 
     def begin(self, goals: Sequence[int]) -> Array:
         """Begin an episode in every environment, with these goals; return the first observations (K, D)."""
         self.goals, self.actions = list(goals), []
-        with _ended_process_named():
+        with self.ended_process_named():
             observations: Array = self.vector.reset(options={"goals": self.goals})[0]
         return observations
 
@@ -61,14 +60,14 @@ class Simulation:
         """Start a step with actions (K, A); processes compute it in the background."""
         self.actions.append(actions)
         if self.processes:
-            with _ended_process_named():
+            with self.ended_process_named():
                 self.vector.step_async(actions)
         self.is_moving = True
 
     def finish(self) -> Outcome:
         """Wait for the step that `start` has started."""
         self.is_moving = False
-        with _ended_process_named():
+        with self.ended_process_named():
             result = self.vector.step_wait() if self.processes else self.vector.step(self.actions[-1])
         observations, rewards, _, _, info = result
         return Outcome(observations, rewards.astype(np.float32), info["success"].astype(np.float32))
@@ -89,32 +88,37 @@ class Simulation:
             observations = self.step(action).observations
         return observations
 
+    @contextmanager
+    def ended_process_named(self) -> Iterator[None]:
+        """Say so if the process of an environment has ended.
+
+        Raises:
+            RuntimeError: If one has ended.
+            OSError: An error of an environment in this process.
+            EOFError: An error of an environment in this process.
+        """
+        try:
+            yield
+        except (OSError, EOFError) as error:
+            if not self.processes:
+                raise
+            raise RuntimeError(
+                "Every environment must have its process, but one has ended, perhaps for lack of memory. resume=true continues "
+                "the run; data.processes=false needs no further processes."
+            ) from error
+
     def close(self) -> None:
         """End the processes, after the step that they may be making."""
         try:
             if self.is_moving:
                 self.finish()
             self.vector.close()
-        except (OSError, EOFError, RuntimeError):  # a process has ended, so that the others cannot be asked
-            for process in self.vector.processes:
+        except (OSError, EOFError, RuntimeError):
+            if not self.processes:
+                raise
+            for process in self.vector.processes:  # one has ended, so that the others cannot be asked
                 process.kill()
             self.vector.closed = True
-
-
-@contextmanager
-def _ended_process_named() -> Iterator[None]:
-    """Say so if the process of an environment has ended.
-
-    Raises:
-        RuntimeError: If one has ended.
-    """
-    try:
-        yield
-    except (OSError, EOFError) as error:
-        raise RuntimeError(
-            "Every environment must have its process, but one has ended, perhaps for lack of memory. resume=true continues the "
-            "run; data.processes=false needs no further processes."
-        ) from error
 
 
 def _start_method() -> str:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from balance.config import check_settings, setting
 from balance.messages import unknown
+from experiments.datasets.environments import points
 from experiments.problems.base import Batch, Splits
 
 if TYPE_CHECKING:
@@ -27,8 +28,7 @@ MT10 = (
 )
 # fmt: on
 TASKS = ("reach", "drawer-close", "button-press-topdown")
-POINTS = ("east", "north", "west", "south")
-ALL = {"metaworld": MT10, "points": POINTS}
+ALL = {"metaworld": MT10, "points": points.TASKS}
 
 
 @dataclass
@@ -143,9 +143,7 @@ def environment_of(source: str) -> Callable[[str, int, int, int], GoalEnvironmen
         ModuleNotFoundError: If its simulator is not installed.
     """
     if source == "points":
-        from experiments.datasets.environments.points import Point  # noqa: PLC0415
-
-        return Point
+        return points.Point
     try:
         from experiments.datasets.environments.manipulation import Manipulation  # noqa: PLC0415
     except ModuleNotFoundError as error:
