@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Entries of a configuration that do not decide the result of a run; data.source describes the files of data.path
 BOOKKEEPING = frozenset(
     {
-        *("output_dir", "resume", "track", "loggers", "log_every", "log_model", "system_metrics"),
+        *("chosen_by", "output_dir", "resume", "track", "loggers", "log_every", "log_model", "system_metrics"),
         *(
             "balancer.engine",
             "balancer.memory",
@@ -51,6 +51,7 @@ EARLIER: Mapping[str, Any] = {
     "lbfgs.line_search": "strong_wolfe",
     "lbfgs.tolerance_grad": 1e-9,
     "lbfgs.tolerance_change": 1e-12,
+    "loss.relative_step": False,
 }
 SEPARATE = ("experiment", "loss_method", "gradient_method", "seed")  # entries that are fields of a `RecordedRun`
 CURVES = ("loss/", "weight/", "gradient_weight/", "cosine/", "conflicts", "val/")

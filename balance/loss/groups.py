@@ -44,7 +44,9 @@ class GO4Align(nn.Module):
     Args:
         num_tasks: Number of tasks, K.
         num_groups: Number of groups, at least 1; a number above K has the effect of K.
-        step_size: β ≥ 0, per unit of loss.
+        step_size: β ≥ 0, per unit of loss, or per initial loss with ``relative_step``.
+        relative_step: Whether the history accumulates every loss divided by the first loss of its task. Then q does not depend
+            on the scale of any loss. False is the paper's rule; with losses in the thousands its β must be smaller.
         grouping: Method that forms the groups. ``"kmeans"``: exact k-means. ``"spectral"``: spectral clustering by
             scikit-learn, slow. ``"sdp"``: a semi-definite relaxation of k-means by cvxpy, slow, whose groups are connected
             components.
@@ -57,12 +59,22 @@ class GO4Align(nn.Module):
         Shen et al., "GO4Align: Group Optimization for Multi-Task Alignment", NeurIPS 2024, algorithm 1, with the scale
         of its code, which is K times the paper's. Differs: the groups are the exact optimum of the 1-D k-means problem, where
         the code draws random centres and can loop for ever. The default is two groups, where the code's single group turns
-        the method off. The history is a sum of losses, so that it cannot underflow.
+        the method off. The history is a sum of losses, so that it cannot underflow. ``relative_step`` is an addition of this
+        library.
     """
 
     cumulative_losses: Tensor
+    initial_losses: Tensor | None
 
-    def __init__(self, num_tasks: int, num_groups: int = 2, step_size: float = 1e-4, grouping: Grouping = "kmeans") -> None:
+    def __init__(
+        self,
+        num_tasks: int,
+        num_groups: int = 2,
+        step_size: float = 1e-4,
+        grouping: Grouping = "kmeans",
+        *,
+        relative_step: bool = False,
+    ) -> None:
         super().__init__()
         if num_groups < 1:
             raise ValueError(f"num_groups of 'go4align' must be at least 1, but got {num_groups}.")
@@ -73,6 +85,8 @@ class GO4Align(nn.Module):
         self.grouping = grouping
         self.stays_on_device = grouping == "kmeans"
         self.register_buffer("cumulative_losses", torch.zeros(num_tasks, dtype=torch.float64, device="cpu"))
+        first = torch.full((num_tasks,), torch.nan, dtype=torch.float64, device="cpu") if relative_step else None
+        self.register_buffer("initial_losses", first)
 
     def forward(self, losses: Losses, present: Tensor | None = None) -> WeightedLosses:
         """Multiply the losses by the mean indicator of their group, and add the losses to the history.
@@ -89,14 +103,22 @@ class GO4Align(nn.Module):
         """
         L = values(losses)
         require_above(L, 0, "go4align", DIVISION, ADD_CONSTANT)
-        cumulative = values(of_tasks(self.cumulative_losses, present)) + L
+        initial = None if self.initial_losses is None else first_losses(of_tasks(self.initial_losses, present), L)
+        cumulative = values(of_tasks(self.cumulative_losses, present)) + (L if initial is None else L / initial)
         q = (-self.step_size * cumulative).softmax(dim=0)
         indicators = q * (L.sum() / L)
         groups = _GROUPINGS[self.grouping](indicators, self.num_groups)
         weighted = weigh(losses, group_means(indicators, groups))
         # Last, because a grouping can raise an error: its library is missing, or its solver fails
         set_of_tasks(self.cumulative_losses, present, cumulative)
+        if self.initial_losses is not None and initial is not None:
+            set_of_tasks(self.initial_losses, present, initial)
         return weighted
+
+
+def first_losses(recorded: Tensor, losses: Tensor) -> Tensor:
+    """Return the recorded first losses, and the present losses where none is recorded (NaN). Shapes (K,), (K,) -> (K,)."""
+    return losses.where(recorded.isnan(), recorded.to(losses))
 
 
 def group_means(indicators: Tensor, groups: Tensor) -> Tensor:

@@ -60,3 +60,43 @@ def test_go4align_leaves_its_history_as_before_when_the_grouping_fails(monkeypat
     with pytest.raises(ImportError):
         rule(torch.ones(2))
     assert rule.cumulative_losses.tolist() == [0, 0]
+
+
+def weights_over_time(rule, rows):
+    return [effective(rule, torch.tensor(row, dtype=torch.float64)) for row in rows]
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
+def test_go4align_with_a_relative_step_weighs_a_scaled_loss_inversely(a, b):
+    """With K groups the weighted losses have ratios that do not depend on the scale of any loss, after any history."""
+    rows = [[3.0, 0.5], [2.0, 0.4], [1.0, 0.1]]
+    scaled = [[a * x, b * y] for x, y in rows]
+    plain, other = (
+        weights_over_time(loss_balancers.build("go4align", num_tasks=2, step_size=1.0, relative_step=True), history)
+        for history in (rows, scaled)
+    )
+    for weights, others, (x, y) in zip(plain, other, rows, strict=True):
+        assert (others[0] * a * x / (others[1] * b * y)).item() == pytest.approx((weights[0] * x / (weights[1] * y)).item())
+
+
+def test_go4align_with_a_relative_step_accumulates_relative_losses():
+    rule = loss_balancers.build("go4align", num_tasks=2, step_size=0.5, relative_step=True)
+    weights_over_time(rule, [[10.0, 2.0], [5.0, 2.0]])
+    assert rule.cumulative_losses.tolist() == [1.5, 2.0]
+    restored = loss_balancers.build("go4align", num_tasks=2, step_size=0.5, relative_step=True)
+    restored.load_state_dict(rule.state_dict())
+    assert effective(restored, torch.tensor([5.0, 2.0], dtype=torch.float64)).tolist() == pytest.approx(
+        (torch.tensor([-0.5 * 2.0, -0.5 * 3.0]).softmax(0) * torch.tensor([7 / 5, 7 / 2])).tolist()
+    )
+
+
+def test_go4align_with_a_relative_step_takes_the_first_loss_of_a_task_that_was_absent():
+    rule = loss_balancers.build("go4align", num_tasks=2, relative_step=True)
+    rule(torch.tensor([4.0]), present=torch.tensor([0]))
+    rule(torch.tensor([2.0, 8.0]))
+    assert rule.initial_losses.tolist() == [4.0, 8.0]
+    assert rule.cumulative_losses.tolist() == [1.5, 1.0]
+
+
+def test_go4align_without_a_relative_step_keeps_the_state_of_earlier_checkpoints():
+    assert list(loss_balancers.build("go4align", num_tasks=2).state_dict()) == ["cumulative_losses"]
