@@ -34,6 +34,7 @@ extensions = [
     "benchmark_tables",
     "configuration",
     "public_names",
+    "published_rows",
 ]
 exclude_patterns = ["_build", "_ext", "_inventories", "**/.ipynb_checkpoints"]
 nitpicky = True
