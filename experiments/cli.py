@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from balance import gradient_balancers, loss_balancers
 from experiments.problems import base as problems
+from experiments.sweeps.backends import connected
 from experiments.training.interruption import Interrupted
+from experiments.training.threads import cores, runs_at_a_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from omegaconf import DictConfig
+
 FLAGS = ("experiment", "loss_method", "gradient_method", "seed", "output_dir")
+BACKENDS = ("loky", "ray", "dask")
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 MISTAKES = (ValueError, TypeError, OSError, ImportError)
 
@@ -61,11 +66,12 @@ def mistakes_refused(parser: argparse.ArgumentParser) -> Iterator[None]:
         parser.error(str(error))
 
 
-def command_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the flag ``--experiment``.
+def command_parser(description: str | None, *, with_experiment: bool = True) -> argparse.ArgumentParser:
+    """Return a parser, by default with the flag ``--experiment``.
 
     Args:
         description: Docstring of the command's module: a sentence for the help, an empty line, an example.
+        with_experiment: Whether the command has one experiment.
     """
     sentence, _, example = (description or "").partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -74,9 +80,10 @@ def command_parser(description: str | None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--experiment", metavar="NAME", help=f"name of the problem: {', '.join(problems.names())} (default: digits)"
-    )
+    if with_experiment:
+        parser.add_argument(
+            "--experiment", metavar="NAME", help=f"name of the problem: {', '.join(problems.names())} (default: digits)"
+        )
     return parser
 
 
@@ -89,10 +96,69 @@ def add_methods(parser: argparse.ArgumentParser, *, several: bool) -> None:
     """Add flags for the two methods: one name each, or lists with commas."""
     many = "NAME,NAME,..." if several else "NAME"
     chain = "; a chain is written with plus signs: scaleinvls+rlw"
-    parser.add_argument("--loss_method", metavar=many, help=f"{', '.join(loss_balancers.names())} (default: ls){chain}")
+    auto = "" if several else "; auto for both flags: a diagnosis chooses"
+    parser.add_argument("--loss_method", metavar=many, help=f"{', '.join(loss_balancers.names())} (default: ls){chain}{auto}")
     parser.add_argument(
-        "--gradient_method", metavar=many, help=f"none, {', '.join(gradient_balancers.names())} (default: none)"
+        "--gradient_method", metavar=many, help=f"none, {', '.join(gradient_balancers.names())} (default: none){auto}"
     )
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """Add flags for the number of runs at a time, and for the machines on which they run."""
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="runs at a time (default: cores divided by train.threads, or all of a cluster)"
+    )
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="loky", help="backend of joblib: processes here (loky), or a cluster"
+    )
+    parser.add_argument(
+        "--cluster", metavar="ADDRESS", help="address of a running ray or dask cluster (default: from its environment)"
+    )
+
+
+def check_backend(options: argparse.Namespace) -> None:
+    """Check the flags of `add_backend`.
+
+    Raises:
+        ValueError: If they contradict each other.
+    """
+    if options.jobs is not None and options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, but got {options.jobs}.")
+    if options.cluster and options.backend == "loky":
+        raise ValueError("--cluster needs --backend=ray or --backend=dask.")
+
+
+def requested_workers(options: argparse.Namespace, configs: Sequence[DictConfig]) -> int | None:
+    """Return the number of runs at a time that the flags of `add_backend` request; None for as many as a cluster takes.
+
+    Args:
+        options: Parsed flags.
+        configs: Configurations of the runs.
+
+    Raises:
+        ValueError: If the machine has too few cores.
+    """
+    return runs_at_a_time(configs, options.jobs) if options.backend == "loky" else options.jobs
+
+
+@contextmanager
+def backend_connected(options: argparse.Namespace, workers: int | None, parser: argparse.ArgumentParser) -> Iterator[int]:
+    """Let joblib run on the backend that the flags name, except in a dry run; yield the number of runs at a time.
+
+    Args:
+        options: Parsed flags, with ``dry_run``.
+        workers: Requested number; None for as many as the cluster takes.
+        parser: Parser of the command, which reports a cluster that does not answer.
+
+    Yields:
+        The number of runs at a time.
+    """
+    with ExitStack() as stack:
+        if options.backend != "loky" and not options.dry_run:
+            with mistakes_refused(parser):
+                slots = stack.enter_context(connected(options.backend, options.cluster))
+            workers = workers or slots
+        yield workers or cores()  # of a dry run for a cluster, which is not asked
 
 
 def add_overrides(parser: argparse.ArgumentParser, use: str) -> None:

@@ -14,23 +14,19 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
-from balance import Diagnosis, diagnose
 from experiments.cli import add_overrides, all_overrides, command_parser, run_command
 from experiments.config.layers import configure
 from experiments.training import threads
-from experiments.training.data import to_device
-from experiments.training.run import build, closed
+from experiments.training.diagnosis import diagnose_network
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from omegaconf import DictConfig
-    from torch import Tensor
 
+    from balance import Diagnosis
     from experiments.cli import Work
-    from experiments.problems.base import Batch
-    from experiments.training.run import Run
 
 SWEEP_FLAGS = ("experiment", "loss_method", "gradient_method", "seed")  # entries for which the sweep has flags
 
@@ -78,35 +74,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=("text", "json"), default="text", help="form of the report (default: text)")
     add_overrides(parser, "any entry of the trainer's configuration, such as train.batch_size=32 device=cuda")
     return parser
-
-
-def diagnose_network(config: DictConfig, num_batches: int, steps: int) -> Diagnosis:
-    """Diagnose the network with which the trainer would begin, on its first batches.
-
-    Returns:
-        The diagnosis.
-
-    Raises:
-        ValueError: If a number is out of range, the device is not available, or the data are fewer than two batches.
-    """
-    threads.use(config.train.threads)
-    run = build(config)
-
-    def losses(batch: Batch) -> dict[str, Tensor]:
-        return run.problem.losses(run.model(batch[0]), batch)
-
-    shared, rate = run.model.trunk.parameters(), config.train.lr
-    with closed(run.agent):
-        batches = first_batches(run)
-        return diagnose(losses, batches, model=run.model, shared=shared, num_batches=num_batches, steps=steps, lr=rate)
-
-
-def first_batches(run: Run) -> Iterator[Batch]:
-    """Yield the batches with which a run would begin, on its device."""
-    for batch in run.batches:
-        yield to_device(batch, run.config.device)
-        if run.agent is not None:
-            run.agent.after_step()
 
 
 def sweep_command(config: DictConfig, diagnosis: Diagnosis, overrides: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,22 +17,23 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
 from experiments.cli import (
+    add_backend,
     add_methods,
     add_output,
     add_overrides,
     all_overrides,
+    backend_connected,
+    check_backend,
     command_parser,
-    mistakes_refused,
     parse_seeds,
+    requested_workers,
     run_command,
 )
 from experiments.config.layers import values_by_key
-from experiments.sweeps.backends import connected
 from experiments.sweeps.console import show_plan
 from experiments.sweeps.execute import execute
 from experiments.sweeps.plan import Configuration, Sweep, plan
 from experiments.sweeps.sweep_file import check_overrides, configurations, read_sweep_file
-from experiments.training.threads import cores, runs_at_a_time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from experiments.cli import Work
     from experiments.sweeps.job import Job
 
-BACKENDS = ("loky", "ray", "dask")
 GRID_FLAGS = {"loss_method": "--loss_method", "gradient_method": "--gradient_method", "seed": "--seeds"}
 
 
@@ -63,15 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds", metavar="N", help="number, such as 3 for 0, 1, 2, or list of seeds: 4,7 (default: 1, or as in the file)"
     )
-    parser.add_argument(
-        "--jobs", type=int, metavar="N", help="runs at a time (default: cores divided by train.threads, or all of a cluster)"
-    )
-    parser.add_argument(
-        "--backend", choices=BACKENDS, default="loky", help="backend of joblib: processes here (loky), or a cluster"
-    )
-    parser.add_argument(
-        "--cluster", metavar="ADDRESS", help="address of a running ray or dask cluster (default: from its environment)"
-    )
+    add_backend(parser)
     parser.add_argument(
         "--no_baselines", action="store_true", help="no single-task networks; compare.py then needs --baselines=none"
     )
@@ -90,14 +81,9 @@ def prepare_work(options: argparse.Namespace, *, parser: argparse.ArgumentParser
         ValueError: If an option is wrong.
         OSError: If the tracking store cannot be used.
     """
-    if options.jobs is not None and options.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, but got {options.jobs}.")
-    if options.cluster and options.backend == "loky":
-        raise ValueError("--cluster needs --backend=ray or --backend=dask.")
+    check_backend(options)
     jobs = plan(read_sweep(options), create=not options.dry_run)
-    workers = options.jobs
-    if options.backend == "loky":
-        workers = runs_at_a_time([job.config for job in jobs], options.jobs)
+    workers = requested_workers(options, [job.config for job in jobs])
     return partial(show_and_execute, jobs, workers, options, parser)
 
 
@@ -142,14 +128,9 @@ def show_and_execute(
 ) -> int:
     """Print the plan and, unless it is a dry run, run it; return the exit code."""
     console = Console(soft_wrap=True)
-    with ExitStack() as stack:
-        if options.backend != "loky" and not options.dry_run:
-            with mistakes_refused(parser):
-                slots = stack.enter_context(connected(options.backend, options.cluster))
-            workers = workers or slots
-        workers = workers or cores()  # of a dry run for a cluster, which is not asked
-        show_plan(jobs, workers, console)
-        return 0 if options.dry_run else execute(jobs, workers, options.backend, console)
+    with backend_connected(options, workers, parser) as number:
+        show_plan(jobs, number, console)
+        return 0 if options.dry_run else execute(jobs, number, options.backend, console)
 
 
 def _names(words: str | None, default: str) -> list[str]:

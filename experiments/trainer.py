@@ -15,10 +15,11 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any directory
 
+from balance.comparison.grouping import method_label
 from experiments.cli import add_methods, add_output, add_overrides, all_overrides, command_parser, run_command
 from experiments.config.description import table
-from experiments.config.layers import configure
 from experiments.training import ranks, threads
+from experiments.training.automatic import configure_automatic
 from experiments.training.loop import train
 from experiments.training.run import prepare
 
@@ -41,12 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def prepare_work(options: argparse.Namespace) -> Work:
     """Return the work of the command: to train, or only to print the configuration."""
-    config = configure(all_overrides(options))
+    config = configure_automatic(all_overrides(options))
     if options.print_config:
         return partial(print_config, config)
     if options.list_settings:
         return partial(list_settings, config)
     threads.use(config.train.threads)
+    console = Console(soft_wrap=True) if ranks.is_first() else Console(quiet=True)
+    if config.chosen_by is not None:
+        pair = method_label(config.loss_method, config.gradient_method)
+        console.print(f"auto chose {pair}, by {config.chosen_by}", markup=False)
     return partial(train_once, prepare(config))
 
 

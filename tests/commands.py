@@ -15,10 +15,10 @@ import pytest
 
 from balance import catalogue
 from balance.config import build_balancer, flatten
-from experiments import baselines, compare, diagnose, front, sweep, trainer
+from experiments import baselines, compare, diagnose, front, study, sweep, trainer
 from experiments.analysis import published_tables
 from experiments.cli import all_overrides, parse_seeds
-from experiments.config.layers import configure, values_by_key
+from experiments.config.layers import AUTO, configure, values_by_key
 from experiments.problems import base as problems
 from experiments.problems.burgers import __main__ as burgers
 from experiments.problems.toy import __main__ as toy
@@ -90,6 +90,8 @@ def parsed(module, words):
 
 def check_trainer(words):
     options, name = parsed(trainer, words)
+    if options.loss_method == options.gradient_method == AUTO:
+        options.loss_method, options.gradient_method = "ls", "none"  # which a diagnosis replaces
     if name not in OF_PAGES:
         config = configure(all_overrides(options))
         if config.data.get("path") is None:
@@ -126,6 +128,11 @@ def check_front(words):
     for made, _ in fan.configurations(*methods, options.points, pair, tasks):
         chosen = [f"loss_method={made.loss_method}", f"gradient_method={made.gradient_method}", *made.overrides]
         configure([f"experiment={name}", *chosen, *options.overrides])
+
+
+def check_study(words):
+    options = study.build_parser().parse_intermixed_args(words)
+    assert study.read_options(options).problems
 
 
 def check_baselines(words):
@@ -194,6 +201,7 @@ PROGRAMS = {
     "experiments/compare.py": check_compare,
     "experiments/diagnose.py": check_diagnose,
     "experiments/front.py": check_front,
+    "experiments/study.py": check_study,
     "experiments/sweep.py": check_sweep,
     "experiments/trainer.py": check_trainer,
     "experiments.problems.burgers": lambda words: burgers.build_parser().parse_args(words),

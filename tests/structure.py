@@ -44,8 +44,9 @@ LAYERS = (
     {"experiments.analysis"},
     {"experiments.training"},
     {"experiments.sweeps"},
+    {"experiments.studies"},
     {"experiments.cli"},
-    {f"experiments.{command}" for command in ("trainer", "sweep", "front", "compare", "diagnose", "baselines")},
+    {f"experiments.{command}" for command in ("trainer", "sweep", "study", "front", "compare", "diagnose", "baselines")},
 )
 PROBLEMS = ("experiments.problems.base", "experiments.problems.dense")  # every other problem lies above both
 FORBIDDEN = {  # although their layers are lower

@@ -15,6 +15,8 @@ from ..messages import unknown
 from ..profiling import Cost
 from ..rules.registry import Registry, gradient_balancers, loss_balancers
 from . import text
+from .advice import Advice, advise
+from .findings import find_problems
 from .measurement import Measurement
 from .recommendation import recommend
 from .restore import Restoration
@@ -86,7 +88,8 @@ def diagnose(
     gradient_prices = dict(zip(gradient_names, prices[len(loss_names) :], strict=True))
     sizes = sum(parameter.numel() for parameter in parameters), len(taken), steps, lr
     recommendation = recommend(start, end, (loss_balancers, gradient_balancers), (loss_prices, gradient_prices))
-    return Diagnosis(start.tasks, *sizes, start, end, baseline, loss_prices, gradient_prices, *recommendation)
+    advice = advise(find_problems(start, end))
+    return Diagnosis(start.tasks, *sizes, start, end, baseline, loss_prices, gradient_prices, *recommendation, advice)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +110,7 @@ class Diagnosis:
         recommendation: Sentences: methods to compare, and the reasons.
         loss_methods: Loss balancers that are worth comparing with equal weights.
         gradient_methods: Gradient balancers that are worth comparing with none.
+        advice: The pair of methods to begin with.
     """
 
     tasks: tuple[str, ...]
@@ -122,6 +126,7 @@ class Diagnosis:
     recommendation: tuple[str, ...]
     loss_methods: tuple[str, ...]
     gradient_methods: tuple[str, ...]
+    advice: Advice
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record as dicts, lists, strings and finite numbers, for JSON."""
@@ -135,6 +140,7 @@ class Diagnosis:
             "baseline": self.baseline._asdict(),
             "loss_prices": {name: price.as_dict() for name, price in self.loss_prices.items()},
             "gradient_prices": {name: price.as_dict() for name, price in self.gradient_prices.items()},
+            "advice": self.advice._asdict(),
         }
 
     def __str__(self) -> str:
@@ -145,7 +151,7 @@ class Diagnosis:
                 text.gradients(self.start, self.end),
                 text.cosines(self.start, self.end),
                 text.costs(self.baseline, self.loss_prices, self.gradient_prices),
-                text.recommendation(self.recommendation),
+                text.recommendation((str(self.advice), *self.recommendation)),
             ]
         )
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Settings = dict[str, Any]  # nested as the configuration is
 
+AUTO = "auto"  # method that a diagnosis chooses when a run starts
 NO_METHOD = ("none", "None", "null", "")  # words for no gradient method on a command line
 
 
@@ -57,6 +58,7 @@ def configure(overrides: Sequence[str]) -> DictConfig:
     gradient_method = values.get("gradient_method")
     if gradient_method in NO_METHOD:
         gradient_method, overrides = None, [*overrides, "gradient_method=null"]
+    check_not_automatic(loss_method, gradient_method)
     check_protocol(name, file, values)
     settings = merge(file.settings, *on_disk_layers(problem, file, values), *paper_layers(problem, file, values))
     options = method_options(file, loss_method, gradient_method)
@@ -126,6 +128,19 @@ def merge(*layers: Settings) -> Settings:
 def is_paper(values: Mapping[str, str]) -> bool:
     """Return whether the command line selects the published protocol."""
     return values.get("protocol") == "paper"
+
+
+def check_not_automatic(*methods: str | None) -> None:
+    """Check that no method is ``auto``.
+
+    Raises:
+        ValueError: If one is.
+    """
+    if AUTO in methods:
+        raise ValueError(
+            "loss_method and gradient_method must be names here, but got auto, with which only trainer.py starts a run. "
+            "diagnose.py prints the methods that auto would choose."
+        )
 
 
 def check_protocol(name: str, file: ProblemFile, values: Mapping[str, str]) -> None:

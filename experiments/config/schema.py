@@ -109,6 +109,7 @@ class RunConfig:
     experiment: str = setting("digits", help="problem to train on")
     loss_method: str = setting("ls", help="loss balancer, or a chain of them: scaleinvls+rlw")
     gradient_method: str | None = setting(None, help="gradient balancer; null: an ordinary backward pass")
+    chosen_by: str | None = setting(None, help="reason of methods that a diagnosis chose, with auto for both; set by the run")
     seed: int = setting(0, help="seed of the model, of the order of the data and of the balancer")
     protocol: ProtocolName = setting("sound", help="paper: settings and rules of the published code")
     resume: bool = setting(default=False, help="continue the newest unfinished run with this configuration, if there is one")

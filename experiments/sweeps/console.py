@@ -32,7 +32,7 @@ def show_plan(jobs: Sequence[Job], workers: int, console: Console) -> None:
     for warning in balancer_warnings(jobs):
         console.print(f"note: {warning}", markup=False)
     total = sum(number for number in seconds.values() if not math.isnan(number)) / min(workers, max(len(seconds), 1))
-    duration = _in_words(total + (START if seconds else 0))
+    duration = in_words(total + (START if seconds else 0))
     before = len(jobs) - len(seconds)
     console.print(f"{len(seconds)} runs to do, {before} are finished already; about {duration} with {workers} at a time")
 
@@ -45,7 +45,7 @@ def _table(jobs: Sequence[Job], seconds: Mapping[str, float]) -> Table:
     for label, of_row in rows.items():
         unfinished = [seconds[job.fingerprint] for job in of_row if not job.finished]
         seeds = ", ".join(str(job.config.seed) for job in of_row)
-        each = "-" if not unfinished or math.isnan(unfinished[0]) else _in_words(unfinished[0])
+        each = "-" if not unfinished or math.isnan(unfinished[0]) else in_words(unfinished[0])
         table.add_row(label, seeds, str(len(unfinished)), str(len(of_row) - len(unfinished)), each)
     return table
 
@@ -63,7 +63,8 @@ def result_line(job: Job, outcome: Outcome) -> str:
     return f"{job.label}, seed {job.config.seed}: {outcome.error or metrics_line(metrics)} ({outcome.seconds:.0f} s)"
 
 
-def _in_words(seconds: float) -> str:
+def in_words(seconds: float) -> str:
+    """Return a duration in the unit that suits it."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from balance.config import compose
-from balance.messages import unknown
+from experiments.config.keys import check_keys
 from experiments.config.layers import values_by_key
 from experiments.sweeps.plan import Configuration
 
@@ -62,9 +62,9 @@ def read_sweep_file(file: Path) -> SweepFile:
     """
     try:
         content: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-        _check_keys(content, SweepFile, "the file")
+        check_keys(content, SweepFile, "the file")
         for name, entry in content.get("configurations", {}).items():
-            _check_keys(entry, ConfigurationEntry, f"configuration '{name}'")
+            check_keys(entry, ConfigurationEntry, f"configuration '{name}'")
         config = compose(SweepFile, content, ())
     except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{file} must be a YAML file with a sweep, but: {error}") from None
@@ -80,15 +80,6 @@ def read_sweep_file(file: Path) -> SweepFile:
             for name, entry in config.configurations.items()
         },
     )
-
-
-def _check_keys(content: Any, schema: type, place: str) -> None:
-    if not isinstance(content, dict):
-        raise TypeError(f"{place} must have keys and values, but got {content!r}")
-    known = [entry.name for entry in fields(schema)]
-    for key in content:
-        if key not in known:
-            raise ValueError(unknown(f"key of {place}", key, known))
 
 
 def configurations(sweep: SweepFile) -> Iterator[Configuration]:

@@ -143,7 +143,7 @@ def _scatter(rows: Sequence[Row], x: Quantity, y: Quantity) -> Figure | None:
         entry.set_label(style.name + _remark(points[label], limits))
         handles.append(entry)
     _add_legend(figure, [*handles, *_draw_baseline(axes, x.baseline, y.baseline)])
-    _draw_numbers(axes, {style.number: shown[label] for label, style in styles.items() if label in shown})
+    draw_numbers(axes, {style.number: shown[label] for label, style in styles.items() if label in shown})
     return figure
 
 
@@ -212,7 +212,7 @@ def _add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
         figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
-def _draw_numbers(axes: Axes, points: Mapping[int, Point]) -> None:
+def draw_numbers(axes: Axes, points: Mapping[int, Point]) -> None:
     """Write a number near each point, in the nearest place where it covers nothing."""
     figure = axes.get_figure()
     assert isinstance(figure, Figure)

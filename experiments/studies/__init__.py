@@ -1,0 +1,1 @@
+"""Studies: the same methods, with equal budgets for tuning, on several problems."""
