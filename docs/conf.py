@@ -30,6 +30,7 @@ extensions = [
     "external_names",
     "peer_methods",
     "remedies",
+    "study_tables",
     "method_pages",
     "benchmark_tables",
     "configuration",

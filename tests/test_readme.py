@@ -4,12 +4,17 @@ import re
 import subprocess
 from pathlib import Path
 
-import pytest
+from balance import gradient_balancers, loss_balancers
+from balance.diagnosis.advice import BALANCED, UNBALANCED
+from experiments.studies.advice import mean_regrets, regrets
+from experiments.studies.ranking import rank_methods
+from experiments.studies.record import read_record
+from experiments.studies.report import result_table
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 EVIDENCE = (ROOT / "docs/choose/which_method.md").read_text(encoding="utf-8")
-RESULTS = [ROOT / "experiments/README.md", ROOT / "docs/choose/which_method.md", *(ROOT / "docs/experiments").glob("*.md")]
+RECORD = read_record(ROOT / "experiments/studies/which_method.json")
 
 
 def test_length():
@@ -32,34 +37,25 @@ def test_files_of_links_exist():
     assert [target for target in targets if not (ROOT / target).is_file()] == []
 
 
-def results():
-    """Rows of the tables of results, as sets of cells; signs and bold type are left out."""
-    rows = [row for page in RESULTS for row in page.read_text(encoding="utf-8").splitlines() if row.startswith("| ")]
-    return [[re.sub(r"[*≈?\\]", "", cell).strip().replace(" + ", "+") for cell in row.strip("| ").split(" | ")] for row in rows]
+def test_numbers_of_the_study_are_in_its_record():
+    """Every number of a method in the README and on the page of the study is a cell of the generated table."""
+    cells = {cell.text for line in result_table(RECORD, rank_methods(RECORD)).lines for cell in line}
+    numbers = [number for text in (TEXT, EVIDENCE) for number in re.findall(r"-?[\d.]+ ± \d+\.\d+", text)]
+    assert len(numbers) > 3
+    assert set(numbers) <= cells
 
 
-NAMES = {"equal weights": {"ls"}, "famo": {"famo"}, "nashmtl": {"ls+nashmtl"}, "tuned weights": {"constant"}}
+def test_regrets_on_the_page_are_in_the_record():
+    """Sentences of the form "a mean regret of 1.2 points" name numbers of the generated table."""
+    means = {f"{mean:.1f}" for mean in mean_regrets(regrets(RECORD)).values()}
+    named = [number for text in (TEXT, EVIDENCE) for number in re.findall(r"mean regret[^.|]*? of (\d+\.\d)\b", text)]
+    assert named
+    assert set(named) <= means
 
 
-def evidence():
-    """Numbers of the table of evidence, each with the names of its row in the tables of results."""
-    (header, _, *rows) = re.search(r"^\| problem \|.*?(?=\n\n)", EVIDENCE, flags=re.MULTILINE | re.DOTALL)[0].splitlines()
-    methods = [cell.strip("` ") for cell in header.split("|")[3:6]]
-    for row in rows:
-        cells = [cell.strip() for cell in row.split("|")[1:-1]]
-        yield from ((NAMES[method], cell) for method, cell in zip(methods, cells[2:5], strict=True) if cell != "-")
-        name, _, best = cells[5].rpartition(", ")
-        if name:
-            plain = name.replace("`", "").replace(" + ", "+")
-            yield NAMES.get(plain, {plain, f"ls+{plain}"}), best
-
-
-@pytest.mark.parametrize(("names", "number"), [pytest.param(*pair, id=f"{min(pair[0])}-{pair[1]}") for pair in evidence()])
-def test_evidence_is_in_a_table_of_results(names, number):
-    assert any(row[0] in names and number in row[1:] for row in results())
-
-
-def test_numbers_of_the_readme_are_in_the_evidence():
-    numbers = re.findall(r"[\d.]+ ± \d+\.\d+", TEXT)
-    assert len(numbers) == 3
-    assert all(number in EVIDENCE for number in numbers)
+def test_advice_in_words_is_the_advice_of_the_library():
+    """The pairs that the library can advise are named on the page."""
+    for loss, gradient in {BALANCED, UNBALANCED}:
+        assert f"`{gradient}`" in EVIDENCE if gradient else "equal weights" in EVIDENCE
+        assert loss in loss_balancers
+        assert gradient is None or gradient in gradient_balancers

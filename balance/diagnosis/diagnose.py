@@ -88,7 +88,7 @@ def diagnose(
     gradient_prices = dict(zip(gradient_names, prices[len(loss_names) :], strict=True))
     sizes = sum(parameter.numel() for parameter in parameters), len(taken), steps, lr
     recommendation = recommend(start, end, (loss_balancers, gradient_balancers), (loss_prices, gradient_prices))
-    advice = advise(find_problems(start, end))
+    advice = advise(find_problems(start, end), len(start.tasks))
     return Diagnosis(start.tasks, *sizes, start, end, baseline, loss_prices, gradient_prices, *recommendation, advice)
 
 

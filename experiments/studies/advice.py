@@ -6,19 +6,24 @@ import math
 import statistics
 from typing import TYPE_CHECKING
 
+from balance.diagnosis.advice import choose_pair
 from experiments.studies.record import PLAIN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
+    from balance.types import Remedy
     from experiments.studies.record import ProblemResult, StudyRecord
 
 ADVICE = "advice of diagnose"
-REFITTED = "advice, its methods chosen on the other problems"
+ANY_NUMBER = "... without its limit of tasks"
+WITHOUT_PACE = "... without the finding of training pace"
+REFITTED = "... with methods chosen on the other problems"
 FIXED = "best single method, chosen on the other problems"
 HINDSIGHT = "best single method in hindsight"
 EQUAL = "equal weights"
 MEDIAN = "median method"
+OF_ADVICE = (ADVICE, ANY_NUMBER, WITHOUT_PACE, REFITTED)
 
 
 def regrets(record: StudyRecord) -> dict[str, dict[str, float]]:
@@ -27,29 +32,33 @@ def regrets(record: StudyRecord) -> dict[str, dict[str, float]]:
     A rule that is "chosen on the other problems" takes the method with the smallest mean regret there. `REFITTED` keeps the
     distinction that the advice makes between problems, and chooses a method for each kind of problem in this way.
 
+    `ANY_NUMBER` and `WITHOUT_PACE` are the advice with one of its conditions left out. Rules that use the advice are left out
+    where it names a pair that is no method of the study.
+
     Args:
         record: A study with at least two problems.
-
-    Raises:
-        ValueError: If the advice names a pair that is no method of the study.
     """
     names = list(record.problems)
     hindsight = best_fixed(record, names)
-    table: dict[str, dict[str, float]] = {rule: {} for rule in (ADVICE, REFITTED, FIXED, HINDSIGHT, EQUAL, MEDIAN)}
+    table: dict[str, dict[str, float]] = {rule: {} for rule in (*OF_ADVICE, FIXED, HINDSIGHT, EQUAL, MEDIAN)}
     for name, problem in record.problems.items():
         others = [other for other in names if other != name]
-        alike = [other for other in others if record.problems[other].advice == problem.advice]
-        chosen = {
+        alike = [other for other in others if advised(record.problems[other]) == advised(problem)]
+        chosen: dict[str, str | None] = {
             ADVICE: advised(problem),
+            ANY_NUMBER: advised(problem, with_limit=False),
+            WITHOUT_PACE: advised(problem, without={"training pace"}),
             REFITTED: best_fixed(record, alike or others),
             FIXED: best_fixed(record, others),
             HINDSIGHT: hindsight,
             EQUAL: PLAIN,
         }
         for rule, method in chosen.items():
-            table[rule][name] = regret(problem, method)
+            if method is not None:
+                table[rule][name] = regret(problem, method)
         table[MEDIAN][name] = statistics.median(result.mean for result in problem.methods.values()) - problem.best
-    return table
+    is_complete = all(len(table[rule]) == len(names) for rule in OF_ADVICE)
+    return table if is_complete else {rule: table[rule] for rule in table if rule not in OF_ADVICE}
 
 
 def regret(problem: ProblemResult, method: str) -> float:
@@ -63,16 +72,17 @@ def best_fixed(record: StudyRecord, problems: Iterable[str]) -> str:
     return min(record.methods, key=lambda method: statistics.fmean(regret(problem, method) for problem in chosen))
 
 
-def advised(problem: ProblemResult) -> str:
-    """Return the name of the method that the diagnosis advises.
+def advised(problem: ProblemResult, *, with_limit: bool = True, without: Collection[Remedy] = ()) -> str | None:
+    """Return the name of the method that the library advises; None if it is no method of the study.
 
-    Raises:
-        ValueError: If it is no method of the study.
+    Args:
+        problem: Results of a problem, with the findings of its diagnosis.
+        with_limit: Whether the number of tasks counts.
+        without: Findings that do not count.
     """
-    for name, result in problem.methods.items():
-        if (result.loss_method, result.gradient_method) == problem.advice:
-            return name
-    raise ValueError(f"The methods of the study must contain the advised pair, but got {problem.advice}. Add it to the file.")
+    pair = choose_pair(set(problem.findings) - set(without), int(problem.diagnosis["tasks"]) if with_limit else 1)
+    pairs = {(result.loss_method, result.gradient_method): name for name, result in reversed(list(problem.methods.items()))}
+    return pairs.get(pair)
 
 
 def mean_regrets(table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

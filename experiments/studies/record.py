@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from balance.types import Remedy
+
 PLAIN = "ls"  # the method without a balancer, to which times are relative
 
 
@@ -69,7 +71,7 @@ class ProblemResult:
         reference: Networks with which delta_m compares, in words.
         methods: Results by method.
         diagnosis: Numbers of a diagnosis before training, by name.
-        advice: Loss balancer and gradient balancer that the diagnosis advises.
+        findings: Problems that the diagnosis found, as remedies are named.
     """
 
     experiment: str
@@ -77,7 +79,7 @@ class ProblemResult:
     reference: str
     methods: Mapping[str, MethodResult]
     diagnosis: Mapping[str, float] = field(default_factory=dict)
-    advice: tuple[str, str | None] = (PLAIN, None)
+    findings: tuple[Remedy, ...] = ()
 
     @property
     def best(self) -> float:
@@ -142,8 +144,8 @@ def read_record(file: Path) -> StudyRecord:
 
 def _problem(content: dict[str, Any]) -> ProblemResult:
     methods = {name: _method(values) for name, values in content.pop("methods").items()}
-    overrides, advice = tuple(content.pop("overrides")), tuple(content.pop("advice"))
-    return ProblemResult(**content, methods=methods, overrides=overrides, advice=(advice[0], advice[1]))
+    overrides, findings = tuple(content.pop("overrides")), tuple(content.pop("findings"))
+    return ProblemResult(**content, methods=methods, overrides=overrides, findings=findings)
 
 
 def _method(content: dict[str, Any]) -> MethodResult:

@@ -93,10 +93,10 @@ def diagnosis_table(record: StudyRecord) -> TextTable:
     """Return the numbers of the diagnosis of each problem, and the method that it advises."""
     names = list(next(iter(record.problems.values())).diagnosis)
     rows = [
-        [name, *(f"{problem.diagnosis[key]:.3g}" for key in names), advised(problem)]
+        [name, *(f"{problem.diagnosis[key]:.3g}" for key in names), ", ".join(problem.findings) or "-", advised(problem) or "-"]
         for name, problem in record.problems.items()
     ]
-    header = ["problem", *(key.replace("_", " ") for key in names), "advice"]
+    header = ["problem", *(key.replace("_", " ") for key in names), "findings", "advice"]
     legend = "Numbers of the diagnosis of seed 0, after 50 training steps."
     return TextTable(header, _cells(rows), len(rows), legend)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from balance.diagnosis.findings import find_problems
 from balance.diagnosis.statistics import median, ratio
 from experiments.studies.choice import choose, judge_of, records
 from experiments.studies.costs import step_times
@@ -47,14 +48,14 @@ def _problem_result(study: Study, problem: ProblemEntry, further: tuple[str, ...
     results = {name: replace(result, step_seconds=times.get(name)) for name, result in results.items()}
     diagnosis = diagnose_network(config, priced=())
     origin = "single-task networks" if problem.reference is None else f"the first trial of {problem.reference}"
-    advice = diagnosis.advice
+    found = find_problems(diagnosis.start, diagnosis.end)
     return ProblemResult(
         problem.experiment,
         tuple(problem.overrides),
         origin,
         results,
         diagnosis_numbers(diagnosis),
-        (advice.loss_method, advice.gradient_method),
+        tuple(finding.problem for finding in found if finding.present),
     )
 
 

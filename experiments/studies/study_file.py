@@ -11,6 +11,7 @@ import yaml
 from balance.config import compose
 from balance.messages import unknown
 from experiments.config.keys import check_keys
+from experiments.studies.record import PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -146,6 +147,8 @@ def _method(entry: Any) -> MethodEntry:
 def _check_numbers(study: Study) -> None:
     if len(study.methods) < 2 or not study.problems:
         raise ValueError(f"it has {len(study.methods)} methods and {len(study.problems)} problems. Give at least two and one.")
+    if PLAIN not in study.methods:
+        raise ValueError(f"methods must have {PLAIN}, since times are relative to it, but got {', '.join(study.methods)}.")
     for budget in (study, study.small):
         if min(budget.seeds, budget.baseline_seeds, len(budget.rates)) < 1 or min(budget.rates) <= 0:
             raise ValueError("seeds, baseline_seeds and rates must be positive, with at least one rate.")

@@ -10,10 +10,14 @@ def result(name, drops, **further):
     return MethodResult(loss, gradient, dict(enumerate(drops)), step_seconds=0.01 if gradient is None else 0.02, **further)
 
 
-def problem(drops, advice="ls", **further):
-    """Return the result of a problem from delta_m by seed, by method."""
+FOUND = {"ls": (), "nashmtl": ("domination",)}  # findings for which the library advises a method
+
+
+def problem(drops, advice="ls", tasks=2, **further):
+    """Return the result of a problem from delta_m by seed, by method, and the method that the library should advise."""
+    further = {"findings": FOUND[advice], **further}
     methods = {name: result(name, values) for name, values in drops.items()}
-    return ProblemResult("digits", (), "single-task networks", methods, {"tasks": 2.0}, PAIRS[advice], **further)
+    return ProblemResult("digits", (), "single-task networks", methods, {"tasks": float(tasks)}, **further)
 
 
 def record(*problems):

@@ -83,6 +83,7 @@ def test_small_version_and_chosen_problems():
         ({"problems": {"digits": {"metric": []}}}, "key of problems 'digits' 'metric'"),
         ({"methods": {"ls": {}}}, "1 methods and 1 problems"),
         ({"problems": {}}, "2 methods and 0 problems"),
+        ({"methods": {"uw": {}, "dwa": {}}}, "methods must have ls"),
         ({"rates": []}, "at least one rate"),
         ({"rates": [0.0]}, "must be positive"),
         ({"seeds": 0}, "must be positive"),
