@@ -15,7 +15,7 @@ import pytest
 from balance import __main__ as library
 from balance import catalogue
 from balance.diagnosis import measurement
-from experiments import sweep
+from experiments import cli
 from experiments.problems.base import find
 from experiments.recording.fingerprint import fingerprint
 from experiments.sweeps import console
@@ -137,7 +137,7 @@ def test_the_table_is_in_the_form_that_compare_prints():
 
 def test_every_backend_has_a_command():
     backends = {found[1] for command in COMMANDS if (found := re.search(r"--backend=(\w+)", command))}
-    assert backends == set(sweep.BACKENDS) - {"loky"}
+    assert backends == set(cli.BACKENDS) - {"loky"}
 
 
 @pytest.mark.slow

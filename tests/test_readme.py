@@ -13,8 +13,8 @@ from experiments.studies.report import result_table
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-EVIDENCE = (ROOT / "docs/choose/which_method.md").read_text(encoding="utf-8")
-RECORD = read_record(ROOT / "experiments/studies/which_method.json")
+EVIDENCE = (ROOT / "docs/choose/which_method.md").read_text(encoding="utf-8").partition("## Diagnose first")[0]
+RECORD = read_record()
 
 
 def test_length():

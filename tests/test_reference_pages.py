@@ -99,7 +99,7 @@ def test_tables_of_commands_have_all_options(module):
         parser = __import__(module, fromlist=["build_parser"]).build_parser()
         for action in parser._actions:
             assert all(f"`{option}" in shown for option in action.option_strings if option not in ("-h", "--help"))
-        assert "`--experiment=NAME`" in shown
+        assert ("`--experiment=NAME`" in shown) == (module != "experiments.study")  # which has several problems
     else:
         assert "`python -m balance methods`" in shown
 

@@ -35,7 +35,7 @@ GROUPS = {  # prefix of the keys, and the dataclass
 COMMANDS = {  # words that start a command, by the module of its parser
     **{
         f"experiments.{name}": f"python experiments/{name}.py"
-        for name in ("trainer", "sweep", "compare", "diagnose", "baselines", "front")
+        for name in ("trainer", "sweep", "study", "compare", "diagnose", "baselines", "front")
     },
     "balance.__main__": "python -m balance",
 }

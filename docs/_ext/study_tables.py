@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from generated import add_directive
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
     from sphinx.application import Sphinx
 
-ROOT = Path(__file__).resolve().parents[2]
-RECORD = ROOT / "experiments" / "studies" / "which_method.json"
 PARTS: dict[str, Callable[[StudyRecord], str]] = {
     "summary": lambda record: summary(record, rank_methods(record)),
     "results": lambda record: markdown(result_table(record, rank_methods(record))),
@@ -50,7 +47,7 @@ def part(name: str, _: str) -> str:
     """
     if name not in PARTS:
         raise ValueError(f"The directive study must have one of {', '.join(PARTS)}, but got '{name}'.")
-    return PARTS[name](read_record(RECORD))
+    return PARTS[name](read_record())
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from experiments.studies.figures import cost
 from experiments.studies.ranking import rank_methods
 from experiments.studies.record import read_record
 
-ROOT = Path(__file__).resolve().parents[2]
-record = read_record(ROOT / "experiments" / "studies" / "which_method.json")
+record = read_record()
 cost(record, rank_methods(record))

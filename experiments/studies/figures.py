@@ -120,7 +120,8 @@ def _limits(results: list[MethodResult]) -> tuple[float, float]:
     """Return the limits of an axis that shows the better methods in detail, with their intervals."""
     finite = sorted((result for result in results if math.isfinite(result.mean)), key=lambda result: result.mean)
     middle = finite[len(finite) // 2].mean
-    ends = [result.mean if math.isnan(low := result.estimate.interval[0]) else low for result in finite]
+    better = finite[: len(finite) // 2 + 1]
+    ends = [result.mean if math.isnan(low := result.estimate.interval[0]) else low for result in better]
     reach = max(middle - min(ends), 0.02 * abs(middle), 1e-3)
     return min(ends) - 0.1 * reach, min(finite[-1].mean + 0.3 * reach, middle + CUT * reach)
 

@@ -36,7 +36,7 @@ def report(record: StudyRecord, ranking: Ranking, command: str) -> str:
         "## Validated advice",
         markdown(advice_table(record)),
         markdown(diagnosis_table(record)),
-        *failures(record),
+        "\n".join(failures(record)),
     ]
     return "\n\n".join(parts) + "\n"
 
