@@ -80,8 +80,16 @@ class Choice(NamedTuple):
     scores: tuple[float, ...]
 
 
+def recorded_fingerprints(job: Job) -> set[str]:
+    """Return the fingerprints of the finished runs of the experiment of a job; nothing is created."""
+    try:
+        return Store(job.config.experiment, job.config.output_dir).finished()
+    except FileNotFoundError:
+        return set()
+
+
 def records(job: Job) -> Records:
-    """Return the finished runs of the experiment of a job."""
+    """Return the finished runs of the experiment of a job; a missing store is created."""
     store = Store(job.config.experiment, job.config.output_dir, create=True)
     return Records(store, {run.fingerprint: run for run in reversed(store.runs()) if run.finished})
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from experiments.studies.choice import records
+from experiments.studies.choice import recorded_fingerprints
 from experiments.studies.execution import first_jobs
 from experiments.studies.trials import trials
 from experiments.sweeps.console import in_words
@@ -34,7 +34,7 @@ def show_plan(study: Study, further: tuple[str, ...], workers: int, console: Con
     for name, problem in study.problems.items():
         jobs = first_jobs(study, problem, further)
         baselines, chosen = sum(job.is_baseline for job in jobs), study.seeds * len(study.methods)
-        recorded = records(jobs[0]).runs
+        recorded = recorded_fingerprints(jobs[0])
         finished = sum(job.fingerprint in recorded for job in jobs)
         seconds = seconds_of_problem(study, problem, further, workers) if timed else math.nan
         total += seconds

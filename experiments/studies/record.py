@@ -30,7 +30,7 @@ class MethodResult:
     Attributes:
         loss_method: Name, or several names joined by ``+``.
         gradient_method: Name, or None.
-        delta_m: Test value in percent by seed, of the chosen trial; empty if no trial finished.
+        delta_m: Test value in percent by seed, of the chosen trial; infinity for a failed seed. Empty if no trial finished.
         failed: Number of seeds, and of trials, without a finished run.
         chosen: Settings of the chosen trial, such as ``train.lr=0.01``.
         scores: Validation score of each trial; None for a failed one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -61,17 +62,16 @@ def _problem_result(study: Study, problem: ProblemEntry, further: tuple[str, ...
 
 def _method_result(study: Study, jobs: list[Job], choice: Choice | None, recorded: Records, judge: Judge) -> MethodResult:
     config = jobs[0].config
-    finished: dict[int, RecordedRun] = {}
+    finals: dict[int, RecordedRun | None] = {}
     if choice is not None:
-        runs = {seed: recorded.runs.get(with_seed(choice.job, seed).fingerprint) for seed in range(study.seeds)}
-        finished = {seed: run for seed, run in runs.items() if run is not None}
-    of_trials = [run for job in jobs if (run := recorded.runs.get(job.fingerprint)) is not None]
+        finals = {seed: recorded.runs.get(with_seed(choice.job, seed).fingerprint) for seed in range(study.seeds)}
+    runs = [*(recorded.runs.get(job.fingerprint) for job in jobs), *finals.values()]
     scores = () if choice is None else choice.scores
     return MethodResult(
         config.loss_method,
         config.gradient_method,
-        {seed: judge.delta_m(run.metrics) for seed, run in finished.items()},
-        failed=len(jobs) - len(of_trials) + (study.seeds - len(finished) if choice is not None else 0),
+        {seed: math.inf if run is None else judge.delta_m(run.metrics) for seed, run in finals.items()},
+        failed=runs.count(None),
         chosen=() if choice is None else _settings(choice.job, jobs[0]),
         scores=scores,
     )

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 import yaml
 
 import balance
@@ -172,7 +173,7 @@ def test_dry_run_prints_the_plan_and_trains_nothing(tmp_path, monkeypatch, capsy
     printed = capsys.readouterr().out
     assert "small digits" in printed
     assert "about" in printed
-    assert not Store("digits", str(tmp_path / "runs"), create=True).runs()
+    assert [file.name for file in tmp_path.iterdir()] == ["study.yaml"]
 
 
 def written(folder, **changes):
@@ -199,6 +200,31 @@ def test_method_that_fails_is_reported_and_ranks_last(tmp_path, monkeypatch, cap
     assert "- 1 of 2 runs of broken on one failed." in text
     assert "| broken | 3.0 | - | failed | failed |" in text
     assert "runs of ls" not in text
+
+
+def test_method_that_fails_with_one_test_seed_fails(tmp_path, monkeypatch, registries):
+    """A mean over the other seeds would flatter it."""
+    state = {"runs": 0}
+
+    def sometimes(gramian):
+        if torch.initial_seed() == 1:
+            raise ValueError("unlucky")
+        state["runs"] += 1
+        return torch.ones_like(gramian[0])
+
+    balance.gradient_balancers.register("sometimes")(sometimes)
+    without_measurements(monkeypatch)
+    monkeypatch.setattr(costs, "ROUNDS", 1)
+    methods = {"ls": {}, "sometimes": {"gradient_method": "sometimes"}, "uw": {"loss_method": "uw"}}
+    written(tmp_path, seeds=2, methods=methods)
+    assert script.main(words(tmp_path)) == 1
+    record = read_record(tmp_path / "runs" / "study" / "record.json")
+    result = record.problems["one"].methods["sometimes"]
+    assert math.isfinite(result.delta_m[0])
+    assert result.delta_m[1] == result.mean == math.inf
+    assert result.failed == 1
+    assert rank_methods(record).ranks["sometimes"] == 3
+    assert state["runs"]
 
 
 def test_problem_whose_reference_fails_stops_no_other_problem(tmp_path, monkeypatch, capsys):
