@@ -51,8 +51,9 @@ EARLIER: Mapping[str, Any] = {
     "lbfgs.line_search": "strong_wolfe",
     "lbfgs.tolerance_grad": 1e-9,
     "lbfgs.tolerance_change": 1e-12,
-    "loss.relative_step": False,
 }
+# The same for options of loss balancers, by the name of the method
+EARLIER_OPTIONS: Mapping[str, Mapping[str, Any]] = {"go4align": {"relative_step": False}}
 SEPARATE = ("experiment", "loss_method", "gradient_method", "seed")  # entries that are fields of a `RecordedRun`
 CURVES = ("loss/", "weight/", "gradient_weight/", "cosine/", "conflicts", "val/")
 
@@ -178,8 +179,23 @@ def as_run(run: Any) -> RecordedRun:
 def complete(settings: Mapping[str, str]) -> dict[str, str]:
     """Return recorded settings, with the entries that did not exist when they were recorded."""
     has_optimizer = "train.optimizer" in settings  # and the options of that optimizer, which may be another one
-    earlier = {key: str(value) for key, value in EARLIER.items() if not (has_optimizer and key.startswith("optimizer."))}
+    known = {**EARLIER, **earlier_options(settings.get("loss_method", ""))}
+    earlier = {key: str(value) for key, value in known.items() if not (has_optimizer and key.startswith("optimizer."))}
     return earlier | dict(settings)
+
+
+def earlier_options(loss_method: str) -> dict[str, Any]:
+    """Return values of options in runs that were recorded before these options existed, by dotted key.
+
+    Args:
+        loss_method: Name, or several names joined by ``+``.
+    """
+    names = [name.strip() for name in loss_method.split("+")]
+    return {
+        f"loss.{option}" if len(names) == 1 else f"loss.{name}.{option}": value
+        for name in names
+        for option, value in EARLIER_OPTIONS.get(name, {}).items()
+    }
 
 
 def decides(key: str, settings: Mapping[str, Any]) -> bool:

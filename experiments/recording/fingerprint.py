@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from balance.comparison.recorded_run import METHOD_GROUPS
-from balance.comparison.store import EARLIER, SEPARATE, decides
+from balance.comparison.store import EARLIER, SEPARATE, decides, earlier_options
 from balance.config import flatten
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def fingerprint(config: DictConfig) -> str:
     Entries with the values of earlier runs are left out, so that earlier hashes stay valid.
     """
     entries = deciding(config)
-    return digest({key: value for key, value in entries.items() if EARLIER.get(key, ()) != value})
+    earlier = {**EARLIER, **earlier_options(config.loss_method)}
+    return digest({key: value for key, value in entries.items() if earlier.get(key, ()) != value})
 
 
 def digest(content: Mapping[str, Any] | Sequence[Any]) -> str:

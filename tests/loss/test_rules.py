@@ -115,7 +115,7 @@ DEFAULTS = {
     "cosmos": {"preference": None, "penalty": 1.0},
     "famo": {"gamma": None, "lr": None, "min_losses": None, "next_batch": False, "optimizer": "inner"},
     "gls": {},
-    "go4align": {"num_groups": 2, "step_size": 1e-4, "grouping": "kmeans"},
+    "go4align": {"num_groups": 2, "step_size": 1e-4, "grouping": "kmeans", "relative_step": False},
     "igbv1": {"base_epoch": 1},
     "igbv2": {"base_epoch": 1, "sac_lr": 3e-4, "buffer_size": 10_000, "official": False, "seed": 0},
     "imtl_l": {"init": 0.0},

@@ -24,6 +24,15 @@ def test_runs_from_before_an_entry_existed_stay_comparable():
     assert common_of(config) == tuple(sorted(baselines.shipped("digits").settings.items()))
 
 
+def test_go4align_from_before_its_relative_step_stays_comparable():
+    assert fingerprint(configure("--loss_method=go4align")) == "736b83a74ff6fd52"
+    assert fingerprint(configure("--loss_method=go4align+dwa")) == "511cd898fe01086a"
+    assert fingerprint(configure("--loss_method=go4align", "loss.relative_step=true")) != "736b83a74ff6fd52"
+    for method, key in (("go4align", "loss.relative_step"), ("go4align+dwa", "loss.go4align.relative_step")):
+        new = settings_of(configure(f"--loss_method={method}")) | {"loss_method": method}
+        assert complete({name: value for name, value in new.items() if name != key}) == new
+
+
 def test_precision_and_optimizer_decide_a_result():
     words = ["train.precision=bf16", "train.optimizer=adamw", "train.optimizer=sgd", "optimizer.eps=1e-7"]
     assert len({fingerprint(configure()), *(fingerprint(configure(word)) for word in words)}) == 5

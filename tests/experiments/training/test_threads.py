@@ -9,7 +9,7 @@ from experiments import baselines, diagnose, front, sweep, trainer
 from experiments.problems import base as problems
 from experiments.sweeps import execute, runtime
 from experiments.sweeps.job import make_job
-from experiments.training import loop, threads
+from experiments.training import diagnosis, loop, threads
 from tests.experiments.short_runs import configure
 from tests.experiments.sweeps.small_sweeps import TINY
 
@@ -54,7 +54,7 @@ def test_the_diagnosis_uses_the_number_too(monkeypatch, capsys):
     def build(config):
         raise ValueError(f"{torch.get_num_threads()} threads")
 
-    monkeypatch.setattr(diagnose, "build", build)
+    monkeypatch.setattr(diagnosis, "build", build)
     with pytest.raises(SystemExit):
         diagnose.main(["train.threads=2"])
     assert "2 threads" in capsys.readouterr().err
