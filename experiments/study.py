@@ -28,7 +28,7 @@ from experiments.studies.choice import MissingReferenceError
 from experiments.studies.console import show_plan
 from experiments.studies.execution import Execution
 from experiments.studies.figures import write_figures
-from experiments.studies.ranking import rank_methods, require_posthocs
+from experiments.studies.ranking import can_rank, rank_methods, require_posthocs
 from experiments.studies.report import report
 from experiments.studies.results import collect
 from experiments.studies.study_file import SHIPPED, read_study, small_version, with_problems
@@ -120,9 +120,14 @@ def run_and_report(
 
 
 def write_report(record: StudyRecord, folder: Path, command: str, console: Console) -> None:
-    """Write record, figures and report into a folder, which is created."""
+    """Write record, figures and report into a folder, which is created; only the record where nothing can be ranked."""
     folder.mkdir(parents=True, exist_ok=True)
     record.write(folder / "record.json")
+    if not can_rank(record):
+        console.print(
+            f"Record: {folder / 'record.json'}. Ranks and a report need two problems and three methods.", markup=False
+        )
+        return
     ranking = rank_methods(record)
     write_figures(record, ranking, folder)
     (folder / "report.md").write_text(report(record, ranking, command), encoding="utf-8")

@@ -26,6 +26,11 @@ def require_posthocs() -> None:
         raise ModuleNotFoundError("study.py needs scikit-posthocs. Use pip install -e . --group study (pip 25.1 or newer).")
 
 
+def can_rank(record: StudyRecord) -> bool:
+    """Return whether a study has enough problems and methods for Friedman's test."""
+    return len(record.problems) >= 2 and len(record.methods) >= 3
+
+
 class Ranking(NamedTuple):
     """Mean ranks over N problems of k methods.
 
@@ -68,7 +73,7 @@ def rank_methods(record: StudyRecord) -> Ranking:
 
     ranks = stats.rankdata(record.table(), axis=1)
     problems, methods = ranks.shape
-    if problems < 2 or methods < 3:
+    if not can_rank(record):
         raise ValueError(f"Ranks need at least two problems and three methods, but got {problems} and {methods}.")
     means = dict(zip(record.methods, ranks.mean(axis=0).tolist(), strict=True))
     quantile = stats.studentized_range.ppf(1 - ALPHA, methods, np.inf)

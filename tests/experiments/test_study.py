@@ -166,6 +166,15 @@ def test_finished_study_trains_nothing_again(folder, monkeypatch, capsys):
     assert before == after
 
 
+def test_one_problem_has_a_record_and_no_ranks(folder, monkeypatch, capsys):
+    monkeypatch.setattr(costs, "ROUNDS", 1)
+    before = (folder / "runs" / "study" / "record.json").read_text()
+    assert script.main(words(folder, "--problems=small digits")) == 0
+    assert "Ranks and a report need two problems and three methods" in " ".join(capsys.readouterr().out.split())
+    assert list(read_record(folder / "runs" / "study" / "record.json").problems) == ["small digits"]
+    (folder / "runs" / "study" / "record.json").write_text(before)
+
+
 def test_dry_run_prints_the_plan_and_trains_nothing(tmp_path, monkeypatch, capsys):
     without_measurements(monkeypatch)
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
