@@ -21,13 +21,13 @@ KEYS = ("loss_method", "gradient_method")
 def configure_automatic(overrides: Sequence[str]) -> DictConfig:
     """Return the configuration of a run, as `configure` does; two methods ``auto`` are replaced by a diagnosis.
 
-    The entry ``chosen_by`` of the configuration has the reason. Several ranks use the choice of the first one.
+    The entry ``chosen_by`` of the configuration has the reason.
 
     Args:
         overrides: Words of the form ``key=value``.
 
     Raises:
-        ValueError: If only one of the two methods is ``auto``, or an entry is wrong.
+        ValueError: If only one of the two methods is ``auto``, several ranks train together, or an entry is wrong.
     """
     values = values_by_key(overrides)
     if AUTO not in (values.get(key) for key in KEYS):
@@ -37,8 +37,13 @@ def configure_automatic(overrides: Sequence[str]) -> DictConfig:
             "loss_method and gradient_method must both be auto, since a diagnosis chooses a pair, but got "
             f"{', '.join(f'{key}={values.get(key)}' for key in KEYS)}. Use --loss_method=auto --gradient_method=auto."
         )
+    if ranks.size() > 1:
+        raise ValueError(
+            f"The methods must be names with torchrun, since every rank sees other batches, but got auto with {ranks.size()} "
+            "processes. diagnose.py prints the pair, in one process."
+        )
     common = [word for word in overrides if not word.startswith(("loss.", "gradient."))]  # options of the chosen pair
-    advice = ranks.from_first(advise_network(configure([*common, "loss_method=ls", "gradient_method=none"])))
+    advice = advise_network(configure([*common, "loss_method=ls", "gradient_method=none"]))
     chosen = [f"loss_method={advice.loss_method}", f"gradient_method={advice.gradient_method or 'none'}"]
     config = configure([*overrides, *chosen])
     config.chosen_by = f"a diagnosis: {advice.reason}"

@@ -52,12 +52,11 @@ def test_options_of_the_chosen_method_can_be_set(monkeypatch):
         configure_automatic([*overrides(*WORDS), "loss.gama=0.5"])
 
 
-def test_ranks_follow_the_first(monkeypatch):
-    """A rank that sees other data could choose another pair, and would then wait for the other ranks for ever."""
-    monkeypatch.setattr(ranks, "from_first", lambda advice: Advice("uw", "cagrad", "the first rank's"))
-    config = configure_automatic(overrides(*WORDS))
-    assert (config.loss_method, config.gradient_method) == ("uw", "cagrad")
-    assert "the first rank's" in config.chosen_by
+def test_several_ranks_are_refused(monkeypatch):
+    """Their diagnoses would see different batches, and wait for each other."""
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    with pytest.raises(ValueError, match=r"must be names with torchrun.* but got auto with 2 processes"):
+        configure_automatic(overrides(*WORDS))
 
 
 @pytest.mark.parametrize("words", [["--loss_method=auto"], ["--gradient_method=auto"], [*AUTO, "--gradient_method=pcgrad"]])
