@@ -51,6 +51,22 @@ def test_conflicts_after_the_step_of_the_optimizer(tmp_path):
     assert all(0 <= row["step"] <= 1 for row in rows)
 
 
+def test_noise_of_directions(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import direction_noise
+    import torch
+
+    half = 0.5**0.5
+    assert direction_noise.agreement(torch.tensor([[1.0, 0], [1, 0], [1, 0]])) == pytest.approx(1)
+    assert direction_noise.agreement(torch.tensor([[1.0, 0], [half, half]])) == pytest.approx(half)
+    words = ["--experiment", "digits", "--epochs", "1", "--batches", "2", "--overrides", "data.train_pairs=128"]
+    direction_noise.main([*words, "--rules", "none", "imtl", "mgda"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == ["rule", "---", "none", "imtl", "mgda"]
+    assert all(-1 <= float(row[1]) <= 1 for row in rows[2:])
+    assert rows[4][2] == "0.00"  # mgda has no negative weights
+
+
 def test_rules_are_measured_against_their_own_certificates(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import bench_rules
