@@ -26,13 +26,12 @@ from experiments.cli import (
 )
 from experiments.studies.choice import MissingReferenceError
 from experiments.studies.console import show_plan
-from experiments.studies.execution import Execution
+from experiments.studies.execution import Execution, first_jobs
 from experiments.studies.figures import write_figures
 from experiments.studies.ranking import can_rank, rank_methods, require_posthocs
 from experiments.studies.report import report
 from experiments.studies.results import collect
 from experiments.studies.study_file import SHIPPED, read_study, small_version, with_problems
-from experiments.studies.trials import base_config
 
 if TYPE_CHECKING:
     import argparse
@@ -78,7 +77,8 @@ def prepare_work(options: argparse.Namespace, *, parser: argparse.ArgumentParser
     check_backend(options)
     study = read_options(options)
     further = (f"output_dir={Path(options.output_dir or 'runs').expanduser().resolve()}",)
-    configs = [base_config(problem, further) for problem in study.problems.values()]
+    # All runs are configured here, so that a mistake in the file is found before the first one
+    configs = [job.config for problem in study.problems.values() for job in first_jobs(study, problem, further)]
     workers = requested_workers(options, configs)
     return partial(run_and_report, study, further, workers, options, parser=parser, command=command)
 

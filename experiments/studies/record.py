@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from balance.comparison.statistics import Estimate
+from balance.comparison.tables import json_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -122,8 +123,7 @@ class StudyRecord:
 
     def write(self, file: Path) -> None:
         """Write the record as JSON, with null for numbers that are not finite."""
-        content = _without_infinity(asdict(self))
-        file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        file.write_text(json_text(asdict(self)), encoding="utf-8")
 
 
 def read_record(file: Path = SHIPPED) -> StudyRecord:
@@ -153,14 +153,6 @@ def _method(content: dict[str, Any]) -> MethodResult:
     drops = {int(seed): math.inf if value is None else value for seed, value in content.pop("delta_m").items()}
     chosen, scores = tuple(content.pop("chosen")), tuple(content.pop("scores"))
     return MethodResult(**content, delta_m=drops, chosen=chosen, scores=scores)
-
-
-def _without_infinity(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _without_infinity(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_without_infinity(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _relative_time(problem: ProblemResult, name: str) -> float:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from balance.config import flatten
 from experiments.problems import base as problems
 from experiments.sweeps.job import make_job
 from experiments.sweeps.plan import missing_baselines
@@ -88,8 +87,3 @@ def random_weights(num_tasks: int, trial: int) -> list[float]:
 def with_seed(job: Job, seed: int) -> Job:
     """Return the run of a trial with another seed."""
     return make_job([*job.overrides, f"seed={seed}"], job.name)
-
-
-def rate_of(job: Job) -> float:
-    """Return the learning rate of a run."""
-    return float(flatten(job.config)["train.lr"])

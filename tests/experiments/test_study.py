@@ -247,6 +247,24 @@ def test_problem_whose_reference_fails_stops_no_other_problem(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": {"ls": {}, "uw": {"loss_method": "uww"}}}, "Did you mean 'uw'"),
+        ({"methods": {"ls": {}, "cagrad": {"gradient_method": "cagrad", "search": {"gradient.d": [1]}}}}, "gradient.d"),
+        ({"problems": {"one": {"experiment": "digit"}}}, "Did you mean 'digits'"),
+        ({"problems": {"one": {"experiment": "digits", "overrides": ["train.epoch=3"]}}}, "train.epochs"),
+    ],
+)
+def test_mistakes_of_a_run_are_refused_before_any_run(tmp_path, capsys, changes, message):
+    written(tmp_path, **changes)
+    with pytest.raises(SystemExit) as caught:
+        script.main(words(tmp_path))
+    assert caught.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert [file.name for file in tmp_path.iterdir()] == ["study.yaml"]
+
+
+@pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--problems=digit"], "problem of the study 'digit'"),

@@ -6,7 +6,7 @@ import yaml
 from balance import gradient_balancers, loss_balancers
 from experiments.problems import base as problems
 from experiments.studies.study_file import SHIPPED, read_study, small_version, with_problems
-from experiments.studies.trials import FACTOR, random_weights, rate_of, trials, with_seed
+from experiments.studies.trials import FACTOR, random_weights, trials, with_seed
 
 STUDY = {"methods": {"ls": {}, "uw": {"loss_method": "uw"}}, "problems": {"digits": {"experiment": "digits"}}}
 SEEDS = ("ls", "scaleinvls", "rlw", "dwa", "uw", "igbv1", "igbv2", "famo", "go4align")
@@ -40,7 +40,7 @@ def test_every_method_has_the_same_number_of_different_trials(name, problem):
     jobs = trials(shipped, name, shipped.problems[problem], ("output_dir=none",))
     assert len({job.fingerprint for job in jobs}) == len(jobs) == len(shipped.rates)
     default = trials(shipped, "ls", shipped.problems[problem], ("output_dir=none",))
-    assert [rate_of(job) for job in jobs] == [rate_of(job) for job in default]
+    assert [job.config.train.lr for job in jobs] == [job.config.train.lr for job in default]
     assert all(job.config.seed == shipped.tuning_seed >= shipped.seeds for job in jobs)
     assert with_seed(jobs[1], 3).config.seed == 3
     assert with_seed(jobs[1], shipped.tuning_seed).fingerprint == jobs[1].fingerprint
